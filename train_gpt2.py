@@ -1,0 +1,1167 @@
+"""Train a GPT-2 on token shards with AdamW, Muon, Newton-Muon, or an optimizer of yours, and log what it took.
+
+    python train_gpt2.py configs/cpu_muon.toml                          one process, CPU or GPU
+    python train_gpt2.py configs/cpu_muon.toml --num_iterations 100     any field of the file can be overridden
+    torchrun --nproc_per_node 8 train_gpt2.py configs/speedrun_newton_muon.toml
+    python train_gpt2.py --help                                         every field: type, default, meaning
+
+A run writes LOG_DIR/RUN_NAME/: log.txt (this code, the machine, one line an evaluation), metrics.jsonl (the same as
+JSON, and the training losses), run.json (configuration, versions, hashes), train_gpt2.py and checkpoints/. The time it
+reports is training time: validation, checkpoints and the warm-up that builds the compiled graphs do not count.
+
+The model and the default hyperparameters are those of record 4 of the Modded-NanoGPT speedrun (2024-10-10: 3.28 on
+FineWeb after 6134 steps with Muon, as published). Newton-Muon is arXiv:2604.01472.
+Sections: configuration, token shards, model, optimizers, distributed helpers, checkpoints, logging, main().
+"""
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import glob
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+class UserError(Exception):
+    """Something the user can put right: a sentence. Every process of the job raises it, and process 0 prints it, unless it is `local`."""
+
+    def __init__(self, message, local=False):
+        super().__init__(message)
+        self.local = local
+
+
+OPTIMIZERS = ("adamw", "muon", "newton_muon", "sgd", "signum")
+
+
+@dataclass
+class Config:
+    """One run. Precedence: these defaults < TOML file < command line. A field's comment is its --help text."""
+
+    # data
+    input_bin: str = "data/fineweb10B/fineweb_train_*.bin"  # training shards: glob pattern, read in name order
+    input_val_bin: str = "data/fineweb10B/fineweb_val_*.bin"  # validation shards: glob pattern
+    batch_size: int = 512  # sequences in one optimizer step, over all processes
+    device_batch_size: int = 0  # sequences in one forward pass of one process; 0: the largest power of two that fits
+    sequence_length: int = 1024  # tokens in a sequence
+    allow_repeat: bool = False  # start over when the shards are used up, instead of refusing to start
+    # schedule
+    num_iterations: int = 6200  # optimizer steps
+    warmup_iters: int = 0  # steps over which the learning rates rise linearly
+    warmdown_iters: int = 1800  # steps at the end over which the learning rates fall linearly to 0
+    val_loss_every: int = 125  # steps between evaluations; 0: only the last
+    val_tokens: int = 10485760  # validation tokens, the first of the shards
+    target_val_loss: float = 3.28  # the log says when an evaluation first reaches this loss
+    stop_at_target: bool = False  # end the run there
+    # model
+    n_layer: int = 12  # transformer blocks
+    n_head: int = 12  # attention heads
+    n_embd: int = 768  # width
+    vocab_size: int = 50257  # tokens that can be predicted (the table is padded to a multiple of 128 rows)
+    # optimizer of the hidden matrices; the tied embedding / head always has AdamW
+    optimizer: str = "muon"  # adamw, muon, newton_muon, sgd, signum, or module:Class of any torch.optim.Optimizer
+    learning_rate: float = 0.0036  # of the tied table
+    hidden_learning_rate: float = 0.00036  # of the hidden matrices; for Muon: root-mean-square size of an element's update
+    weight_decay: float = 0.0  # of the hidden matrices; decoupled, but for sgd
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    momentum: float = 0.95  # muon, newton_muon, sgd, signum
+    nesterov: bool = True  # muon, newton_muon, sgd, signum
+    ns_steps: int = 5  # Newton-Schulz iterations of muon and newton_muon
+    refresh_interval: int = 32  # newton_muon: steps between refreshes of the preconditioner
+    ewma: float = 0.95  # newton_muon: weight of the past in the second moment of the inputs
+    ridge: float = 0.2  # newton_muon: ridge, relative to the mean eigenvalue of the second moment
+    optimizer_args: str = "{}"  # module:Class: further keyword arguments, as a JSON object
+    # machine
+    seed: int = 0  # of the initial weights
+    device: str = "auto"  # cuda, cpu, or auto: cuda where there is one
+    dtype: str = "auto"  # of matrix products: bfloat16, float32, or auto: bfloat16 on cuda (weights stay float32)
+    compile: bool = False  # use torch.compile
+    collective_timeout: int = 600  # seconds that a process waits for the others before the job is ended
+    # output
+    log_dir: str = "logs"  # folder of the runs
+    run_name: str = ""  # folder of this run in log_dir; empty: time and optimizer
+    log_every: int = 10  # steps between training losses in the log (and checks that the loss is a number)
+    save_every: int = 0  # steps between checkpoints; 0: only at the end
+    resume: str = ""  # a checkpoint, a run's folder, or auto: the newest checkpoint of run_name, if it has one
+    wandb_project: str = ""  # also log to this Weights & Biases project
+
+
+def field_help():
+    """{field: comment} of Config, read from this file."""
+    return dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+
+
+def parse_value(text, kind):
+    """The command-line `text` as a value of type `kind`; ValueError if it is none."""
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError
+        return text.lower() == "true"
+    return kind(text)
+
+
+def read_toml(path):
+    """Fields of the TOML file at `path`. Raises UserError for an unknown key or a value of the wrong type."""
+    try:
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}; configs/ has some to start from") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
+    for key, value in values.items():
+        if key not in kinds:
+            near = difflib.get_close_matches(key, kinds, n=1, cutoff=0)[0]
+            raise UserError(f"{path}: unknown key '{key}'; the nearest valid one is '{near}' (--help lists all)")
+        if kinds[key] is float and type(value) is int:
+            values[key] = float(value)
+        elif type(value) is not kinds[key]:
+            raise UserError(f"{path}: {key} = {value!r} is a {type(value).__name__}, not a {kinds[key].__name__}")
+    return values
+
+
+def load_config(argv):
+    """Config from the command line `argv`: CONFIG.toml [--field value ...]. Usage errors exit with 2."""
+    # two long lines of --help read better than argparse's own wrapping with a type in capitals
+    parser = argparse.ArgumentParser(
+        prog="train_gpt2.py", description=__doc__, allow_abbrev=False,
+        usage="[torchrun ...] train_gpt2.py CONFIG.toml [--field value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG.toml", help="configuration file, for example configs/cpu_muon.toml")
+    comments = field_help()
+    for field in dataclasses.fields(Config):
+        default = json.dumps(field.default)
+        parser.add_argument(f"--{field.name}", metavar=field.type.__name__, default=argparse.SUPPRESS,
+                            help=f"{comments[field.name]} (default: {default})".replace("%", "%%"))
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(name, [f"--{key}" for key in comments], n=1, cutoff=0)[0]
+        parser.error(f"unknown argument '{name}'; the nearest valid one is '{near}' (--help lists all)")
+    given = vars(args)
+    path = given.pop("config")
+    for field in dataclasses.fields(Config):
+        if field.name in given:
+            try:
+                given[field.name] = parse_value(given[field.name], field.type)
+            except ValueError:
+                parser.error(f"--{field.name} {given[field.name]}: not a {field.type.__name__}")
+    config = Config(**{**read_toml(path), **given})
+    check_config(config)
+    return config
+
+
+def check_config(config):
+    """Raises UserError for a value that is out of range, whatever the data and the machine."""
+
+    def require(condition, *names, must):
+        if not condition:
+            raise UserError(", ".join(f"{name} = {getattr(config, name)!r}" for name in names) + f": must be {must}")
+
+    for name in ("batch_size", "sequence_length", "num_iterations", "val_tokens", "n_layer", "n_head", "n_embd", "ns_steps",
+                 "vocab_size", "refresh_interval", "collective_timeout", "log_every"):
+        require(getattr(config, name) >= 1, name, must="at least 1")
+    for name in ("device_batch_size", "warmup_iters", "warmdown_iters", "val_loss_every", "save_every", "learning_rate",
+                 "hidden_learning_rate", "weight_decay", "seed"):
+        require(0 <= getattr(config, name) < math.inf, name, must="0 or more, and finite")
+    for name in ("beta1", "beta2", "momentum", "ewma"):
+        require(0 <= getattr(config, name) < 1, name, must="at least 0 and below 1")
+    require(0 < config.ridge < math.inf, "ridge", must="positive and finite")
+    require(config.warmup_iters + config.warmdown_iters <= config.num_iterations, "warmup_iters", "warmdown_iters",
+            "num_iterations", must="such that warm-up and warm-down fit into the run")
+    require(config.n_embd % (2 * config.n_head) == 0, "n_embd", "n_head",
+            must="such that n_embd / n_head is an even number (rotary embeddings turn pairs)")
+    require(config.val_tokens % config.sequence_length == 0, "val_tokens", "sequence_length",
+            must="such that sequence_length divides val_tokens")
+    require(config.vocab_size <= 65536, "vocab_size", must="at most 65536 (shards hold 16-bit tokens)")
+    require(config.device in ("auto", "cpu", "cuda"), "device", must="auto, cpu or cuda")
+    require(config.dtype in ("auto", "float32", "bfloat16"), "dtype", must="auto, float32 or bfloat16")
+    require(config.optimizer in OPTIMIZERS or re.fullmatch(r"[\w.]+:\w+", config.optimizer), "optimizer",
+            must=f"{', '.join(OPTIMIZERS)} or module:Class")
+    require(not (config.optimizer == "sgd" and config.nesterov and config.momentum == 0), "nesterov", "momentum",
+            must="such that Nesterov's rule has a momentum above 0")
+    require(os.path.basename(config.run_name) == config.run_name and config.run_name not in (".", ".."), "run_name",
+            must="a folder name without a path; the folder above it is log_dir")
+    require(config.resume != "auto" or config.run_name, "resume", "run_name", must="given together: auto needs a run_name")
+    try:
+        require(isinstance(json.loads(config.optimizer_args), dict), "optimizer_args", must="a JSON object")
+    except json.JSONDecodeError as error:
+        raise UserError(f"optimizer_args = {config.optimizer_args!r} is not JSON: {error}") from None
+
+
+def micro_batch_sizes(config, world):
+    """Sequences of one process, after checking that the batch can be split over `world` processes and micro-batches."""
+    if config.batch_size % world:
+        fits = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+        near = sorted(sorted(fits, key=lambda n: abs(n - world))[:2])
+        raise UserError(f"batch_size = {config.batch_size} cannot be split over {world} processes; "
+                        f"the nearest numbers of processes that can are {' and '.join(map(str, near))}")
+    per_process = config.batch_size // world
+    if config.device_batch_size and per_process % config.device_batch_size:
+        fits = [n for n in range(1, per_process + 1) if per_process % n == 0]
+        near = min(fits, key=lambda n: abs(n - config.device_batch_size))
+        raise UserError(f"device_batch_size = {config.device_batch_size} does not divide the {per_process} sequences that each "
+                        f"of {world} processes has in a step (batch_size = {config.batch_size}); the nearest that does is {near}")
+    return per_process
+
+
+def learning_rate_scale(config, step):
+    """Factor on both learning rates in step `step` (from 0): linear rise, constant, linear fall to 0."""
+    if step < config.warmup_iters:
+        return (step + 1) / config.warmup_iters
+    left = config.num_iterations - step
+    return min(1.0, left / config.warmdown_iters) if config.warmdown_iters else 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token shards: 256 little-endian int32 (20240520, version 1, number of tokens, rest 0), then uint16 tokens
+
+HEADER_BYTES = 1024
+MAGIC, VERSION = 20240520, 1
+FIX = "make it again with the script in data/ that made it"
+
+
+def open_shard(path):
+    """Memory-mapped tokens of the shard at `path`: (n,) uint16. Raises UserError if it is missing or damaged."""
+    try:
+        with open(path, "rb") as file:
+            header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4")
+            size = os.fstat(file.fileno()).st_size
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); {FIX}") from None
+    if len(header) < 256 or header[0] != MAGIC:
+        raise UserError(f"{path}: not a token shard (it should start with {MAGIC}); {FIX}")
+    if header[1] != VERSION:
+        raise UserError(f"{path}: shard version {header[1]}, this code reads version {VERSION}; {FIX}")
+    n = int(header[2])
+    if n < 0 or size != HEADER_BYTES + 2 * n:
+        raise UserError(f"{path}: damaged: {size:,} bytes, but its header says {n:,} tokens, "
+                        f"which is {HEADER_BYTES + 2 * n:,} bytes; {FIX}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n,)) if n else np.zeros(0, "<u2")
+
+
+class Shards:
+    """All shards that match a glob pattern, cut into sequences.
+
+    Sequence i is sequence_length tokens and the one after them; sequences follow each other in a shard, shards follow
+    each other by name, and no sequence spans two shards. Step t of a run trains on sequences t * batch_size to
+    (t + 1) * batch_size - 1, however many processes share them: the position in the data is the step.
+    """
+
+    def __init__(self, pattern, sequence_length, vocab_size, allow_repeat=False):
+        self.paths = sorted(glob.glob(pattern))
+        if not self.paths:
+            raise UserError(f"no file matches '{pattern}'; data/fineweb.py, data/shakespeare.py and data/tokenize_text.py make shards")
+        self.tokens = [open_shard(path) for path in self.paths]
+        self.pattern, self.T, self.vocab_size, self.allow_repeat = pattern, sequence_length, vocab_size, allow_repeat
+        self.ends = np.cumsum([max(0, len(tokens) - 1) // sequence_length for tokens in self.tokens])  # in sequences
+
+    def require(self, sequences, what):
+        """Raises UserError unless there are `sequences` sequences for `what`."""
+        have = int(self.ends[-1])
+        if have >= sequences or (self.allow_repeat and have > 0):
+            return
+        largest = max(len(tokens) for tokens in self.tokens)
+        missing = f"{math.ceil((sequences - have) * self.T / largest)} more shards like the largest one" if largest else "more shards"
+        raise UserError(f"'{self.pattern}' holds {have * self.T:,} tokens in sequences of {self.T}, {what} needs "
+                        f"{sequences * self.T:,}: add {missing}, or set a lower number"
+                        + ("" if what == "validation" else " of steps, or allow_repeat = true"))
+
+    def describe(self):
+        """For run.json: name, tokens and SHA-256 of (header, size in bytes) of each shard."""
+        return [dict(name=os.path.basename(path), tokens=len(tokens), sha256_of_header_and_size=hashlib.sha256(
+                    open(path, "rb").read(HEADER_BYTES) + str(os.path.getsize(path)).encode()).hexdigest())
+                for path, tokens in zip(self.paths, self.tokens)]
+
+    def batch(self, sequences):
+        """Inputs and targets, each (len(sequences), T) int64, of the sequences with these numbers."""
+        rows = np.empty((len(sequences), self.T + 1), dtype=np.int64)
+        for row, i in zip(rows, sequences):
+            i %= int(self.ends[-1])
+            shard = int(np.searchsorted(self.ends, i, side="right"))
+            start = (i - (int(self.ends[shard - 1]) if shard else 0)) * self.T
+            row[:] = self.tokens[shard][start:start + self.T + 1]
+            if row.max() >= self.vocab_size:
+                raise UserError(f"{self.paths[shard]}: token {row.max()} after position {start} is outside vocab_size = "
+                                f"{self.vocab_size}; use the vocabulary of the tokenizer that made the shard", local=True)
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model: pre-norm GPT-2 with RMSNorm, rotary embeddings, no biases, no learned norm gains, tied embedding and head
+
+
+def norm(x):
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+def gram(z, n):
+    """Z Z^T of the layer inputs z (..., b * n), summed over the tokens, for each of the b slices: (b, n, n) fp32."""
+    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+        z = z.detach().reshape(-1, z.size(-1) // n, n).transpose(0, 1).float()
+        return z.mT @ z
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, cos, sin, grams):
+        B, T, C = x.size()
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        qk, v = qkv.split((2, 1), dim=2)
+        a, b = qk.chunk(2, dim=-1)  # half-split layout: element i turns with element i + half
+        q, k = torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).type_as(v).unbind(2)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.squeeze(2).transpose(1, 2), is_causal=True)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        if grams is not None:
+            grams += [gram(x, C), gram(y, C)]
+        return self.c_proj(y)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, grams):
+        h = F.gelu(self.c_fc(x))
+        if grams is not None:
+            grams += [gram(x, x.size(-1)), gram(h, x.size(-1))]
+        return self.c_proj(h)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attn = Attention(config)
+        self.mlp = MLP(config)
+        self.attn_scale = 1 / math.sqrt(2 * config.n_layer)
+
+    def forward(self, x, cos, sin, grams):
+        x = x + self.attn_scale * self.attn(norm(x), cos, sin, grams)
+        return x + self.mlp(norm(x), grams)
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.vocab_size = config.vocab_size
+        rows = math.ceil(config.vocab_size / 128) * 128  # aligned; the added rows can be neither looked up nor predicted
+        self.wte = nn.Embedding(rows, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
+        self.wte.weight = self.lm_head.weight
+        d = config.n_embd // config.n_head
+        angles = torch.outer(torch.arange(config.sequence_length), 10000.0 ** (-torch.arange(0, d, 2) / d))
+        self.register_buffer("cos", angles.cos()[:, None, None, :], persistent=False)  # (T, 1, 1, d / 2)
+        self.register_buffer("sin", angles.sin()[:, None, None, :], persistent=False)
+
+    def forward(self, idx, targets, collect=False):
+        """Mean cross-entropy of `targets` (B, T), of which -1 does not count, after the tokens `idx` (B, T).
+
+        Returns (loss, grams): with `collect`, grams holds Z Z^T of the inputs of each of hidden_matrices(), else nothing.
+        """
+        logits, grams = self.logits(idx, collect)
+        return F.cross_entropy(logits.view(-1, self.vocab_size), targets.view(-1), ignore_index=-1), grams
+
+    def logits(self, idx, collect=False):
+        """Logits (B, T, vocab_size) fp32 for tokens `idx` (B, T), and the grams of forward()."""
+        grams = [] if collect else None
+        T = idx.size(1)
+        x = self.wte(idx)
+        for block in self.h:
+            x = block(x, self.cos[:T], self.sin[:T], grams)
+        return self.lm_head(norm(x))[..., :self.vocab_size].float(), grams
+
+    def hidden_matrices(self):
+        """{name: weight} of the matrices in the blocks, in the order of the grams."""
+        return {name: p for name, p in self.named_parameters() if name.startswith("h.")}
+
+    def num_parameters(self):
+        """Parameters, without the rows that pad the table."""
+        padding = (self.lm_head.weight.size(0) - self.vocab_size) * self.lm_head.weight.size(1)
+        return sum(p.numel() for p in self.parameters()) - padding
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers
+
+
+def newton_schulz(U, steps=5):
+    """Approximately the nearest orthogonal matrix, U V^T of the singular value decomposition, of each matrix in U (..., m, n).
+
+    X = U / (||U||_F + 1e-7), then `steps` times A = X X^T, X <- a X + (b A + c A A) X. The coefficients trade accuracy
+    for speed: singular values end between about 0.7 and 1.2 (K. Jordan et al., Muon, 2024). bf16 on CUDA.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = U.bfloat16() if U.is_cuda else U
+    if U.size(-2) > U.size(-1):
+        X = X.mT
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if U.size(-2) > U.size(-1) else X
+
+
+def as_blocks(W):
+    """View of a matrix W (m, n) as what is orthogonalised: (3, n, n) for a fused q, k, v, else (1, shorter, longer side)."""
+    m, n = W.shape
+    if m == 3 * n:
+        return W.view(3, n, n)
+    return (W if m <= n else W.mT).unsqueeze(0)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (K. Jordan et al., Muon, 2024).
+
+    For each matrix W (m, n) with gradient G:
+
+        M <- momentum M + G
+        U =  G + momentum M  (Nesterov), or M
+        W <- (1 - lr weight_decay) W - lr sqrt(max(m, n)) newton_schulz(U)
+
+    so that lr is about the root-mean-square size of an element's update. A matrix with m = 3 n is taken for a fused
+    q, k, v, whose three n x n blocks are orthogonalised apart with sqrt(n). Raises ValueError for other than matrices.
+
+    With several processes each matrix has one owner, which alone keeps its state and orthogonalises its momentum; the
+    updates of all owners then come back in one all-gather, bf16 on CUDA and fp32 on the CPU. Matrices of the same shape
+    go through Newton-Schulz as one batch. Gradients must be the same on all processes, as DDP leaves them.
+    """
+
+    def __init__(self, params, lr=3.6e-4, momentum=0.95, nesterov=True, ns_steps=5, weight_decay=0.0, **more):
+        if not 0 <= lr:
+            raise ValueError(f"lr = {lr}: must be 0 or more")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum = {momentum}: must be at least 0 and below 1")
+        if not 0 <= weight_decay:
+            raise ValueError(f"weight_decay = {weight_decay}: must be 0 or more")
+        super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps,
+                                      weight_decay=weight_decay, **more))
+        self.params = [p for group in self.param_groups for p in group["params"]]
+        for p in self.params:
+            if p.ndim != 2:
+                raise ValueError(f"a parameter of shape {tuple(p.shape)}: {type(self).__name__} updates matrices only")
+        self.owner = assign_owners([self.flops(p) for p in self.params], world_size())
+        self.offset, used = [], [0] * world_size()  # where the update of each matrix lies in its owner's part of the all-gather
+        for p, owner in zip(self.params, self.owner):
+            self.offset.append(used[owner])
+            used[owner] += p.numel()
+        self.width = max(used)
+
+    def flops(self, p):
+        """FLOPs of the owner's work on matrix p in one step: in each Newton-Schulz iteration X X^T, A A and their product with X."""
+        b, r, R = as_blocks(p).shape
+        return self.defaults["ns_steps"] * b * (4 * r * r * R + 2 * r ** 3)
+
+    def precondition(self, p, G):
+        return G
+
+    @torch.no_grad()
+    def step(self):
+        p0 = self.params[0]
+        dtype = torch.bfloat16 if p0.is_cuda else p0.dtype
+        mine = torch.zeros(self.width, dtype=dtype, device=p0.device)
+        batches = defaultdict(list)  # (shorter, longer side, Newton-Schulz steps) -> [(blocks of U, where the blocks of the update go)]
+        settings = {p: group for group in self.param_groups for p in group["params"]}
+        for p, owner, offset in zip(self.params, self.owner, self.offset):
+            if owner != rank() or p.grad is None:
+                continue
+            group, state = settings[p], self.state[p]
+            G = self.precondition(p, p.grad)
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            M = state["momentum_buffer"].mul_(group["momentum"]).add_(G)
+            U = G.add(M, alpha=group["momentum"]) if group["nesterov"] else M
+            U, update = as_blocks(U), as_blocks(mine[offset:offset + p.numel()].view_as(p))
+            batches[(*U.shape[1:], group["ns_steps"])].append((U, update))
+        for (*_, ns_steps), batch in batches.items():
+            O = newton_schulz(torch.cat([U for U, _ in batch]), ns_steps)
+            for (_, update), o in zip(batch, O.split([len(U) for U, _ in batch])):
+                update.copy_(o)
+        updates = all_gather(mine)
+        for p, owner, offset in zip(self.params, self.owner, self.offset):
+            if p.grad is not None:
+                group = settings[p]
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(updates[owner, offset:offset + p.numel()].view_as(p), alpha=-group["lr"] * math.sqrt(max(as_blocks(p).shape[1:])))
+
+    def state_dict(self):
+        """The state of all matrices on process 0, whoever owns them (a collective); elsewhere that of this process's."""
+        state = super().state_dict()
+        for part in gather_objects(state["state"]):
+            state["state"].update(part)
+        return state
+
+    def load_state_dict(self, state_dict):
+        owned = {i: state for i, state in state_dict["state"].items() if self.owner[i] == rank()}
+        super().load_state_dict({**state_dict, "state": owned})
+
+
+class NewtonMuon(Muon):
+    """Muon on gradients that are preconditioned by the second moment of each layer's inputs (arXiv:2604.01472).
+
+    Each matrix W (m, n) of a layer with inputs Z (n, N tokens) keeps K (n, n), at first 1e-3 I. A refresh does
+
+        K <- ewma K + (1 - ewma) Z Z^T / N
+        P =  (K + (ridge tr(K) / n + 1e-8) I)^-1      by Cholesky
+
+    and from the first refresh on, each step replaces G by G P before Muon's momentum. A matrix wider than tall has n / m
+    diagonal blocks instead of one K, one for each slice of its inputs; fused q, k, v share theirs. If a factorisation
+    fails, that block keeps its previous P and `failures` counts it.
+    """
+
+    def __init__(self, params, lr=4e-4, momentum=0.95, nesterov=True, ns_steps=5, weight_decay=0.0,
+                 refresh_interval=32, ewma=0.95, ridge=0.2):
+        if not 0 <= ewma < 1:
+            raise ValueError(f"ewma = {ewma}: must be at least 0 and below 1")
+        if not 0 < ridge:
+            raise ValueError(f"ridge = {ridge}: must be positive")
+        super().__init__(params, lr, momentum, nesterov, ns_steps, weight_decay,
+                         refresh_interval=refresh_interval, ewma=ewma, ridge=ridge)
+        for p in self.params:
+            if p.size(1) > p.size(0) and p.size(1) % p.size(0):
+                raise ValueError(f"a matrix of shape {tuple(p.shape)}: must be as tall as wide, taller, or a whole number of times wider")
+        self.failures = torch.zeros((), dtype=torch.int64, device=self.params[0].device)
+
+    @staticmethod
+    def gram_shape(p):
+        """(b, n, n) of K and P of matrix p."""
+        n = min(p.shape[1], p.shape[0])
+        return p.size(1) // n, n, n
+
+    def flops(self, p):
+        """Muon's, G P, and the share of a refresh (Cholesky and inverse: n^3 each block) that falls to one step."""
+        b, n, _ = self.gram_shape(p)
+        return super().flops(p) + 2 * p.numel() * n + b * n ** 3 // self.defaults["refresh_interval"]
+
+    def refresh(self, grams, tokens):
+        """Updates K and P. grams: for each matrix the sum of z z^T over this process's inputs, (b, n, n); tokens: N, of all processes."""
+        for p, gram in zip(self.params, grams, strict=True):
+            if gram.shape != self.gram_shape(p):
+                raise ValueError(f"gram of shape {tuple(gram.shape)} for a matrix {tuple(p.shape)}: must be {self.gram_shape(p)}")
+        reduce_to_owners(grams, self.owner)
+        batches = defaultdict(list)  # n -> [(state, settings)] of the matrices that are factorised together
+        settings = {p: group for group in self.param_groups for p in group["params"]}
+        for p, owner, gram in zip(self.params, self.owner, grams):
+            if owner != rank():
+                continue
+            group, state = settings[p], self.state[p]
+            if "K" not in state:
+                eye = torch.eye(gram.size(-1), device=gram.device).repeat(gram.size(0), 1, 1)
+                state["K"], state["P"] = 1e-3 * eye, eye
+            state["K"].mul_(group["ewma"]).add_(gram, alpha=(1 - group["ewma"]) / tokens)
+            batches[gram.size(-1), group["ridge"]].append(state)
+        for (n, ridge), states in batches.items():
+            K = torch.cat([state["K"] for state in states])
+            K.diagonal(dim1=-2, dim2=-1).add_(ridge * K.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) + 1e-8)
+            L, info = torch.linalg.cholesky_ex(K)
+            good = (info == 0) & L.isfinite().all(-1).all(-1)
+            eye = torch.eye(n, device=K.device, dtype=K.dtype)
+            P = torch.cholesky_inverse(torch.where(good[:, None, None], L, eye))
+            P = torch.where(good[:, None, None], P, torch.cat([state["P"] for state in states]))
+            self.failures += (~good).sum()
+            for state, p in zip(states, P.split([len(state["P"]) for state in states])):
+                state["P"].copy_(p)
+
+    def precondition(self, p, G):
+        P = self.state[p].get("P")
+        if P is None:  # no refresh yet
+            return G
+        b, n, _ = P.shape
+        return torch.einsum("mbi,bij->mbj", G.view(-1, b, n), P).reshape_as(G)
+
+
+class Signum(torch.optim.Optimizer):
+    """Sign of the momentum (Bernstein et al., 2018): M <- momentum M + (1 - momentum) G, W <- (1 - lr weight_decay) W - lr sign(U),
+    with U = momentum M + (1 - momentum) G (Nesterov), or M."""
+
+    def __init__(self, params, lr=1e-3, momentum=0.95, nesterov=True, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            mu = group["momentum"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                M = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - mu)
+                U = p.grad.lerp(M, mu) if group["nesterov"] else M
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(U.sign(), alpha=-group["lr"])
+
+
+def build_optimizers(model, config):
+    """(optimizer of the tied table, optimizer of the hidden matrices). Raises UserError if the second cannot be made."""
+    adamw = dict(betas=(config.beta1, config.beta2), fused=True)
+    table = torch.optim.AdamW([model.lm_head.weight], lr=config.learning_rate, weight_decay=0.0, **adamw)
+    hidden = list(model.hidden_matrices().values())
+    rate = dict(lr=config.hidden_learning_rate, weight_decay=config.weight_decay)
+    momentum = dict(momentum=config.momentum, nesterov=config.nesterov)
+    if config.optimizer == "adamw":
+        return table, torch.optim.AdamW(hidden, **rate, **adamw)
+    if config.optimizer == "muon":
+        return table, Muon(hidden, **rate, **momentum, ns_steps=config.ns_steps)
+    if config.optimizer == "newton_muon":
+        return table, NewtonMuon(hidden, **rate, **momentum, ns_steps=config.ns_steps, ewma=config.ewma, ridge=config.ridge,
+                                 refresh_interval=config.refresh_interval)
+    if config.optimizer == "sgd":
+        return table, torch.optim.SGD(hidden, **rate, **momentum)
+    if config.optimizer == "signum":
+        return table, Signum(hidden, **rate, **momentum)
+    module, name = config.optimizer.split(":")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+        return table, kind(hidden, lr=config.hidden_learning_rate, **json.loads(config.optimizer_args))
+    except Exception as error:  # whatever somebody else's code raises
+        raise UserError(f"optimizer = '{config.optimizer}' with optimizer_args = '{config.optimizer_args}' cannot be made: "
+                        f"{type(error).__name__}: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Distributed helpers: all of them also work in a single process without a process group
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start_processes(config):
+    """Joins the process group when torchrun started this process. Returns the device of this process."""
+    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    gpus = torch.cuda.device_count()
+    if config.device == "cuda" and not gpus:
+        raise UserError(f"device = 'cuda', but torch {torch.__version__} finds no GPU here; use --device cpu, or install a CUDA build of torch")
+    device = torch.device("cuda", local_rank) if config.device != "cpu" and gpus else torch.device("cpu")
+    if device.type == "cuda":
+        if local_rank >= gpus:
+            raise UserError(f"process {local_rank} of this node has no GPU: there are {gpus}; start at most {gpus} processes a node", local=True)
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(seconds=config.collective_timeout))
+    return device
+
+
+def assign_owners(costs, world):
+    """Owner (0 .. world - 1) of each matrix: the most costly first, each to the process with the least work so far."""
+    load, owners = [0] * world, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[i] = min(range(world), key=lambda r: load[r])
+        load[owners[i]] += costs[i]
+    return owners
+
+
+def all_gather(mine):
+    """(world, *mine.shape): the `mine` of all processes, in order of rank."""
+    if world_size() == 1:
+        return mine.unsqueeze(0)
+    everyone = torch.empty((world_size(), *mine.shape), dtype=mine.dtype, device=mine.device)
+    dist.all_gather_into_tensor(everyone.view(-1), mine)
+    return everyone
+
+
+def reduce_to_owners(tensors, owners):
+    """Replaces each tensor by its sum over all processes, on the process that owns it (elsewhere it is left undefined)."""
+    if world_size() == 1:
+        return
+    for owner in sorted(set(owners)):
+        owned = [t for t, o in zip(tensors, owners) if o == owner]
+        flat = torch.cat([t.flatten() for t in owned])
+        dist.reduce(flat, dst=owner)
+        for t, part in zip(owned, flat.split([t.numel() for t in owned])):
+            t.copy_(part.view_as(t))
+
+
+def gather_objects(value):
+    """On process 0 the list of every process's `value`, elsewhere an empty list."""
+    if world_size() == 1:
+        return [value]
+    everyone = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, everyone)
+    return everyone or []
+
+
+def broadcast_object(value):
+    """Process 0's `value`, on every process."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def all_sum(*values):
+    """Sums over all processes of these numbers, in float64."""
+    values = torch.tensor(values, dtype=torch.float64)
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+@contextlib.contextmanager
+def together():
+    """Runs the body on every process; if any raises a UserError, all raise it, so that none waits for one that has ended."""
+    error = None
+    try:
+        yield
+    except UserError as caught:
+        error = caught
+    errors = [None] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(errors, str(error) if error else None)
+        ranks = defaultdict(list)
+        for r, message in enumerate(errors):
+            if message:
+                ranks[message].append(r)
+        if ranks:
+            message, where = next(iter(ranks.items()))
+            raise UserError(message if len(where) == world_size() else f"process {', '.join(map(str, where))}: {message}")
+    elif error:
+        raise error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: process 0 writes and reads them, in a form that any number of processes can load
+
+# what may differ between the run that wrote a checkpoint and the one that goes on from it
+FREE_FIELDS = {"device_batch_size", "compile", "collective_timeout", "log_dir", "run_name", "log_every", "save_every", "resume",
+               "wandb_project", "target_val_loss", "stop_at_target", "device"}
+
+
+def code_sha256():
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def write_atomically(path, write):
+    """Calls write(file) on a temporary file beside `path`, flushes it to disk and renames it, so that `path` is never half-written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; what was there before is untouched", local=True) from None
+
+
+def save_checkpoint(folder, config, step, model, optimizers, train_time, best_val_loss, log):
+    """Writes folder/step_XXXXXX.pt and keeps the one before it. All processes must call it."""
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    if rank() == 0:
+        checkpoint = dict(config=dataclasses.asdict(config), code_sha256=code_sha256(), step=step, model=model.state_dict(),
+                          optimizers=states, rng=torch.get_rng_state(), train_time=train_time, best_val_loss=best_val_loss,
+                          log_bytes=log.sizes())
+        write_atomically(folder / f"step_{step:06d}.pt", lambda file: torch.save(checkpoint, file))
+        for old in sorted(folder.glob("step_*.pt"))[:-2]:
+            old.unlink()
+
+
+def find_checkpoint(config):
+    """The loaded checkpoint that config.resume names and the folder of its run, or (None, None) where `auto` finds none."""
+    path = Path(config.log_dir, config.run_name) if config.resume == "auto" else Path(config.resume)
+    candidates = [path] if path.is_file() else sorted(path.glob("checkpoints/step_*.pt"), reverse=True)
+    for candidate in candidates:
+        try:
+            checkpoint = torch.load(candidate, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises whatever the bytes make it raise
+            print(f"warning: {candidate} cannot be loaded ({type(error).__name__}), looking for an older one", file=sys.stderr)
+            continue
+        check_checkpoint(checkpoint, candidate, config)
+        return checkpoint, candidate.parent.parent
+    if config.resume == "auto":
+        return None, None
+    raise UserError(f"resume = '{config.resume}': no checkpoint there that can be loaded; name a step_*.pt file or the folder of a run that has one")
+
+
+def check_checkpoint(checkpoint, path, config):
+    """Raises UserError, naming the difference, unless this code with `config` would have come to this checkpoint."""
+    if checkpoint["code_sha256"] != code_sha256():
+        raise UserError(f"{path} was written by another version of train_gpt2.py (SHA-256 {checkpoint['code_sha256'][:12]}, this one is "
+                        f"{code_sha256()[:12]}); go on with the train_gpt2.py in the run's folder")
+    for name, value in dataclasses.asdict(config).items():
+        theirs = checkpoint["config"][name]
+        if name not in FREE_FIELDS and theirs != value:
+            raise UserError(f"{path} is from a run with {name} = {theirs!r}, this one has {value!r}; give it --{name} {theirs}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Logging
+
+
+def describe_machine(device):
+    """Facts about the software and hardware of this process."""
+    def output(*command):
+        try:
+            return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=30).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
+    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, cuda=torch.version.cuda,
+                platform=platform.platform(), cpu=cpu, cpu_threads=torch.get_num_threads(),
+                gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+                git_commit=output("git", "rev-parse", "HEAD") or None, git_changes=bool(output("git", "status", "--porcelain", "-uno")),
+                nvidia_smi=output("nvidia-smi") if device.type == "cuda" else "")
+
+
+class Log:
+    """The folder of a run, its files and the terminal. On processes other than 0 every method does nothing."""
+
+    def __init__(self, config, checkpoint, folder):
+        """Opens `folder` to go on from `checkpoint`, or a new folder for a new run. Raises UserError if it cannot be written."""
+        self.config, self.files, self.wandb, self.live = config, {}, None, sys.stdout.isatty()
+        if rank() != 0:
+            return
+        if checkpoint is None:
+            name = config.run_name or time.strftime("%Y%m%d-%H%M%S_") + config.optimizer.replace(":", "-")
+            self.folder = Path(config.log_dir, name)
+            number = 1
+            while not config.run_name and self.folder.exists():
+                number += 1
+                self.folder = Path(config.log_dir, f"{name}-{number}")
+            if config.resume != "auto" and (self.folder / "log.txt").exists():
+                raise UserError(f"{self.folder} already holds a run; take another run_name, or go on with that run by --resume auto")
+        else:
+            self.folder = folder
+        try:
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            for name in ("log.txt", "metrics.jsonl"):
+                self.files[name] = open(self.folder / name, "a" if checkpoint else "w", buffering=1, encoding="utf-8")
+                if checkpoint:  # what was logged after the checkpoint will be logged again
+                    self.files[name].truncate(checkpoint["log_bytes"][name])
+            if Path(__file__).resolve() != (self.folder / "train_gpt2.py").resolve():
+                shutil.copyfile(__file__, self.folder / "train_gpt2.py")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another --log_dir") from None
+
+    def begin(self, facts):
+        """Starts log.txt with code and machine, writes run.json with the `facts`, and starts wandb if it is asked for."""
+        if not self.files:
+            return
+        path = self.folder / "run.json"
+        earlier = json.loads(path.read_text()) if path.exists() and self.config.resume else {}
+        self.facts = {**facts, "start": earlier.get("start", now()), "resumed": earlier.get("resumed", [])}
+        if earlier:
+            self.facts["resumed"].append(now())
+        else:
+            machine = dict(facts["machine"])
+            nvidia_smi = machine.pop("nvidia_smi")
+            for part in (Path(__file__).read_text(), json.dumps(machine, indent=1) + "\n" + nvidia_smi, json.dumps(facts["config"], indent=1)):
+                self.write("log.txt", part.rstrip() + "\n" + "=" * 100)
+        self.write_facts()
+        if self.config.wandb_project:
+            try:
+                import wandb
+                self.wandb = wandb.init(project=self.config.wandb_project, name=self.folder.name, config=facts["config"], dir=str(self.folder))
+            except Exception as error:
+                print(f"warning: wandb does not start ({type(error).__name__}: {error}); the run goes on without it", file=sys.stderr)
+
+    def end(self, **facts):
+        if self.files:
+            self.facts.update(facts, end=now())
+            self.write_facts()
+            if self.wandb:
+                with contextlib.suppress(Exception):
+                    self.wandb.finish()
+
+    def write_facts(self):
+        text = json.dumps(self.facts, indent=1)
+        write_atomically(self.folder / "run.json", lambda file: file.write(text.encode()))
+
+    def write(self, name, text):
+        try:
+            self.files[name].write(text + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.folder / name}: {error.strerror}; free some space and go on with --resume", local=True) from None
+
+    def print(self, text):
+        """A line for the terminal and log.txt."""
+        if self.files:
+            print(("\r\033[K" if self.live else "") + text, flush=True)
+            self.write("log.txt", text)
+
+    def measured(self, step, train_time, **values):
+        """Logs a training or validation loss, the first of `values`, after `step` steps and train_time seconds of training."""
+        if not self.files:
+            return
+        name, loss = next(iter(values.items()))
+        text = (f"step:{step}/{self.config.num_iterations} {name}:{loss:.4f} train_time:{1000 * train_time:.0f}ms "
+                f"step_avg:{1000 * train_time / step if step else math.nan:.2f}ms")
+        if name == "val_loss":
+            self.print(text)
+        else:
+            self.write("log.txt", text)
+            if self.live and step:
+                left = train_time / step * (self.config.num_iterations - step)
+                print(f"\r\033[K{text} {left:.0f} s left", end="", flush=True)
+        tokens = step * self.config.batch_size * self.config.sequence_length
+        record = dict(step=step, **values, train_time_ms=round(1000 * train_time, 3), tokens=tokens)
+        self.write("metrics.jsonl", json.dumps(record))
+        if self.wandb:
+            try:
+                self.wandb.log(record, step=step)
+            except Exception as error:
+                print(f"warning: wandb failed ({type(error).__name__}: {error}); the run goes on without it", file=sys.stderr)
+                self.wandb = None
+
+    def sizes(self):
+        """Bytes of each file, for a checkpoint."""
+        for file in self.files.values():
+            file.flush()
+        return {name: os.path.getsize(self.folder / name) for name in self.files}
+
+
+def now():
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# main()
+
+
+def accumulate(model, micro_batches, collect, dtype):
+    """Adds the gradient of the mean loss of `micro_batches`, a list of (idx, targets), to the parameters' gradients.
+
+    Returns the mean loss, a tensor, and with `collect` the grams of all inputs of this process. DDP averages the gradients
+    over the processes during the last backward pass.
+    """
+    total, total_grams = 0.0, []
+    for i, (idx, targets) in enumerate(micro_batches, start=1):
+        last = i == len(micro_batches)
+        with contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
+            with torch.autocast(idx.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss, grams = model(idx, targets, collect)
+            (loss / len(micro_batches)).backward()
+        total += loss.detach() / len(micro_batches)
+        if collect:
+            total_grams = [a.add_(b) for a, b in zip(total_grams, grams)] if total_grams else grams
+    return total, total_grams
+
+
+def evaluate(model, shards, config, device, dtype, size):
+    """Mean loss over exactly val_tokens tokens, in batches of `size` sequences, shared by all processes."""
+    total, mine = 0.0, range(rank(), config.val_tokens // config.sequence_length, world_size())
+    # with torch.compile, use the graph of the training step: one without gradients would be a third to build
+    with torch.set_grad_enabled(config.compile), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for i in range(0, len(mine), size):
+            numbers = list(mine[i:i + size])
+            idx, targets = shards.batch(numbers + [0] * (size - len(numbers)))
+            targets[len(numbers):] = -1  # fills the last batch up, and does not count
+            loss, _ = model(idx.to(device), targets.to(device))
+            total += loss.detach().double() * (len(numbers) * config.sequence_length)
+    return all_sum(float(total))[0] / config.val_tokens
+
+
+def warm_up(model, raw, config, device, dtype, per_process):
+    """Builds the graphs and the memory pools with steps on dummy data, and leaves the weights as they were.
+
+    Returns the micro-batch: device_batch_size, or the largest power of two that divides per_process and fits.
+    """
+    size = config.device_batch_size
+    if not size:
+        per_token = 6 * raw.lm_head.weight.size(0) + 40 * config.n_layer * config.n_embd  # bytes that a forward pass keeps at the least
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 16384 * per_token  # CPU: about a cacheful
+        size = per_process & -per_process
+        while size > 1 and size * config.sequence_length * per_token > memory:
+            size //= 2
+    weights = {name: p.detach().cpu().clone() for name, p in raw.state_dict().items()}
+    kinds = (False, True) if config.optimizer == "newton_muon" else (False,)  # with and without collecting the inputs
+    while True:
+        idx = torch.randint(config.vocab_size, (size, config.sequence_length)).to(device)
+        fits = 1
+        try:
+            with model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext():
+                for collect in kinds:
+                    accumulate(model, [(idx, idx)] * 2, collect, dtype)
+        except torch.OutOfMemoryError:
+            fits = 0
+        if all_sum(fits)[0] == world_size():
+            break
+        if config.device_batch_size or size == 1:
+            raise UserError(f"a forward and backward pass of {size} sequences of {config.sequence_length} tokens does not fit into the memory of "
+                            f"the GPU; set a smaller {'device_batch_size' if size > 1 else 'sequence_length or model'}")
+        raw.zero_grad(set_to_none=True)
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+        size //= 2
+    optimizers = build_optimizers(raw, config)  # a second pair, thrown away after this
+    for collect in kinds:
+        _, grams = accumulate(model, [(idx, idx)], collect, dtype)
+        if collect:
+            optimizers[1].refresh(grams, idx.numel() * world_size())
+        for optimizer in optimizers:
+            optimizer.step()
+    raw.zero_grad(set_to_none=True)
+    raw.load_state_dict(weights)
+    return size
+
+
+def synchronized_time(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def run(config):
+    """One training run, in this process's part of it. Returns the last validation loss."""
+    per_process = micro_batch_sizes(config, int(os.environ.get("WORLD_SIZE", 1)))
+    device = start_processes(config)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype) or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    torch.set_float32_matmul_precision("high")  # TF32 where a GPU multiplies fp32: preconditioning and the second moments
+    B, T, N = config.batch_size, config.sequence_length, config.num_iterations
+
+    with together():
+        train_shards = Shards(config.input_bin, T, config.vocab_size, config.allow_repeat)
+        train_shards.require(N * B, f"{N} steps of {B} sequences")
+        val_shards = Shards(config.input_val_bin, T, config.vocab_size)
+        val_shards.require(config.val_tokens // T, "validation")
+        checkpoint, folder = find_checkpoint(config) if config.resume and rank() == 0 else (None, None)
+    checkpoint = broadcast_object(checkpoint)
+    with together():
+        log = Log(config, checkpoint, folder)
+
+    torch.manual_seed(config.seed)
+    raw = GPT(config).to(device)
+    model = torch.compile(raw, dynamic=False) if config.compile else raw
+    if world_size() > 1:
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                        broadcast_buffers=False, gradient_as_bucket_view=True)
+    with together():
+        optimizers = build_optimizers(raw, config)
+    parameters = [group for optimizer in optimizers for group in optimizer.param_groups]
+    base_rates = [group["lr"] for group in parameters]
+    log.begin(dict(config=dataclasses.asdict(config), machine=describe_machine(device), world_size=world_size(),
+                   device=str(device.type), dtype=str(dtype), code_sha256=code_sha256(), parameters=raw.num_parameters(),
+                   hidden_parameters=sum(p.numel() for p in raw.hidden_matrices().values()), tokens_per_step=B * T,
+                   train_shards=train_shards.describe(), val_shards=val_shards.describe()))
+    rng = torch.get_rng_state()
+    size = warm_up(model, raw, config, device, dtype, per_process)
+    torch.set_rng_state(rng)
+    hidden = optimizers[1]
+
+    start, train_time, best = 0, 0.0, math.inf
+    if checkpoint:
+        start, train_time, best = checkpoint["step"], checkpoint["train_time"], checkpoint["best_val_loss"]
+        raw.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        torch.set_rng_state(checkpoint["rng"])
+        log.print(f"resumed at step {start}")
+    log.print(f"{config.optimizer}: {raw.num_parameters():,} parameters, {N} steps of {B * T:,} tokens, {world_size()} process(es) on "
+              f"{device.type} with {size} of {per_process} sequences at a time, logs in {getattr(log, 'folder', '')}")
+
+    failures, val_loss, reached = 0, math.nan, best <= config.target_val_loss
+    clock = synchronized_time(device)
+    for step in range(start, N + 1):
+        evaluates = step == N or (config.val_loss_every and step % config.val_loss_every == 0)
+        saves = step == N or (config.save_every and step % config.save_every == 0)
+        resumed_here = checkpoint and step == start  # this step's evaluation and checkpoint are there
+        if (evaluates or saves) and not resumed_here:
+            train_time += synchronized_time(device) - clock
+            if evaluates:
+                val_loss = evaluate(model, val_shards, config, device, dtype, size)
+                log.measured(step, train_time, val_loss=val_loss)
+                if not math.isfinite(val_loss):
+                    raise UserError(f"the validation loss is {val_loss} at step {step}; lower learning_rate or hidden_learning_rate")
+                best = min(best, val_loss)
+                if val_loss <= config.target_val_loss and not reached:
+                    reached = True
+                    log.print(f"target {config.target_val_loss} reached at step {step}, {train_time:.1f} s")
+            stops = step == N or (reached and config.stop_at_target)
+            if saves or stops:
+                save_checkpoint(log.folder / "checkpoints" if rank() == 0 else None, config, step, raw, optimizers, train_time, best, log)
+            if stops:
+                break
+            clock = synchronized_time(device)
+        if step == N:
+            break
+
+        scale = learning_rate_scale(config, step)
+        for group, rate in zip(parameters, base_rates):
+            group["lr"] = rate * scale
+        collect = config.optimizer == "newton_muon" and (step + 1) % config.refresh_interval == 0
+        first = step * B + rank() * per_process
+        micro_batches = [[t.to(device, non_blocking=True) for t in train_shards.batch(range(i, i + size))]
+                         for i in range(first, first + per_process, size)]
+        loss, grams = accumulate(model, micro_batches, collect, dtype)
+        if collect:
+            hidden.refresh(grams, B * T)
+        for optimizer in optimizers:
+            optimizer.step()
+        raw.zero_grad(set_to_none=True)
+        if (step + 1) % config.log_every == 0 or step + 1 == N:
+            loss_sum, failed = all_sum(float(loss), float(getattr(hidden, "failures", 0)))
+            loss = loss_sum / world_size()
+            log.measured(step + 1, train_time + time.perf_counter() - clock, train_loss=loss, learning_rate_scale=scale,
+                         **({"failed_factorisations": int(failed)} if config.optimizer == "newton_muon" else {}))
+            if failed > failures:
+                log.print(f"warning: {int(failed - failures)} factorisations failed up to step {step + 1}; those blocks keep their last preconditioner")
+                failures = failed
+            if not math.isfinite(loss):
+                raise UserError(f"the training loss is {loss} at step {step + 1}; lower learning_rate or hidden_learning_rate")
+    log.end(final_val_loss=val_loss, best_val_loss=best, train_time_ms=1000 * train_time, steps=step)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return val_loss
+
+
+def main():
+    warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+    try:
+        run(load_config(sys.argv[1:]))
+    except UserError as error:
+        if error.local or int(os.environ.get("RANK", 0)) == 0:
+            where = f"process {os.environ['RANK']}: " if error.local and "RANK" in os.environ else ""
+            print(f"\nerror: {where}{error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was logged so far stays", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
