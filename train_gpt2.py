@@ -396,7 +396,7 @@ class GPT(nn.Module):
         Returns (loss, grams): with `collect`, grams holds Z Z^T of the inputs of each of hidden_matrices(), else nothing.
         """
         logits, grams = self.logits(idx, collect)
-        return F.cross_entropy(logits.view(-1, self.vocab_size), targets.view(-1), ignore_index=-1), grams
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1), grams
 
     def logits(self, idx, collect=False):
         """Logits (B, T, vocab_size) fp32 for tokens `idx` (B, T), and the grams of forward()."""
@@ -456,35 +456,32 @@ class Muon(torch.optim.Optimizer):
         W <- (1 - lr weight_decay) W - lr sqrt(max(m, n)) newton_schulz(U)
 
     so that lr is about the root-mean-square size of an element's update. A matrix with m = 3 n is taken for a fused
-    q, k, v, whose three n x n blocks are orthogonalised apart with sqrt(n). Raises ValueError for other than matrices.
+    q, k, v, whose three n x n blocks are orthogonalised apart with sqrt(n). Raises ValueError for a setting out of range,
+    or a parameter that is no matrix.
 
     With several processes each matrix has one owner, which alone keeps its state and orthogonalises its momentum; the
-    updates of all owners then come back in one all-gather, bf16 on CUDA and fp32 on the CPU. Matrices of the same shape
-    go through Newton-Schulz as one batch. Gradients must be the same on all processes, as DDP leaves them.
+    updates of all owners come back in one all-gather, bf16 on CUDA, else in the weights' type. An owner's matrices of one
+    shape go through Newton-Schulz as one batch. Gradients must be the same on all processes, as DDP leaves them.
     """
 
     def __init__(self, params, lr=3.6e-4, momentum=0.95, nesterov=True, ns_steps=5, weight_decay=0.0, **more):
-        if not 0 <= lr:
-            raise ValueError(f"lr = {lr}: must be 0 or more")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum = {momentum}: must be at least 0 and below 1")
-        if not 0 <= weight_decay:
-            raise ValueError(f"weight_decay = {weight_decay}: must be 0 or more")
+        if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
+            raise ValueError(f"lr = {lr}, weight_decay = {weight_decay}, momentum = {momentum}: must be 0 or more, momentum below 1")
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps,
                                       weight_decay=weight_decay, **more))
-        self.params = [p for group in self.param_groups for p in group["params"]]
-        for p in self.params:
+        matrices = [p for group in self.param_groups for p in group["params"]]
+        for p in matrices:
             if p.ndim != 2:
                 raise ValueError(f"a parameter of shape {tuple(p.shape)}: {type(self).__name__} updates matrices only")
-        self.owner = assign_owners([self.flops(p) for p in self.params], world_size())
-        self.offset, used = [], [0] * world_size()  # where the update of each matrix lies in its owner's part of the all-gather
-        for p, owner in zip(self.params, self.owner):
-            self.offset.append(used[owner])
+        self.slot, used = {}, [0] * world_size()  # matrix -> (owner, where its update starts in the owner's part of the all-gather)
+        for p, owner in zip(matrices, assign_owners([self.flops(p) for p in matrices], world_size())):
+            self.slot[p] = owner, used[owner]
             used[owner] += p.numel()
-        self.width = max(used)
+        dtype = torch.bfloat16 if matrices[0].is_cuda else matrices[0].dtype
+        self.updates = torch.zeros(max(used), dtype=dtype, device=matrices[0].device)  # of this process's matrices
 
     def flops(self, p):
-        """FLOPs of the owner's work on matrix p in one step: in each Newton-Schulz iteration X X^T, A A and their product with X."""
+        """FLOPs of the owner's work on matrix p in a step: X X^T, A A and their product with X in each Newton-Schulz iteration."""
         b, r, R = as_blocks(p).shape
         return self.defaults["ns_steps"] * b * (4 * r * r * R + 2 * r ** 3)
 
@@ -493,47 +490,46 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        p0 = self.params[0]
-        dtype = torch.bfloat16 if p0.is_cuda else p0.dtype
-        mine = torch.zeros(self.width, dtype=dtype, device=p0.device)
-        batches = defaultdict(list)  # (shorter, longer side, Newton-Schulz steps) -> [(blocks of U, where the blocks of the update go)]
-        settings = {p: group for group in self.param_groups for p in group["params"]}
-        for p, owner, offset in zip(self.params, self.owner, self.offset):
-            if owner != rank() or p.grad is None:
-                continue
-            group, state = settings[p], self.state[p]
-            G = self.precondition(p, p.grad)
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            M = state["momentum_buffer"].mul_(group["momentum"]).add_(G)
-            U = G.add(M, alpha=group["momentum"]) if group["nesterov"] else M
-            U, update = as_blocks(U), as_blocks(mine[offset:offset + p.numel()].view_as(p))
-            batches[(*U.shape[1:], group["ns_steps"])].append((U, update))
-        for (*_, ns_steps), batch in batches.items():
-            O = newton_schulz(torch.cat([U for U, _ in batch]), ns_steps)
-            for (_, update), o in zip(batch, O.split([len(U) for U, _ in batch])):
-                update.copy_(o)
-        updates = all_gather(mine)
-        for p, owner, offset in zip(self.params, self.owner, self.offset):
-            if p.grad is not None:
-                group = settings[p]
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(updates[owner, offset:offset + p.numel()].view_as(p), alpha=-group["lr"] * math.sqrt(max(as_blocks(p).shape[1:])))
+        for group in self.param_groups:
+            batches = defaultdict(list)  # shape -> [(blocks of U, where the blocks of the update go)]
+            for p in group["params"]:
+                owner, start = self.slot[p]
+                if owner != rank() or p.grad is None:
+                    continue
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                G = self.precondition(p, p.grad)
+                M = self.state[p]["momentum_buffer"].mul_(group["momentum"]).add_(G)
+                U = as_blocks(G.add(M, alpha=group["momentum"]) if group["nesterov"] else M)
+                batches[U.shape[1:]].append((U, as_blocks(self.updates[start:start + p.numel()].view_as(p))))
+            for batch in batches.values():
+                O = newton_schulz(torch.cat([U for U, _ in batch]), group["ns_steps"])
+                for (U, update), o in zip(batch, O.split([len(U) for U, _ in batch])):
+                    update.copy_(o)
+        updates = all_gather(self.updates)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    owner, start = self.slot[p]
+                    scale = math.sqrt(max(as_blocks(p).shape[1:]))
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(updates[owner, start:start + p.numel()].view_as(p), alpha=-group["lr"] * scale)
 
     def state_dict(self):
-        """The state of all matrices on process 0, whoever owns them (a collective); elsewhere that of this process's."""
+        """On process 0 with the state of all matrices, whoever owns them (all processes must call it); elsewhere with this process's."""
         state = super().state_dict()
         for part in gather_objects(state["state"]):
             state["state"].update(part)
         return state
 
     def load_state_dict(self, state_dict):
-        owned = {i: state for i, state in state_dict["state"].items() if self.owner[i] == rank()}
+        owners = [self.slot[p][0] for group in self.param_groups for p in group["params"]]
+        owned = {i: state for i, state in state_dict["state"].items() if owners[i] == rank()}
         super().load_state_dict({**state_dict, "state": owned})
 
 
 class NewtonMuon(Muon):
-    """Muon on gradients that are preconditioned by the second moment of each layer's inputs (arXiv:2604.01472).
+    """Muon on gradients preconditioned by the second moment of each layer's inputs (arXiv:2604.01472).
 
     Each matrix W (m, n) of a layer with inputs Z (n, N tokens) keeps K (n, n), at first 1e-3 I. A refresh does
 
@@ -542,68 +538,55 @@ class NewtonMuon(Muon):
 
     and from the first refresh on, each step replaces G by G P before Muon's momentum. A matrix wider than tall has n / m
     diagonal blocks instead of one K, one for each slice of its inputs; fused q, k, v share theirs. If a factorisation
-    fails, that block keeps its previous P and `failures` counts it.
+    fails, that block keeps its previous P, and `failures` counts it. Raises ValueError as Muon does.
     """
 
     def __init__(self, params, lr=4e-4, momentum=0.95, nesterov=True, ns_steps=5, weight_decay=0.0,
                  refresh_interval=32, ewma=0.95, ridge=0.2):
-        if not 0 <= ewma < 1:
-            raise ValueError(f"ewma = {ewma}: must be at least 0 and below 1")
-        if not 0 < ridge:
-            raise ValueError(f"ridge = {ridge}: must be positive")
+        if not 0 <= ewma < 1 or ridge <= 0:
+            raise ValueError(f"ewma = {ewma}, ridge = {ridge}: ewma must be at least 0 and below 1, ridge positive")
         super().__init__(params, lr, momentum, nesterov, ns_steps, weight_decay,
                          refresh_interval=refresh_interval, ewma=ewma, ridge=ridge)
-        for p in self.params:
-            if p.size(1) > p.size(0) and p.size(1) % p.size(0):
-                raise ValueError(f"a matrix of shape {tuple(p.shape)}: must be as tall as wide, taller, or a whole number of times wider")
-        self.failures = torch.zeros((), dtype=torch.int64, device=self.params[0].device)
+        self.failures = torch.zeros((), dtype=torch.int64, device=self.updates.device)
 
     @staticmethod
     def gram_shape(p):
         """(b, n, n) of K and P of matrix p."""
-        n = min(p.shape[1], p.shape[0])
+        n = min(p.shape)
+        if p.size(1) % n:
+            raise ValueError(f"a matrix of shape {tuple(p.shape)}: must be as tall as wide, taller, or a whole number of times wider")
         return p.size(1) // n, n, n
 
     def flops(self, p):
-        """Muon's, G P, and the share of a refresh (Cholesky and inverse: n^3 each block) that falls to one step."""
+        """Muon's, G P, and the share of a refresh (Cholesky and inverse: n^3 a block) that falls to one step."""
         b, n, _ = self.gram_shape(p)
         return super().flops(p) + 2 * p.numel() * n + b * n ** 3 // self.defaults["refresh_interval"]
 
+    @torch.no_grad()
     def refresh(self, grams, tokens):
-        """Updates K and P. grams: for each matrix the sum of z z^T over this process's inputs, (b, n, n); tokens: N, of all processes."""
-        for p, gram in zip(self.params, grams, strict=True):
-            if gram.shape != self.gram_shape(p):
-                raise ValueError(f"gram of shape {tuple(gram.shape)} for a matrix {tuple(p.shape)}: must be {self.gram_shape(p)}")
-        reduce_to_owners(grams, self.owner)
-        batches = defaultdict(list)  # n -> [(state, settings)] of the matrices that are factorised together
-        settings = {p: group for group in self.param_groups for p in group["params"]}
-        for p, owner, gram in zip(self.params, self.owner, grams):
-            if owner != rank():
+        """Updates K and P. grams: of each matrix in turn, the sum of z z^T over this process's inputs, shaped gram_shape(p);
+        overwritten. tokens: N, over all processes."""
+        matrices = [(p, group) for group in self.param_groups for p in group["params"]]
+        reduce_to_owners(grams, [self.slot[p][0] for p, _ in matrices])
+        for (p, group), gram in zip(matrices, grams, strict=True):
+            if self.slot[p][0] != rank():
                 continue
-            group, state = settings[p], self.state[p]
+            state, eye = self.state[p], torch.eye(gram.size(-1), dtype=gram.dtype, device=gram.device)
             if "K" not in state:
-                eye = torch.eye(gram.size(-1), device=gram.device).repeat(gram.size(0), 1, 1)
-                state["K"], state["P"] = 1e-3 * eye, eye
-            state["K"].mul_(group["ewma"]).add_(gram, alpha=(1 - group["ewma"]) / tokens)
-            batches[gram.size(-1), group["ridge"]].append(state)
-        for (n, ridge), states in batches.items():
-            K = torch.cat([state["K"] for state in states])
-            K.diagonal(dim1=-2, dim2=-1).add_(ridge * K.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) + 1e-8)
-            L, info = torch.linalg.cholesky_ex(K)
-            good = (info == 0) & L.isfinite().all(-1).all(-1)
-            eye = torch.eye(n, device=K.device, dtype=K.dtype)
-            P = torch.cholesky_inverse(torch.where(good[:, None, None], L, eye))
-            P = torch.where(good[:, None, None], P, torch.cat([state["P"] for state in states]))
+                state["K"] = 1e-3 * eye.repeat(gram.size(0), 1, 1)
+                state["P"] = eye.repeat(gram.size(0), 1, 1)
+            K = state["K"].mul_(group["ewma"]).add_(gram, alpha=(1 - group["ewma"]) / tokens)
+            ridge = group["ridge"] * K.diagonal(dim1=-2, dim2=-1).mean(-1) + 1e-8
+            L, info = torch.linalg.cholesky_ex(K + ridge[:, None, None] * eye)
+            good = ((info == 0) & L.isfinite().all(-1).all(-1))[:, None, None]
+            state["P"] = torch.where(good, torch.cholesky_inverse(torch.where(good, L, eye)), state["P"])
             self.failures += (~good).sum()
-            for state, p in zip(states, P.split([len(state["P"]) for state in states])):
-                state["P"].copy_(p)
 
     def precondition(self, p, G):
         P = self.state[p].get("P")
         if P is None:  # no refresh yet
             return G
-        b, n, _ = P.shape
-        return torch.einsum("mbi,bij->mbj", G.view(-1, b, n), P).reshape_as(G)
+        return torch.einsum("mbi,bij->mbj", G.view(G.size(0), P.size(0), -1), P).reshape_as(G)
 
 
 class Signum(torch.optim.Optimizer):
@@ -786,14 +769,14 @@ def write_atomically(path, write):
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; what was there before is untouched", local=True) from None
 
 
-def save_checkpoint(folder, config, step, model, optimizers, train_time, best_val_loss, log):
-    """Writes folder/step_XXXXXX.pt and keeps the one before it. All processes must call it."""
+def save_checkpoint(log, config, model, optimizers, progress):
+    """Writes checkpoints/step_XXXXXX.pt in the run's folder and keeps the one before it. All processes must call it."""
     states = [optimizer.state_dict() for optimizer in optimizers]
     if rank() == 0:
-        checkpoint = dict(config=dataclasses.asdict(config), code_sha256=code_sha256(), step=step, model=model.state_dict(),
-                          optimizers=states, rng=torch.get_rng_state(), train_time=train_time, best_val_loss=best_val_loss,
-                          log_bytes=log.sizes())
-        write_atomically(folder / f"step_{step:06d}.pt", lambda file: torch.save(checkpoint, file))
+        folder = log.folder / "checkpoints"
+        checkpoint = dict(config=dataclasses.asdict(config), code_sha256=code_sha256(), model=model.state_dict(), optimizers=states,
+                          progress=progress, rng=torch.get_rng_state(), log_bytes=log.sizes())
+        write_atomically(folder / f"step_{progress['step']:06d}.pt", lambda file: torch.save(checkpoint, file))
         for old in sorted(folder.glob("step_*.pt"))[:-2]:
             old.unlink()
 
@@ -1083,9 +1066,9 @@ def run(config):
     torch.set_rng_state(rng)
     hidden = optimizers[1]
 
-    start, train_time, best = 0, 0.0, math.inf
+    start, train_time, val_loss, best = 0, 0.0, math.nan, math.inf
     if checkpoint:
-        start, train_time, best = checkpoint["step"], checkpoint["train_time"], checkpoint["best_val_loss"]
+        start, train_time, val_loss, best = (checkpoint["progress"][key] for key in ("step", "train_time", "val_loss", "best_val_loss"))
         raw.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
@@ -1094,7 +1077,7 @@ def run(config):
     log.print(f"{config.optimizer}: {raw.num_parameters():,} parameters, {N} steps of {B * T:,} tokens, {world_size()} process(es) on "
               f"{device.type} with {size} of {per_process} sequences at a time, logs in {getattr(log, 'folder', '')}")
 
-    failures, val_loss, reached = 0, math.nan, best <= config.target_val_loss
+    failures, reached = 0, best <= config.target_val_loss
     clock = synchronized_time(device)
     for step in range(start, N + 1):
         evaluates = step == N or (config.val_loss_every and step % config.val_loss_every == 0)
@@ -1113,7 +1096,7 @@ def run(config):
                     log.print(f"target {config.target_val_loss} reached at step {step}, {train_time:.1f} s")
             stops = step == N or (reached and config.stop_at_target)
             if saves or stops:
-                save_checkpoint(log.folder / "checkpoints" if rank() == 0 else None, config, step, raw, optimizers, train_time, best, log)
+                save_checkpoint(log, config, raw, optimizers, dict(step=step, train_time=train_time, val_loss=val_loss, best_val_loss=best))
             if stops:
                 break
             clock = synchronized_time(device)

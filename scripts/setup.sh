@@ -1,0 +1,21 @@
+# Sourced by run.sh and test.sh: goes to the repository and makes .venv with what requirements.txt lists, once for each version of it.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ ! -x .venv/bin/python ]; then
+    for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
+        if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            break
+        fi
+        candidate=
+    done
+    if [ -z "$candidate" ]; then
+        echo "error: no Python 3.11 or newer on the PATH; install one, or name it: PYTHON=/path/to/python $0" >&2
+        exit 1
+    fi
+    "$candidate" -m venv .venv || { echo "error: '$candidate -m venv' failed (on Debian and Ubuntu: apt-get install python3-venv)" >&2; rm -rf .venv; exit 1; }
+fi
+if ! cmp -s requirements.txt .venv/requirements.installed; then
+    echo "Installing requirements.txt into .venv ..."
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    cp requirements.txt .venv/requirements.installed
+fi
+python=.venv/bin/python

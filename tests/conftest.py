@@ -1,0 +1,63 @@
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.tokenize_text import write_shard
+from train_gpt2 import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(2)
+
+# fields of a model that trains in a second, on the shards of the fixture `shards`
+TINY = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=64, sequence_length=16, batch_size=12, num_iterations=10, warmdown_iters=4,
+            val_loss_every=5, val_tokens=16 * 24, log_every=1, learning_rate=0.01, hidden_learning_rate=0.002, device="cpu")
+
+
+@pytest.fixture
+def tiny():
+    return Config(**TINY)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """Folder with two training shards and a validation shard of learnable tokens below 64."""
+    folder = tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+    for name, n in (("train_000001", 3000), ("train_000002", 3000), ("val_000000", 1000)):
+        tokens = np.cumsum(rng.integers(1, 4, n)) % 64  # the next token is one of three
+        write_shard(folder / f"{name}.bin", tokens)
+    return folder
+
+
+@pytest.fixture
+def start(shards, tmp_path):
+    """start(*arguments, processes=1, **fields): trains the tiny model in a process of its own (or several, by torchrun).
+
+    Returns the finished process. `config` is the TOML file's text; fields become command-line arguments.
+    """
+    def start(*arguments, processes=1, config=None, env=None, **fields):
+        path = tmp_path / "config.toml"
+        if config is None:
+            values = {**TINY, "input_bin": str(shards / "train_*.bin"), "input_val_bin": str(shards / "val_*.bin"), "log_dir": str(tmp_path / "logs")}
+            config = "".join(f"{key} = {toml(value)}\n" for key, value in values.items())
+        path.write_text(config)
+        launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *launcher, str(ROOT / "train_gpt2.py"), str(path), *arguments]
+        command += [text for key, value in fields.items() for text in (f"--{key}", str(value))]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+    return start
+
+
+def toml(value):
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def override(config, **fields):
+    return dataclasses.replace(config, **fields)

@@ -1,0 +1,133 @@
+import copy
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT, override
+from train_gpt2 import GPT, Config, accumulate, build_optimizers
+
+
+def norm64(x):
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def block64(block, x, n_head, n_layer):
+    """A block from its equations, token by token and head by head, in float64."""
+    T, C = x.shape
+    d = C // n_head
+    weights = {name: p.detach().double() for name, p in block.named_parameters()}
+    z = norm64(x)
+    q, k, v = (z @ weights["attn.c_attn.weight"].T).split(C, dim=1)
+    angle = [[t * 10000.0 ** (-2 * i / d) for i in range(d // 2)] for t in range(T)]
+
+    def rotate(row, t):
+        out = row.clone()
+        for i in range(d // 2):
+            a, b, phi = row[i].item(), row[i + d // 2].item(), angle[t][i]
+            out[i], out[i + d // 2] = a * math.cos(phi) + b * math.sin(phi), b * math.cos(phi) - a * math.sin(phi)
+        return out
+
+    y = torch.zeros_like(x)
+    for head in range(n_head):
+        part = slice(head * d, head * d + d)
+        Q, K = (torch.stack([rotate(m[t, part], t) for t in range(T)]) for m in (q, k))
+        for t in range(T):
+            y[t, part] = torch.softmax(K[:t + 1] @ Q[t] / math.sqrt(d), 0) @ v[:t + 1, part]
+    x = x + y @ weights["attn.c_proj.weight"].T / math.sqrt(2 * n_layer)
+    h = norm64(x) @ weights["mlp.c_fc.weight"].T
+    h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
+    return x + h @ weights["mlp.c_proj.weight"].T, [z, y, norm64(x), h]
+
+
+@pytest.fixture
+def model(tiny):
+    torch.manual_seed(0)
+    return GPT(tiny)
+
+
+def test_model_agrees_with_its_equations_in_float64(model, tiny):
+    idx = torch.randint(64, (1, 16), generator=torch.Generator().manual_seed(1))
+    targets = idx.roll(-1, 1)
+    loss, grams = model(idx, targets, collect=True)
+    x, inputs = model.wte.weight.detach().double()[idx[0]], []
+    for block in model.h:
+        x, z = block64(block, x, tiny.n_head, tiny.n_layer)
+        inputs += z
+    logits = norm64(x) @ model.lm_head.weight.detach().double()[:64].T
+    expected = torch.logsumexp(logits, 1) - logits[torch.arange(16), targets[0]]
+    assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    for gram, z, p in zip(grams, inputs, model.hidden_matrices().values(), strict=True):
+        for block, part in zip(gram, z.split(16, dim=1), strict=True):
+            torch.testing.assert_close(block.double(), part.T @ part, rtol=1e-4, atol=1e-4)
+        assert gram.shape == (p.shape[1] // 16, 16, 16)
+
+
+def test_a_token_does_not_see_the_ones_after_it(model):
+    idx = torch.randint(64, (1, 16), generator=torch.Generator().manual_seed(2))
+    changed = idx.clone()
+    changed[0, 10:] = 63 - changed[0, 10:]
+    before, after = model.logits(idx)[0], model.logits(changed)[0]
+    torch.testing.assert_close(before[:, :10], after[:, :10])
+    assert not torch.allclose(before[:, 10:], after[:, 10:])
+
+
+def test_the_rows_that_pad_the_table_are_never_predicted_and_never_move(model, tiny):
+    assert model.lm_head.weight.shape == (128, 16) and model.logits(torch.zeros(1, 4, dtype=torch.long))[0].shape == (1, 4, 64)
+    before = model.lm_head.weight[64:].clone()
+    idx = torch.randint(64, (4, 16))
+    accumulate(model, [(idx, idx)], False, torch.float32)
+    for optimizer in build_optimizers(model, tiny):
+        optimizer.step()
+    assert torch.equal(model.lm_head.weight[64:], before)
+
+
+def test_the_speedrun_model_has_123532032_parameters():
+    with torch.device("meta"):
+        assert GPT(Config()).num_parameters() == 123_532_032
+
+
+def test_first_loss_is_near_the_logarithm_of_the_vocabulary():
+    # the table is initialised as the head, within 1 / sqrt(n_embd): the logits of a normed vector have a variance of 1/3
+    config = Config(n_layer=2, n_head=4, n_embd=128, vocab_size=5000, sequence_length=64)
+    torch.manual_seed(0)
+    idx = torch.randint(5000, (8, 65))
+    with torch.no_grad():
+        loss, _ = GPT(config)(idx[:, :-1], idx[:, 1:])
+    assert loss.item() == pytest.approx(math.log(5000) + 1 / 6, abs=0.05)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "newton_muon"])
+def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(tiny, optimizer):
+    config = override(tiny, optimizer=optimizer)
+    torch.manual_seed(0)
+    whole = GPT(config)
+    parts = copy.deepcopy(whole)
+    rows = torch.randint(64, (12, 17), generator=torch.Generator().manual_seed(3))
+    idx, targets = rows[:, :-1], rows[:, 1:]
+    for model, size in ((whole, 12), (parts, 3)):
+        optimizers = build_optimizers(model, config)
+        _, grams = accumulate(model, list(zip(idx.split(size), targets.split(size))), True, torch.float32)
+        if optimizer == "newton_muon":
+            optimizers[1].refresh(grams, idx.numel())
+        for o in optimizers:
+            o.step()
+    for (name, a), b in zip(whole.named_parameters(), parts.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_importing_the_trainer_has_no_side_effects(tmp_path):
+    code = """
+import sys, os, threading
+sys.argv = ["x", "--nonsense"]
+before = set(os.listdir("."))
+import torch
+seed, threads = torch.initial_seed(), threading.active_count()
+import train_gpt2
+assert torch.initial_seed() == seed and threading.active_count() == threads and set(os.listdir(".")) == before
+assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
+assert "wandb" not in sys.modules and "tiktoken" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, check=True)

@@ -1,0 +1,138 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import golden
+from train_gpt2 import Muon, NewtonMuon, Signum, assign_owners, newton_schulz
+
+
+@pytest.mark.parametrize("name", ["muon_d16.npz", "newton_muon_d16.npz"])
+def test_golden_vectors_replay_to_a_ten_thousandth_of_a_step(name):
+    assert max(golden.replay(Path(__file__).parent / name).values()) < golden.TOLERANCE
+
+
+def test_golden_replay_notices_another_rule(monkeypatch):
+    monkeypatch.setattr("train_gpt2.NewtonMuon.precondition", lambda self, p, G: G)
+    assert min(golden.replay(Path(__file__).parent / "newton_muon_d16.npz").values()) > 0.1
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (24, 96), (96, 24), (3, 16, 40)])
+def test_newton_schulz_keeps_singular_vectors_and_maps_values_by_its_polynomial(shape):
+    U = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left, values, right = torch.linalg.svd(U, full_matrices=False)
+    values = values / U.norm(dim=(-2, -1), keepdim=True).squeeze(-1)
+    for _ in range(5):  # the odd polynomial acts on each singular value alone
+        values = 3.4445 * values - 4.7750 * values ** 3 + 2.0315 * values ** 5
+    expected = left @ torch.diag_embed(values) @ right
+    torch.testing.assert_close(newton_schulz(U), expected, rtol=0, atol=1e-5)
+
+
+def test_newton_schulz_is_near_the_orthogonal_factor():
+    U = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    left, _, right = torch.linalg.svd(U)
+    values = torch.linalg.svdvals(newton_schulz(U))
+    assert values.max() < 1.3 and values.median() > 0.65
+    assert torch.nn.functional.cosine_similarity(newton_schulz(U).flatten(), (left @ right).flatten(), dim=0) > 0.95
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("shape", [(32, 32), (64, 32), (32, 128)])
+def test_muon_is_torch_optim_muon_up_to_its_bf16_iteration(shape, nesterov):
+    generator = torch.Generator().manual_seed(2)
+    ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+    settings = dict(momentum=0.9, nesterov=nesterov, weight_decay=0.1)
+    a = Muon([ours], lr=0.02, **settings)
+    b = torch.optim.Muon([theirs], lr=0.02 / 0.2, adjust_lr_fn="match_rms_adamw", **{**settings, "weight_decay": 0.02})
+    for _ in range(4):
+        before = ours.detach().clone()
+        ours.grad = torch.randn(shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+        a.step()
+        b.step()
+        error = (ours - theirs).norm() / (ours - before).norm()
+        assert error < 0.03  # bf16 keeps 8 bits, and the iteration magnifies small singular values
+        theirs.data.copy_(ours.data)
+
+
+def test_muon_orthogonalises_the_blocks_of_a_fused_qkv_apart():
+    generator = torch.Generator().manual_seed(3)
+    fused, parts = torch.nn.Parameter(torch.zeros(24, 8)), [torch.nn.Parameter(torch.zeros(8, 8)) for _ in range(3)]
+    fused.grad = torch.randn(24, 8, generator=generator)
+    for part, grad in zip(parts, fused.grad.split(8)):
+        part.grad = grad
+    Muon([fused], lr=0.1).step()
+    Muon(parts, lr=0.1).step()
+    torch.testing.assert_close(fused.data, torch.cat([part.data for part in parts]))
+
+
+def test_newton_muon_preconditioner_is_the_damped_inverse_of_the_second_moment():
+    generator = torch.Generator().manual_seed(4)
+    wide = torch.nn.Parameter(torch.zeros(6, 24))
+    optimizer = NewtonMuon([wide], ewma=0.5, ridge=0.3)
+    expected = [torch.eye(6, dtype=torch.float64) * 1e-3] * 4
+    for _ in range(3):
+        Z = torch.randn(4, 100, 6, generator=generator)
+        optimizer.refresh([Z.mT @ Z], 100)
+        expected = [0.5 * K + 0.5 * z.T.double() @ z.double() / 100 for K, z in zip(expected, Z)]
+    for P, K in zip(optimizer.state[wide]["P"], expected):
+        inverse = torch.linalg.inv(K + (0.3 * K.trace() / 6 + 1e-8) * torch.eye(6, dtype=torch.float64))
+        torch.testing.assert_close(P.double(), inverse, rtol=1e-4, atol=1e-5)
+    G = torch.randn(6, 24, generator=generator)
+    torch.testing.assert_close(optimizer.precondition(wide, G), torch.cat([g @ P for g, P in zip(G.split(6, 1), optimizer.state[wide]["P"])], 1))
+
+
+def test_newton_muon_before_its_first_refresh_is_muon():
+    a, b = torch.nn.Parameter(torch.ones(8, 8)), torch.nn.Parameter(torch.ones(8, 8))
+    a.grad = b.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(5))
+    NewtonMuon([a], lr=0.01).step()
+    Muon([b], lr=0.01).step()
+    assert torch.equal(a, b)
+
+
+def test_a_failed_factorisation_keeps_the_last_preconditioner_and_is_counted():
+    w = torch.nn.Parameter(torch.zeros(4, 8))
+    optimizer = NewtonMuon([w])
+    optimizer.refresh([torch.eye(4).repeat(2, 1, 1)], 1)
+    before = optimizer.state[w]["P"].clone()
+    optimizer.refresh([torch.stack([torch.eye(4), -100 * torch.eye(4)])], 1)  # no second moment is negative
+    assert optimizer.failures == 1
+    assert torch.equal(optimizer.state[w]["P"][1], before[1])
+    assert not torch.equal(optimizer.state[w]["P"][0], before[0])
+    optimizer.refresh([torch.full((2, 4, 4), math.nan)], 1)
+    assert optimizer.failures == 3 and optimizer.state[w]["P"].isfinite().all()
+
+
+def test_signum_follows_its_equation():
+    w = torch.nn.Parameter(torch.tensor([1.0, 1.0, 1.0]))
+    optimizer = Signum([w], lr=0.1, momentum=0.5, nesterov=False, weight_decay=0.5)
+    M, W = torch.zeros(3), torch.ones(3)
+    for grad in ([1.0, -1.0, 0.0], [-3.0, -1.0, 0.0]):
+        w.grad = torch.tensor(grad)
+        optimizer.step()
+        M = 0.5 * M + 0.5 * w.grad
+        W = W * 0.95 - 0.1 * M.sign()
+    torch.testing.assert_close(w.data, W)
+
+
+@pytest.mark.parametrize("kind, settings", [(Muon, dict(lr=-1)), (Muon, dict(momentum=1.0)), (Muon, dict(weight_decay=-0.1)),
+                                            (NewtonMuon, dict(ewma=1.0)), (NewtonMuon, dict(ridge=0.0))])
+def test_optimizers_refuse_settings_out_of_range(kind, settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        kind([torch.nn.Parameter(torch.zeros(2, 2))], **settings)
+
+
+def test_optimizers_refuse_what_is_no_matrix_they_can_update():
+    with pytest.raises(ValueError, match="matrices only"):
+        Muon([torch.nn.Parameter(torch.zeros(3))])
+    with pytest.raises(ValueError, match="whole number"):
+        NewtonMuon([torch.nn.Parameter(torch.zeros(4, 6))])
+
+
+def test_owners_share_the_work_evenly():
+    costs = [9, 9, 9, 3, 3, 3, 3, 3, 3, 3, 3, 3]
+    owners = assign_owners(costs, 3)
+    loads = [sum(cost for cost, owner in zip(costs, owners) if owner == r) for r in range(3)]
+    assert loads == [18, 18, 18]
+    assert assign_owners(costs, 1) == [0] * 12
