@@ -994,12 +994,12 @@ def warm_up(model, raw, config, device, dtype, per_process):
     weights = {name: p.detach().cpu().clone() for name, p in raw.state_dict().items()}
     kinds = (False, True) if config.optimizer == "newton_muon" else (False,)  # with and without collecting the inputs
     while True:
-        idx = torch.randint(config.vocab_size, (size, config.sequence_length)).to(device)
+        idx, targets = torch.randint(config.vocab_size, (2, size, config.sequence_length)).to(device)
         fits = 1
         try:
             with model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext():
                 for collect in kinds:
-                    accumulate(model, [(idx, idx)] * 2, collect, dtype)
+                    accumulate(model, [(idx, targets)] * 2, collect, dtype)
         except torch.OutOfMemoryError:
             fits = 0
         if all_sum(fits)[0] == world_size():
@@ -1013,7 +1013,7 @@ def warm_up(model, raw, config, device, dtype, per_process):
         size //= 2
     optimizers = build_optimizers(raw, config)  # a second pair, thrown away after this
     for collect in kinds:
-        _, grams = accumulate(model, [(idx, idx)], collect, dtype)
+        _, grams = accumulate(model, [(idx, targets)], collect, dtype)
         if collect:
             optimizers[1].refresh(grams, idx.numel() * world_size())
         for optimizer in optimizers:
@@ -1055,8 +1055,6 @@ def run(config):
                                         broadcast_buffers=False, gradient_as_bucket_view=True)
     with together():
         optimizers = build_optimizers(raw, config)
-    parameters = [group for optimizer in optimizers for group in optimizer.param_groups]
-    base_rates = [group["lr"] for group in parameters]
     log.begin(dict(config=dataclasses.asdict(config), machine=describe_machine(device), world_size=world_size(),
                    device=str(device.type), dtype=str(dtype), code_sha256=code_sha256(), parameters=raw.num_parameters(),
                    hidden_parameters=sum(p.numel() for p in raw.hidden_matrices().values()), tokens_per_step=B * T,
@@ -1104,8 +1102,9 @@ def run(config):
             break
 
         scale = learning_rate_scale(config, step)
-        for group, rate in zip(parameters, base_rates):
-            group["lr"] = rate * scale
+        for optimizer, rate in zip(optimizers, (config.learning_rate, config.hidden_learning_rate)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * scale
         collect = config.optimizer == "newton_muon" and (step + 1) % config.refresh_interval == 0
         first = step * B + rank() * per_process
         micro_batches = [[t.to(device, non_blocking=True) for t in train_shards.batch(range(i, i + size))]

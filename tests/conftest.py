@@ -1,18 +1,19 @@
-import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import train_gpt2
 from data.tokenize_text import write_shard
 from train_gpt2 import Config
 
 ROOT = Path(__file__).resolve().parents[1]
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # of two cores, other processes have one; and tiny models gain nothing from more
 
 # fields of a model that trains in a second, on the shards of the fixture `shards`
 TINY = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=64, sequence_length=16, batch_size=12, num_iterations=10, warmdown_iters=4,
@@ -36,28 +37,36 @@ def shards(tmp_path_factory):
 
 
 @pytest.fixture
-def start(shards, tmp_path):
-    """start(*arguments, processes=1, **fields): trains the tiny model in a process of its own (or several, by torchrun).
+def start(shards, tmp_path, monkeypatch, capfd):
+    """start(*arguments, processes=0, config=None, env={}, **fields) trains the tiny model as the command line does.
 
-    Returns the finished process. `config` is the TOML file's text; fields become command-line arguments.
+    With processes = 0 in this process (an import of torch takes seconds), else in one of its own or, by torchrun, in several. `config` is
+    the text of the TOML file; fields become command-line arguments. Returns returncode, stdout and stderr.
     """
-    def start(*arguments, processes=1, config=None, env=None, **fields):
+    def start(*arguments, processes=0, config=None, env={}, **fields):
         path = tmp_path / "config.toml"
         if config is None:
             values = {**TINY, "input_bin": str(shards / "train_*.bin"), "input_val_bin": str(shards / "val_*.bin"), "log_dir": str(tmp_path / "logs")}
             config = "".join(f"{key} = {toml(value)}\n" for key, value in values.items())
         path.write_text(config)
-        launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *launcher, str(ROOT / "train_gpt2.py"), str(path), *arguments]
-        command += [text for key, value in fields.items() for text in (f"--{key}", str(value))]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+        command = [str(path), *arguments, *(text for key, value in fields.items() for text in (f"--{key}", str(value)))]
+        if not processes:
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "argv", ["train_gpt2.py", *command])
+                patch.chdir(tmp_path)
+                capfd.readouterr()
+                code = 0
+                try:
+                    train_gpt2.main()
+                except SystemExit as end:
+                    code = end.code
+                captured = capfd.readouterr()
+                return SimpleNamespace(returncode=code, stdout=captured.out, stderr=captured.err)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+        return subprocess.run([sys.executable, *launcher, str(ROOT / "train_gpt2.py"), *command], capture_output=True, text=True, cwd=tmp_path,
+                              timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
     return start
 
 
 def toml(value):
     return str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def override(config, **fields):
-    return dataclasses.replace(config, **fields)

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import math
 import subprocess
 import sys
@@ -6,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, override
+from conftest import ROOT
 from train_gpt2 import GPT, Config, accumulate, build_optimizers
 
 
@@ -101,7 +102,7 @@ def test_first_loss_is_near_the_logarithm_of_the_vocabulary():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "newton_muon"])
 def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(tiny, optimizer):
-    config = override(tiny, optimizer=optimizer)
+    config = dataclasses.replace(tiny, optimizer=optimizer)
     torch.manual_seed(0)
     whole = GPT(config)
     parts = copy.deepcopy(whole)

@@ -1,0 +1,276 @@
+"""Whole runs of train_gpt2.py, as a user starts them."""
+import dataclasses
+import json
+import re
+import shutil
+
+import pytest
+import torch
+
+from conftest import ROOT
+from scripts.compare import read_log
+from train_gpt2 import HEADER_BYTES, Config, UserError, learning_rate_scale, load_config
+
+PLAYS = dict(input_bin=str(ROOT / "data/shakespeare/shakespeare_train_*.bin"), input_val_bin=str(ROOT / "data/shakespeare/shakespeare_val_*.bin"))
+
+
+def losses(folder):
+    return [(r["step"], r["val_loss"]) for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "val_loss" in r]
+
+
+# what a run writes
+
+
+def test_a_run_can_be_read_back_from_what_it_wrote(start, tmp_path):
+    done = start(processes=1, run_name="a", optimizer="newton_muon", refresh_interval=3)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "logs" / "a"
+    assert {path.name for path in folder.iterdir()} == {"log.txt", "metrics.jsonl", "run.json", "train_gpt2.py", "checkpoints"}
+    run = read_log(folder)
+    assert run.steps == [0, 5, 10] and run.seconds[0] == 0 and run.seconds == sorted(run.seconds)
+    assert [(s, round(loss, 4)) for s, loss in losses(folder)] == list(zip(run.steps, run.losses))
+    log = (folder / "log.txt").read_text()
+    assert log.startswith((ROOT / "train_gpt2.py").read_text().rstrip())  # the log contains the code
+    assert re.search(r"^step:10/10 val_loss:\d\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$", log, re.MULTILINE)
+    assert (folder / "train_gpt2.py").read_text() == (ROOT / "train_gpt2.py").read_text()
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "train_loss" in r] == list(range(1, 11))
+    assert records[-1]["tokens"] == 10 * 12 * 16
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["config"]["optimizer"] == "newton_muon" and facts["config"]["seed"] == 0
+    assert facts["world_size"] == 1 and facts["tokens_per_step"] == 192 and facts["machine"]["torch"] == torch.__version__
+    assert facts["parameters"] == 2 * 12 * 16 ** 2 + 64 * 16 and facts["hidden_parameters"] == 2 * 12 * 16 ** 2
+    assert [shard["tokens"] for shard in facts["train_shards"]] == [3000, 3000] and len(facts["code_sha256"]) == 64
+    assert facts["final_val_loss"] == pytest.approx(run.losses[-1], abs=1e-4) and facts["end"] >= facts["start"]
+    weights = torch.load(folder / "checkpoints" / "step_000010.pt", weights_only=True)["model"]
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_the_same_run_twice_gives_the_same_losses(start, tmp_path):
+    for name in "ab":
+        assert start(run_name=name).returncode == 0
+    assert losses(tmp_path / "logs/a") == losses(tmp_path / "logs/b")
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_ends_where_the_uninterrupted_one_does(start, tmp_path):
+    fields = dict(optimizer="newton_muon", refresh_interval=2)
+    assert start(run_name="whole", **fields).returncode == 0
+    assert start(run_name="parts", save_every=3, **fields).returncode == 0
+    folder = tmp_path / "logs/parts"
+    newest, older = sorted((folder / "checkpoints").iterdir(), reverse=True)  # the last two are kept
+    assert (older.name, newest.name) == ("step_000009.pt", "step_000010.pt")
+    newest.write_bytes(newest.read_bytes()[:1000])  # as if the disk had lost its end
+    done = start(run_name="parts", save_every=3, resume="auto", **fields)
+    assert done.returncode == 0 and "resumed at step 9" in done.stdout and "cannot be loaded" in done.stderr
+    whole, parts = (torch.load(tmp_path / f"logs/{name}/checkpoints/step_000010.pt", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.equal(a, b) for a, b in zip(whole["model"].values(), parts["model"].values(), strict=True))
+    assert losses(tmp_path / "logs/whole") == losses(folder)  # and nothing is logged twice
+    done = start(run_name="parts", resume="auto", **fields)  # a finished run has nothing left to do
+    assert done.returncode == 0 and json.loads((folder / "run.json").read_text())["final_val_loss"] == losses(folder)[-1][1]
+
+
+def test_resume_refuses_another_configuration_and_names_the_field(start):
+    assert start(run_name="a").returncode == 0
+    done = start(run_name="a", resume="auto", momentum=0.9)
+    assert done.returncode == 1 and "momentum = 0.95" in done.stderr and "0.9" in done.stderr
+
+
+def test_auto_resume_without_a_checkpoint_starts_at_the_beginning(start, tmp_path):
+    assert start(run_name="a", resume="auto").returncode == 0
+    assert losses(tmp_path / "logs/a")[0][0] == 0
+
+
+def test_a_run_stops_at_the_target_if_it_is_told_to(start, tmp_path):
+    done = start(run_name="a", target_val_loss=4.0, stop_at_target="true", optimizer="adamw", num_iterations=30)
+    assert done.returncode == 0 and "target 4.0 reached at step 5" in done.stdout
+    assert losses(tmp_path / "logs/a")[-1][0] == 5 and (tmp_path / "logs/a/checkpoints/step_000005.pt").exists()
+
+
+def test_two_processes_give_the_losses_of_one(start, tmp_path):
+    for name, processes in (("one", 0), ("two", 2)):
+        done = start(processes=processes, run_name=name, optimizer="newton_muon", refresh_interval=2)
+        assert done.returncode == 0, done.stderr
+    for (_, a), (_, b) in zip(losses(tmp_path / "logs/one"), losses(tmp_path / "logs/two"), strict=True):
+        assert b == pytest.approx(a, rel=2e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "newton_muon", "sgd", "signum", "torch.optim:NAdam"])
+def test_each_optimizer_lowers_the_loss_on_the_plays(start, tmp_path, optimizer):
+    rate = {"sgd": 0.1, "adamw": 0.004, "torch.optim:NAdam": 0.004}.get(optimizer, 0.002)
+    table_only, whole = (start(run_name=f"{hidden}", optimizer=optimizer, hidden_learning_rate=hidden, vocab_size=256, num_iterations=30,
+                               sequence_length=64, val_tokens=64 * 64, val_loss_every=15, n_embd=32, refresh_interval=4,
+                               learning_rate=0.003, **PLAYS) for hidden in (0.0, rate))
+    assert table_only.returncode == whole.returncode == 0, whole.stderr
+    frozen, trained = (losses(tmp_path / f"logs/{hidden}") for hidden in (0.0, rate))
+    assert trained[0] == frozen[0]
+    assert trained[2][1] < trained[1][1] < trained[0][1] - 0.1
+    assert trained[2][1] < frozen[2][1] - 0.05  # the hidden matrices learned too, not the table alone
+
+
+def test_optimizer_args_reach_an_optimizer_of_another_module(start, tmp_path):
+    (tmp_path / "mine.py").write_text("import torch\nclass Mine(torch.optim.SGD):\n    def step(self, closure=None):\n"
+                                      "        assert self.defaults['momentum'] == 0.5\n        return super().step(closure)\n")
+    done = start(processes=1, optimizer="mine:Mine", optimizer_args='{"momentum": 0.5}', env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+
+
+def test_compiled_newton_muon_builds_two_graphs_and_gives_the_losses_of_the_uncompiled_one(start, tmp_path):
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler on the CPU, and g++ is not on the PATH")
+    fields = dict(optimizer="newton_muon", refresh_interval=2, n_layer=1, val_tokens=16 * 20)  # 20 sequences: the last batch is not full
+    assert start(run_name="eager", **fields).returncode == 0
+    done = start(processes=1, run_name="compiled", compile="true", env={"TORCH_LOGS": "recompiles,graph_code"}, **fields)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("TRACED GRAPH") == 2  # with and without collecting the inputs; validation has none of its own
+    assert len(re.findall(r"Recompiling function", done.stderr)) == 1
+    for (_, a), (_, b) in zip(losses(tmp_path / "logs/eager"), losses(tmp_path / "logs/compiled"), strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+
+
+# configuration
+
+
+def test_command_line_goes_before_file_goes_before_default(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("num_iterations = 7\nwarmdown_iters = 2\nlearning_rate = 1\ncompile = true\n")
+    config = load_config([str(path), "--warmdown_iters", "3", "--compile", "false"])
+    assert (config.num_iterations, config.warmdown_iters, config.learning_rate, config.compile, config.n_layer) == (7, 3, 1.0, False, 12)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_configuration_in_the_repository_loads(path):
+    config = load_config([str(path)])
+    assert path.stem.endswith(config.optimizer)
+
+
+def test_the_speedrun_configurations_are_those_of_record_4():
+    for name, table, hidden in (("adamw", 0.0036, 0.16 * 0.0036), ("muon", 0.0036, 0.1 * 0.0036), ("newton_muon", 0.0040, 0.1 * 0.0040)):
+        config = load_config([str(ROOT / f"configs/speedrun_{name}.toml")])
+        assert config.learning_rate == table and config.hidden_learning_rate == pytest.approx(hidden)
+        assert dataclasses.replace(config, compile=False, optimizer="muon", learning_rate=0.0036, hidden_learning_rate=0.00036,
+                                   ) == Config()  # everything else is the default
+
+
+def test_help_lists_every_field_with_type_default_and_meaning(start):
+    text = start("--help").stdout
+    for field in dataclasses.fields(Config):
+        entry = re.search(rf"--{field.name} {field.type.__name__}\s+(.+?)\(default:\s+(.+?)\)\n", text, re.DOTALL)
+        assert entry and len(entry[1].split()) > 0, field.name
+        assert re.sub(r"\s", "", entry[2]) == re.sub(r"\s", "", json.dumps(field.default))
+
+
+def test_learning_rates_rise_stay_and_fall_to_zero():
+    config = Config(num_iterations=10, warmup_iters=2, warmdown_iters=4)
+    assert [learning_rate_scale(config, step) for step in range(10)] == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+
+
+# bad input: one sentence that names the thing, an exit code, and no traceback
+
+
+def refused(done, *words, code=1):
+    assert done.returncode == code, done.stderr
+    sentences = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(sentences) == 1 and "Traceback" not in done.stderr, done.stderr
+    for word in words:
+        assert word in sentences[0], sentences[0]
+
+
+@pytest.mark.parametrize("fields, words", [
+    (dict(batch_size=12, device_batch_size=5), ["device_batch_size = 5", "12 sequences", "nearest that does is 4"]),
+    (dict(num_iterations=5000), ["train_*.bin", "needs 960,000", "add 319 more shards", "allow_repeat"]),
+    (dict(val_tokens=16 * 1000), ["val_*.bin", "validation needs 16,000"]),
+    (dict(val_tokens=100), ["val_tokens = 100", "sequence_length = 16"]),
+    (dict(input_bin="nowhere/*.bin"), ["nowhere/*.bin", "data/"]),
+    (dict(n_head=3), ["n_head = 3", "n_embd = 16"]),
+    (dict(momentum=1.5), ["momentum = 1.5", "below 1"]),
+    (dict(learning_rate="nan"), ["learning_rate = nan"]),
+    (dict(warmdown_iters=11), ["warmdown_iters = 11", "num_iterations = 10"]),
+    (dict(optimizer="lion"), ["optimizer = 'lion'", "newton_muon"]),
+    (dict(optimizer="no.such:Thing"), ["no.such:Thing", "ModuleNotFoundError"]),
+    (dict(optimizer="torch.optim:SGD", optimizer_args='{"speed": 3}'), ["torch.optim:SGD", "speed"]),
+    (dict(optimizer_args="{"), ["optimizer_args", "JSON"]),
+    (dict(vocab_size=32), ["val_000000.bin", "vocab_size = 32"]),
+    (dict(resume="nowhere"), ["resume = 'nowhere'"]),
+    (dict(resume="auto"), ["run_name"]),
+    (dict(run_name="a/b"), ["run_name = 'a/b'"]),
+    (dict(log_dir="/proc/none"), ["/proc/none", "log_dir"]),
+], ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
+def test_bad_values_are_refused(start, fields, words):
+    refused(start(**fields), *words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_refused(start):
+    refused(start(processes=1, device="cuda"), "device = 'cuda'", "--device cpu")
+
+
+@pytest.mark.parametrize("config, words", [
+    ("num_iteration = 5\n", ["unknown key 'num_iteration'", "'num_iterations'", "config.toml"]),
+    ("num_iterations = 5.0\n", ["config.toml", "num_iterations = 5.0", "float", "int"]),
+    ("compile = 1\n", ["compile = 1", "bool"]),
+    ("optimizer = [1]\n", ["optimizer = [1]"]),
+    ("num_iterations = = 5\n", ["config.toml", "not valid TOML"]),
+])
+def test_bad_files_are_refused(start, config, words):
+    refused(start(config=config), *words)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--num_iteration", "5"], ["--num_iteration", "--num_iterations"]),
+    (["--num_iterations", "many"], ["--num_iterations many", "int"]),
+    (["--compile", "1"], ["--compile 1", "bool"]),
+])
+def test_usage_errors_exit_with_2(start, arguments, words):
+    refused(start(*arguments), *words, code=2)
+
+
+def test_a_missing_configuration_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"none.toml: No such file.*configs/"):
+        load_config([str(tmp_path / "none.toml")])
+
+
+def test_a_batch_that_processes_cannot_share_is_refused_with_the_nearest(start):
+    done = start(processes=2, batch_size=9, device_batch_size=0)
+    assert done.returncode != 0
+    assert "error: batch_size = 9 cannot be split over 2 processes; the nearest numbers of processes that can are 1 and 3" in done.stderr
+
+
+def damage_magic(content):
+    return b"\0\0\0\0" + content[4:]
+
+
+def damage_version(content):
+    return content[:4] + (2).to_bytes(4, "little") + content[8:]
+
+
+def damage_count(content):
+    return content[:8] + (-5).to_bytes(4, "little", signed=True) + content[12:]
+
+
+@pytest.mark.parametrize("damage, words", [
+    (damage_magic, ["not a token shard", "20240520"]),
+    (damage_version, ["version 2"]),
+    (damage_count, ["-5 tokens"]),
+    (lambda content: content[:-3], ["damaged", "7,021 bytes", "3,000 tokens"]),
+    (lambda content: content[:HEADER_BYTES // 2], ["not a token shard"]),
+    (lambda content: b"", ["not a token shard"]),
+])
+def test_damaged_shards_are_refused(start, shards, tmp_path, damage, words):
+    folder = tmp_path / "shards"
+    shutil.copytree(shards, folder)
+    bad = folder / "train_000002.bin"
+    bad.write_bytes(damage(bad.read_bytes()))
+    refused(start(input_bin=str(folder / "train_*.bin")), "train_000002.bin", *words)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_log(start, tmp_path):
+    done = start(optimizer="sgd", nesterov="false", momentum=0, hidden_learning_rate=1e30, learning_rate=1e30, run_name="a")
+    refused(done, "loss is nan at step", "learning_rate")
+    assert losses(tmp_path / "logs/a")[0][0] == 0
+
+
+def test_a_second_run_of_the_same_name_is_refused(start, tmp_path):
+    assert start(run_name="a").returncode == 0
+    before = (tmp_path / "logs/a/log.txt").read_bytes()
+    refused(start(run_name="a"), "already holds a run")
+    assert (tmp_path / "logs/a/log.txt").read_bytes() == before
