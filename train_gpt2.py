@@ -25,14 +25,12 @@ import json
 import math
 import os
 import platform
-import random
 import re
 import shutil
 import subprocess
 import sys
 import time
 import tomllib
-import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -118,13 +116,10 @@ def field_help():
     return dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
 
 
-def parse_value(text, kind):
-    """The command-line `text` as a value of type `kind`; ValueError if it is none."""
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError
-        return text.lower() == "true"
-    return kind(text)
+def boolean(text):
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
 
 
 def read_toml(path):
@@ -150,31 +145,22 @@ def read_toml(path):
 
 def load_config(argv):
     """Config from the command line `argv`: CONFIG.toml [--field value ...]. Usage errors exit with 2."""
-    # two long lines of --help read better than argparse's own wrapping with a type in capitals
-    parser = argparse.ArgumentParser(
-        prog="train_gpt2.py", description=__doc__, allow_abbrev=False,
-        usage="[torchrun ...] train_gpt2.py CONFIG.toml [--field value ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="train_gpt2.py", description=__doc__, allow_abbrev=False,
+                                     usage="[torchrun ...] train_gpt2.py CONFIG.toml [--field value ...]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG.toml", help="configuration file, for example configs/cpu_muon.toml")
     comments = field_help()
     for field in dataclasses.fields(Config):
-        default = json.dumps(field.default)
-        parser.add_argument(f"--{field.name}", metavar=field.type.__name__, default=argparse.SUPPRESS,
-                            help=f"{comments[field.name]} (default: {default})".replace("%", "%%"))
+        text = f"{comments[field.name]} (default: {json.dumps(field.default)})"
+        parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type, metavar=field.type.__name__,
+                            default=argparse.SUPPRESS, help=text)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
         near = difflib.get_close_matches(name, [f"--{key}" for key in comments], n=1, cutoff=0)[0]
         parser.error(f"unknown argument '{name}'; the nearest valid one is '{near}' (--help lists all)")
     given = vars(args)
-    path = given.pop("config")
-    for field in dataclasses.fields(Config):
-        if field.name in given:
-            try:
-                given[field.name] = parse_value(given[field.name], field.type)
-            except ValueError:
-                parser.error(f"--{field.name} {given[field.name]}: not a {field.type.__name__}")
-    config = Config(**{**read_toml(path), **given})
+    config = Config(**{**read_toml(given.pop("config")), **given})
     check_config(config)
     return config
 
@@ -217,8 +203,8 @@ def check_config(config):
         raise UserError(f"optimizer_args = {config.optimizer_args!r} is not JSON: {error}") from None
 
 
-def micro_batch_sizes(config, world):
-    """Sequences of one process, after checking that the batch can be split over `world` processes and micro-batches."""
+def sequences_per_process(config, world):
+    """Sequences of one process in a step, after checking that the batch can be split over `world` processes and micro-batches."""
     if config.batch_size % world:
         fits = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
         near = sorted(sorted(fits, key=lambda n: abs(n - world))[:2])
@@ -723,24 +709,18 @@ def all_sum(*values):
 
 @contextlib.contextmanager
 def together():
-    """Runs the body on every process; if any raises a UserError, all raise it, so that none waits for one that has ended."""
+    """Runs the body on every process. If it raises a UserError on any, all raise that, so that none waits for one that has ended."""
     error = None
     try:
         yield
     except UserError as caught:
-        error = caught
-    errors = [None] * world_size()
+        error = str(caught)
+    errors = [error] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(errors, str(error) if error else None)
-        ranks = defaultdict(list)
-        for r, message in enumerate(errors):
-            if message:
-                ranks[message].append(r)
-        if ranks:
-            message, where = next(iter(ranks.items()))
-            raise UserError(message if len(where) == world_size() else f"process {', '.join(map(str, where))}: {message}")
-    elif error:
-        raise error
+        dist.all_gather_object(errors, error)
+    for process, error in enumerate(errors):
+        if error:
+            raise UserError(error if errors.count(error) == len(errors) else f"process {process}: {error}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -836,20 +816,13 @@ class Log:
 
     def __init__(self, config, checkpoint, folder):
         """Opens `folder` to go on from `checkpoint`, or a new folder for a new run. Raises UserError if it cannot be written."""
-        self.config, self.files, self.wandb, self.live = config, {}, None, sys.stdout.isatty()
+        self.config, self.folder, self.files, self.wandb, self.live = config, folder, {}, None, sys.stdout.isatty()
         if rank() != 0:
             return
-        if checkpoint is None:
-            name = config.run_name or time.strftime("%Y%m%d-%H%M%S_") + config.optimizer.replace(":", "-")
-            self.folder = Path(config.log_dir, name)
-            number = 1
-            while not config.run_name and self.folder.exists():
-                number += 1
-                self.folder = Path(config.log_dir, f"{name}-{number}")
+        if not checkpoint:
+            self.folder = Path(config.log_dir, config.run_name or time.strftime("%Y%m%d-%H%M%S_") + config.optimizer.replace(":", "-"))
             if config.resume != "auto" and (self.folder / "log.txt").exists():
                 raise UserError(f"{self.folder} already holds a run; take another run_name, or go on with that run by --resume auto")
-        else:
-            self.folder = folder
         try:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             for name in ("log.txt", "metrics.jsonl"):
@@ -986,10 +959,11 @@ def warm_up(model, raw, config, device, dtype, per_process):
     """
     size = config.device_batch_size
     if not size:
-        per_token = 6 * raw.lm_head.weight.size(0) + 40 * config.n_layer * config.n_embd  # bytes that a forward pass keeps at the least
-        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 16384 * per_token  # CPU: about a cacheful
-        size = per_process & -per_process
-        while size > 1 and size * config.sequence_length * per_token > memory:
+        tokens = 16384  # on a CPU larger micro-batches are no faster
+        if device.type == "cuda":  # an upper bound: the bytes that a forward pass keeps for a token at the least
+            tokens = torch.cuda.get_device_properties(device).total_memory // (6 * config.vocab_size + 40 * config.n_layer * config.n_embd)
+        size = per_process & -per_process  # the largest power of two that divides it
+        while size > 1 and size * config.sequence_length > tokens:
             size //= 2
     weights = {name: p.detach().cpu().clone() for name, p in raw.state_dict().items()}
     kinds = (False, True) if config.optimizer == "newton_muon" else (False,)  # with and without collecting the inputs
@@ -1031,7 +1005,7 @@ def synchronized_time(device):
 
 def run(config):
     """One training run, in this process's part of it. Returns the last validation loss."""
-    per_process = micro_batch_sizes(config, int(os.environ.get("WORLD_SIZE", 1)))
+    per_process = sequences_per_process(config, int(os.environ.get("WORLD_SIZE", 1)))
     device = start_processes(config)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype) or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU multiplies fp32: preconditioning and the second moments
@@ -1073,15 +1047,15 @@ def run(config):
         torch.set_rng_state(checkpoint["rng"])
         log.print(f"resumed at step {start}")
     log.print(f"{config.optimizer}: {raw.num_parameters():,} parameters, {N} steps of {B * T:,} tokens, {world_size()} process(es) on "
-              f"{device.type} with {size} of {per_process} sequences at a time, logs in {getattr(log, 'folder', '')}")
+              f"{device.type} with {size} of {per_process} sequences at a time, logs in {log.folder}")
 
     failures, reached = 0, best <= config.target_val_loss
     clock = synchronized_time(device)
     for step in range(start, N + 1):
-        evaluates = step == N or (config.val_loss_every and step % config.val_loss_every == 0)
-        saves = step == N or (config.save_every and step % config.save_every == 0)
-        resumed_here = checkpoint and step == start  # this step's evaluation and checkpoint are there
-        if (evaluates or saves) and not resumed_here:
+        last = step == N
+        evaluates = last or (config.val_loss_every and step % config.val_loss_every == 0)
+        saves = last or (config.save_every and step % config.save_every == 0)
+        if (evaluates or saves) and not (checkpoint and step == start):  # where a checkpoint was written, both are done
             train_time += synchronized_time(device) - clock
             if evaluates:
                 val_loss = evaluate(model, val_shards, config, device, dtype, size)
@@ -1092,13 +1066,10 @@ def run(config):
                 if val_loss <= config.target_val_loss and not reached:
                     reached = True
                     log.print(f"target {config.target_val_loss} reached at step {step}, {train_time:.1f} s")
-            stops = step == N or (reached and config.stop_at_target)
-            if saves or stops:
+            if saves or (reached and config.stop_at_target):
                 save_checkpoint(log, config, raw, optimizers, dict(step=step, train_time=train_time, val_loss=val_loss, best_val_loss=best))
-            if stops:
-                break
             clock = synchronized_time(device)
-        if step == N:
+        if last or (reached and config.stop_at_target):
             break
 
         scale = learning_rate_scale(config, step)
@@ -1132,7 +1103,6 @@ def run(config):
 
 
 def main():
-    warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
     try:
         run(load_config(sys.argv[1:]))
     except UserError as error:
@@ -1143,6 +1113,9 @@ def main():
     except KeyboardInterrupt:
         print("\ninterrupted; what was logged so far stays", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

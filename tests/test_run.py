@@ -217,8 +217,8 @@ def test_bad_files_are_refused(start, config, words):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--num_iteration", "5"], ["--num_iteration", "--num_iterations"]),
-    (["--num_iterations", "many"], ["--num_iterations many", "int"]),
-    (["--compile", "1"], ["--compile 1", "bool"]),
+    (["--num_iterations", "many"], ["--num_iterations", "int", "many"]),
+    (["--compile", "1"], ["--compile", "bool", "1"]),
 ])
 def test_usage_errors_exit_with_2(start, arguments, words):
     refused(start(*arguments), *words, code=2)
