@@ -27,6 +27,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -371,10 +372,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
         self.wte.weight = self.lm_head.weight
-        d = config.n_embd // config.n_head
-        angles = torch.outer(torch.arange(config.sequence_length), 10000.0 ** (-torch.arange(0, d, 2) / d))
-        self.register_buffer("cos", angles.cos()[:, None, None, :], persistent=False)  # (T, 1, 1, d / 2)
-        self.register_buffer("sin", angles.sin()[:, None, None, :], persistent=False)
+        self.head_size = config.n_embd // config.n_head
 
     def forward(self, idx, targets, collect=False):
         """Mean cross-entropy of `targets` (B, T), of which -1 does not count, after the tokens `idx` (B, T).
@@ -387,10 +385,12 @@ class GPT(nn.Module):
     def logits(self, idx, collect=False):
         """Logits (B, T, vocab_size) fp32 for tokens `idx` (B, T), and the grams of forward()."""
         grams = [] if collect else None
-        T = idx.size(1)
         x = self.wte(idx)
+        position = torch.arange(idx.size(1), device=idx.device)
+        angles = position[:, None] * 10000.0 ** (-torch.arange(0, self.head_size, 2, device=idx.device) / self.head_size)
+        cos, sin = angles.cos()[:, None, None, :], angles.sin()[:, None, None, :]  # (T, 1, 1, head_size / 2)
         for block in self.h:
-            x = block(x, self.cos[:T], self.sin[:T], grams)
+            x = block(x, cos, sin, grams)
         return self.lm_head(norm(x))[..., :self.vocab_size].float(), grams
 
     def hidden_matrices(self):
@@ -649,7 +649,27 @@ def start_processes(config):
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(seconds=config.collective_timeout))
+        global control_group  # for what_failed(), when others are broken
+        control_group = dist.new_group(backend="gloo")
     return device
+
+
+def what_failed(error):
+    """A sentence about the RuntimeError of a collective, with the processes that do not answer any more."""
+    try:
+        dist.monitored_barrier(control_group, timeout=timedelta(seconds=5), wait_all_ranks=True)
+        missing = ""
+    except RuntimeError as barrier:
+        missing = f"; {barrier}"
+    return f"{str(error).splitlines()[0]}{missing}; what was saved stays, go on with --resume"
+
+
+def deferred_signals():
+    """From now on SIGINT and SIGTERM do nothing but to stand in the list that this returns."""
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    return signals
 
 
 def assign_owners(costs, world):
@@ -666,20 +686,32 @@ def all_gather(mine):
     if world_size() == 1:
         return mine.unsqueeze(0)
     everyone = torch.empty((world_size(), *mine.shape), dtype=mine.dtype, device=mine.device)
-    dist.all_gather_into_tensor(everyone.view(-1), mine)
+    dist.all_gather(list(everyone), mine)
     return everyone
 
 
-def reduce_to_owners(tensors, owners):
-    """Replaces each tensor by its sum over all processes, on the process that owns it (elsewhere it is left undefined)."""
+def reduce_to_owners(grams, owners):
+    """Replaces each symmetric gram (b, n, n) by its sum over all processes, on the process that owns it; elsewhere nothing changes.
+
+    One reduction for each owner carries the upper triangles of all its grams. No less can do: an owner needs n (n + 1) / 2 sums of each
+    block, to which every other process adds a number of its own.
+    """
     if world_size() == 1:
         return
-    for owner in sorted(set(owners)):
-        owned = [t for t, o in zip(tensors, owners) if o == owner]
-        flat = torch.cat([t.flatten() for t in owned])
-        dist.reduce(flat, dst=owner)
-        for t, part in zip(owned, flat.split([t.numel() for t in owned])):
-            t.copy_(part.view_as(t))
+    triangle = {n: torch.triu_indices(n, n, device=grams[0].device).unbind() for n in {gram.size(-1) for gram in grams}}
+    packed = [torch.cat([gram[:, *triangle[gram.size(-1)]].flatten() for gram, owner in zip(grams, owners) if owner == r] or [grams[0].new_empty(0)])
+              for r in range(world_size())]
+    for work in [dist.reduce(part, dst=r, async_op=True) for r, part in enumerate(packed) if len(part)]:
+        work.wait()
+    start = 0
+    for gram, owner in zip(grams, owners):
+        if owner == rank():
+            b, n, _ = gram.shape
+            rows, columns = triangle[n]
+            part = packed[owner][start:start + b * len(rows)].view(b, -1)
+            gram[:, rows, columns] = part
+            gram[:, columns, rows] = part
+            start += part.numel()
 
 
 def gather_objects(value):
@@ -697,6 +729,15 @@ def broadcast_object(value):
     if world_size() > 1:
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def all_max(value):
+    """The largest of all processes' `value`, an integer."""
+    if world_size() == 1:
+        return value
+    value = torch.tensor(value)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
 
 
 def all_sum(*values):
@@ -744,18 +785,28 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too, is on the disk before anything relies on it
+        os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; what was there before is untouched", local=True) from None
 
 
 def save_checkpoint(log, config, model, optimizers, progress):
-    """Writes checkpoints/step_XXXXXX.pt in the run's folder and keeps the one before it. All processes must call it."""
+    """Writes checkpoints/step_XXXXXX.pt in the run's folder and keeps the one before it. All processes must call it.
+
+    Raises UserError if a weight is not finite, or if the file cannot be written; the checkpoints before it stay.
+    """
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise UserError(f"{name} holds numbers that are not finite after step {progress['step']}, so no checkpoint was written; "
+                            "lower learning_rate or hidden_learning_rate and go on with --resume")
     states = [optimizer.state_dict() for optimizer in optimizers]
     if rank() == 0:
         folder = log.folder / "checkpoints"
         checkpoint = dict(config=dataclasses.asdict(config), code_sha256=code_sha256(), model=model.state_dict(), optimizers=states,
-                          progress=progress, rng=torch.get_rng_state(), log_bytes=log.sizes())
+                          progress=progress, rng=torch.get_rng_state())
         write_atomically(folder / f"step_{progress['step']:06d}.pt", lambda file: torch.save(checkpoint, file))
         for old in sorted(folder.glob("step_*.pt"))[:-2]:
             old.unlink()
@@ -828,7 +879,7 @@ class Log:
             for name in ("log.txt", "metrics.jsonl"):
                 self.files[name] = open(self.folder / name, "a" if checkpoint else "w", buffering=1, encoding="utf-8")
                 if checkpoint:  # what was logged after the checkpoint will be logged again
-                    self.files[name].truncate(checkpoint["log_bytes"][name])
+                    self.files[name].truncate(checkpoint["progress"]["log_bytes"][name])
             if Path(__file__).resolve() != (self.folder / "train_gpt2.py").resolve():
                 shutil.copyfile(__file__, self.folder / "train_gpt2.py")
         except OSError as error:
@@ -938,18 +989,21 @@ def accumulate(model, micro_batches, collect, dtype):
     return total, total_grams
 
 
-def evaluate(model, shards, config, device, dtype, size):
-    """Mean loss over exactly val_tokens tokens, in batches of `size` sequences, shared by all processes."""
+def evaluate(model, shards, config, device, dtype, size, signals=()):
+    """Mean loss over exactly val_tokens tokens, in batches of `size` sequences, shared by all processes. None if `signals` came meanwhile."""
     total, mine = 0.0, range(rank(), config.val_tokens // config.sequence_length, world_size())
     # with torch.compile, use the graph of the training step: one without gradients would be a third to build
     with torch.set_grad_enabled(config.compile), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         for i in range(0, len(mine), size):
+            if signals:
+                break
             numbers = list(mine[i:i + size])
             idx, targets = shards.batch(numbers + [0] * (size - len(numbers)))
             targets[len(numbers):] = -1  # fills the last batch up, and does not count
             loss, _ = model(idx.to(device), targets.to(device))
             total += loss.detach().double() * (len(numbers) * config.sequence_length)
-    return all_sum(float(total))[0] / config.val_tokens
+    total, ended = all_sum(float(total), len(signals))
+    return None if ended else total / config.val_tokens
 
 
 def warm_up(model, raw, config, device, dtype, per_process):
@@ -1004,7 +1058,7 @@ def synchronized_time(device):
 
 
 def run(config):
-    """One training run, in this process's part of it. Returns the last validation loss."""
+    """One training run, in this process's part of it. Returns the exit code: 0, or 128 + the signal that ended it."""
     per_process = sequences_per_process(config, int(os.environ.get("WORLD_SIZE", 1)))
     device = start_processes(config)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype) or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -1025,8 +1079,7 @@ def run(config):
     raw = GPT(config).to(device)
     model = torch.compile(raw, dynamic=False) if config.compile else raw
     if world_size() > 1:
-        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                        broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     with together():
         optimizers = build_optimizers(raw, config)
     log.begin(dict(config=dataclasses.asdict(config), machine=describe_machine(device), world_size=world_size(),
@@ -1038,9 +1091,9 @@ def run(config):
     torch.set_rng_state(rng)
     hidden = optimizers[1]
 
-    start, train_time, val_loss, best = 0, 0.0, math.nan, math.inf
+    start, train_time, best = 0, 0.0, math.inf
     if checkpoint:
-        start, train_time, val_loss, best = (checkpoint["progress"][key] for key in ("step", "train_time", "val_loss", "best_val_loss"))
+        start, train_time, best = (checkpoint["progress"][key] for key in ("step", "train_time", "best_val_loss"))
         raw.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
@@ -1049,28 +1102,34 @@ def run(config):
     log.print(f"{config.optimizer}: {raw.num_parameters():,} parameters, {N} steps of {B * T:,} tokens, {world_size()} process(es) on "
               f"{device.type} with {size} of {per_process} sequences at a time, logs in {log.folder}")
 
-    failures, reached = 0, best <= config.target_val_loss
+    failures, reached, signals = 0, best <= config.target_val_loss, deferred_signals()
     clock = synchronized_time(device)
     for step in range(start, N + 1):
-        last = step == N
-        evaluates = last or (config.val_loss_every and step % config.val_loss_every == 0)
-        saves = last or (config.save_every and step % config.save_every == 0)
-        if (evaluates or saves) and not (checkpoint and step == start):  # where a checkpoint was written, both are done
+        last, stop = step == N, all_max(max(signals, default=0))  # a signal ends the run here, on all processes
+        evaluates = not stop and (last or (config.val_loss_every and step % config.val_loss_every == 0))
+        saves = last or stop or (config.save_every and step % config.save_every == 0)
+        if evaluates or saves:
             train_time += synchronized_time(device) - clock
+            # a checkpoint is of the moment before the evaluation, so that whoever goes on from it logs that once
+            progress = dict(step=step, train_time=train_time, best_val_loss=best, log_bytes=log.sizes())
             if evaluates:
-                val_loss = evaluate(model, val_shards, config, device, dtype, size)
-                log.measured(step, train_time, val_loss=val_loss)
-                if not math.isfinite(val_loss):
-                    raise UserError(f"the validation loss is {val_loss} at step {step}; lower learning_rate or hidden_learning_rate")
-                best = min(best, val_loss)
-                if val_loss <= config.target_val_loss and not reached:
-                    reached = True
-                    log.print(f"target {config.target_val_loss} reached at step {step}, {train_time:.1f} s")
-            if saves or (reached and config.stop_at_target):
-                save_checkpoint(log, config, raw, optimizers, dict(step=step, train_time=train_time, val_loss=val_loss, best_val_loss=best))
+                val_loss = evaluate(model, val_shards, config, device, dtype, size, signals)
+                if val_loss is None:
+                    stop = all_max(max(signals, default=0))
+                else:
+                    log.measured(step, train_time, val_loss=val_loss)
+                    if not math.isfinite(val_loss):
+                        raise UserError(f"the validation loss is {val_loss} at step {step}; lower learning_rate or hidden_learning_rate")
+                    best = min(best, val_loss)
+                    if val_loss <= config.target_val_loss and not reached:
+                        reached = True
+                        log.print(f"target {config.target_val_loss} reached at step {step}, {train_time:.1f} s")
+            ends = last or stop or (reached and config.stop_at_target)
+            if step > start and (saves or ends):
+                save_checkpoint(log, config, raw, optimizers, progress)
+            if ends:
+                break
             clock = synchronized_time(device)
-        if last or (reached and config.stop_at_target):
-            break
 
         scale = learning_rate_scale(config, step)
         for optimizer, rate in zip(optimizers, (config.learning_rate, config.hidden_learning_rate)):
@@ -1087,35 +1146,47 @@ def run(config):
             optimizer.step()
         raw.zero_grad(set_to_none=True)
         if (step + 1) % config.log_every == 0 or step + 1 == N:
-            loss_sum, failed = all_sum(float(loss), float(getattr(hidden, "failures", 0)))
-            loss = loss_sum / world_size()
+            mine = torch.tensor([float(loss)])
+            loss, failed = all_sum(float(loss) / world_size(), float(getattr(hidden, "failures", 0)))
             log.measured(step + 1, train_time + time.perf_counter() - clock, train_loss=loss, learning_rate_scale=scale,
                          **({"failed_factorisations": int(failed)} if config.optimizer == "newton_muon" else {}))
             if failed > failures:
                 log.print(f"warning: {int(failed - failures)} factorisations failed up to step {step + 1}; those blocks keep their last preconditioner")
                 failures = failed
             if not math.isfinite(loss):
-                raise UserError(f"the training loss is {loss} at step {step + 1}; lower learning_rate or hidden_learning_rate")
-    log.end(final_val_loss=val_loss, best_val_loss=best, train_time_ms=1000 * train_time, steps=step)
+                bad = [str(r) for r, value in enumerate(all_gather(mine).flatten().tolist()) if not math.isfinite(value)]
+                where = f" on process {', '.join(bad)}" if world_size() > 1 else ""
+                raise UserError(f"the training loss is {loss} at step {step + 1}{where}; lower learning_rate or hidden_learning_rate")
+    if stop:
+        log.print(f"stopped by {signal.Signals(stop).name} after step {step}; go on with --resume {log.folder}")
+    else:
+        log.end(final_val_loss=val_loss, best_val_loss=best, train_time_ms=1000 * train_time, steps=step)
     if dist.is_initialized():
         dist.destroy_process_group()
-    return val_loss
+    return 128 + stop if stop else 0
 
 
 def main():
     try:
-        run(load_config(sys.argv[1:]))
+        sys.exit(run(load_config(sys.argv[1:])))
+    except KeyboardInterrupt:  # before the first step; later, deferred_signals() has them
+        message, code = "interrupted", 130
     except UserError as error:
-        if error.local or int(os.environ.get("RANK", 0)) == 0:
-            where = f"process {os.environ['RANK']}: " if error.local and "RANK" in os.environ else ""
-            print(f"\nerror: {where}{error}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was logged so far stays", file=sys.stderr)
-        sys.exit(130)
+        message = f"process {rank()}: {error}" if error.local and world_size() > 1 else str(error)
+        code = 1 if error.local or int(os.environ.get("RANK", "0")) == 0 else None  # None: another process says it
+    except torch.OutOfMemoryError as error:
+        message, code = f"{str(error).splitlines()[0]} Set a smaller device_batch_size.", 1
     except OSError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        sys.exit(1)
+        message, code = str(error), 1
+    except RuntimeError as error:
+        if world_size() == 1:
+            raise
+        message, code = f"process {rank()}: {what_failed(error)}", 1
+    if code:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    if world_size() > 1:
+        os._exit(code or 1)  # at once: an ordinary exit would wait for collectives that never end
+    sys.exit(code or 1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,11 +56,14 @@ def start(shards, tmp_path, monkeypatch, capfd):
                 patch.setattr(sys, "argv", ["train_gpt2.py", *command])
                 patch.chdir(tmp_path)
                 capfd.readouterr()
-                code = 0
+                handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
                 try:
                     train_gpt2.main()
                 except SystemExit as end:
                     code = end.code
+                finally:
+                    for number, handler in handlers.items():
+                        signal.signal(number, handler)
                 captured = capfd.readouterr()
                 return SimpleNamespace(returncode=code, stdout=captured.out, stderr=captured.err)
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []

@@ -1,0 +1,57 @@
+"""Runs train_gpt2.py several times in the same processes, which saves the import of torch: sequence.py '[[ARGUMENT, ...], ...]'.
+
+Prints for each run and process the bytes of its optimizer state, and what it received and sent by the trainer's own collectives.
+"""
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+
+import train_gpt2
+
+torch.set_num_threads(1)
+counts = {}
+
+
+def counted(name, function):
+    def call(*args, **kwargs):
+        tensor = args[1] if name == "all_gather" else args[0]
+        if tensor.numel() > 8:  # not the numbers that are logged
+            counts[name] = counts.get(name, 0) + tensor.numel() * tensor.element_size()
+        return function(*args, **kwargs)
+    return call
+
+
+for name in ("all_gather", "reduce", "all_reduce"):
+    setattr(dist, name, counted(name, getattr(dist, name)))
+made = []
+build = train_gpt2.build_optimizers
+train_gpt2.build_optimizers = lambda *args: made.append(build(*args)) or made[-1]
+destroy = dist.destroy_process_group
+
+
+def report():
+    hidden = made[0][1]  # the second pair is the warm-up's
+    state = sum(t.numel() * t.element_size() for entry in hidden.state.values() for t in entry.values() if torch.is_tensor(t))
+    print("REPORT", json.dumps(dict(rank=train_gpt2.rank(), state=state, **counts)), flush=True)
+
+
+# one process group serves all runs
+dist.destroy_process_group = report
+init = dist.init_process_group
+dist.init_process_group = lambda *args, **kwargs: dist.is_initialized() or init(*args, **kwargs)
+for arguments in json.loads(sys.argv[1]):
+    made.clear()
+    counts.clear()
+    sys.argv = ["train_gpt2.py", *arguments]
+    try:
+        train_gpt2.main()
+    except SystemExit as end:
+        if end.code:
+            raise
+if dist.is_initialized():
+    destroy()
