@@ -21,6 +21,7 @@ import glob
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import math
 import os
@@ -647,21 +648,24 @@ def start_processes(config):
             raise UserError(f"process {local_rank} of this node has no GPU: there are {gpus}; start at most {gpus} processes a node", local=True)
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(seconds=config.collective_timeout))
-        global control_group  # for what_failed(), when others are broken
-        control_group = dist.new_group(backend="gloo")
+        global job_store  # what_failed() uses it when collectives fail
+        job_store, process, world = next(dist.rendezvous("env://"))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=job_store, rank=process,
+                                world_size=world, timeout=timedelta(seconds=config.collective_timeout))
     return device
 
 
 def what_failed(error):
-    """A sentence about the RuntimeError of a collective, with the processes that do not answer any more."""
-    try:
-        dist.monitored_barrier(control_group, timeout=timedelta(seconds=5), wait_all_ranks=True)
-        missing = ""
-    except RuntimeError as barrier:
-        missing = f"; {barrier}"
-    return f"{str(error).splitlines()[0]}{missing}; what was saved stays, go on with --resume"
+    """A sentence about the RuntimeError of a collective: every process that can still tell says so, and the others are named."""
+    job_store.set(f"failed/{rank()}", "")
+    missing = []
+    for other in range(world_size()):
+        try:
+            job_store.wait([f"failed/{other}"], timedelta(seconds=5))
+        except RuntimeError:
+            missing.append(str(other))
+    reason = f"process {', '.join(missing)} does not answer any more" if missing else "the processes lost each other"
+    return f"{reason} ({str(error).splitlines()[0].split('. ')[0]}); what was saved stays, go on with --resume"
 
 
 def deferred_signals():
@@ -776,21 +780,21 @@ def code_sha256():
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
-def write_atomically(path, write):
-    """Calls write(file) on a temporary file beside `path`, flushes it to disk and renames it, so that `path` is never half-written."""
+def write_atomically(path, content):
+    """Writes `content`, bytes, to a temporary file beside `path`, flushes it to disk and renames it: `path` is never half-written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # the new name, too, is on the disk before anything relies on it
         os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; what was there before is untouched", local=True) from None
+        raise UserError(f"cannot write {path}: {error.strerror}; what was there before is untouched", local=True) from None
 
 
 def save_checkpoint(log, config, model, optimizers, progress):
@@ -807,7 +811,9 @@ def save_checkpoint(log, config, model, optimizers, progress):
         folder = log.folder / "checkpoints"
         checkpoint = dict(config=dataclasses.asdict(config), code_sha256=code_sha256(), model=model.state_dict(), optimizers=states,
                           progress=progress, rng=torch.get_rng_state())
-        write_atomically(folder / f"step_{progress['step']:06d}.pt", lambda file: torch.save(checkpoint, file))
+        content = io.BytesIO()  # torch.save would report a full disk in words of its own
+        torch.save(checkpoint, content)
+        write_atomically(folder / f"step_{progress['step']:06d}.pt", content.getbuffer())
         for old in sorted(folder.glob("step_*.pt"))[:-2]:
             old.unlink()
 
@@ -916,8 +922,7 @@ class Log:
                     self.wandb.finish()
 
     def write_facts(self):
-        text = json.dumps(self.facts, indent=1)
-        write_atomically(self.folder / "run.json", lambda file: file.write(text.encode()))
+        write_atomically(self.folder / "run.json", json.dumps(self.facts, indent=1).encode())
 
     def write(self, name, text):
         try:

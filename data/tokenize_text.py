@@ -45,13 +45,13 @@ def write_shard(path, tokens):
     header = np.zeros(256, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
     content = header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes()
-    write_atomically(Path(path), lambda file: file.write(content))
+    write_atomically(Path(path), content)
     return dict(file=Path(path).name, tokens=len(tokens), bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def write_manifest(folder, name, tokenizer, source, shards):
     text = json.dumps(dict(name=name, tokenizer=tokenizer, source=source, shards=shards), indent=1) + "\n"
-    write_atomically(Path(folder, f"{name}.json"), lambda file: file.write(text.encode()))
+    write_atomically(Path(folder, f"{name}.json"), text.encode())
 
 
 def read_documents(path, text_field):

@@ -1,0 +1,51 @@
+"""Optimizers that break a run on purpose: --optimizer faults:Dies and so on, in step 5 of process 1 (of 0 if it is alone)."""
+import os
+import resource
+import signal
+import threading
+from pathlib import Path
+
+import torch
+
+from train_gpt2 import Muon
+
+
+class Faulty(Muon):
+    steps = 0
+
+    def step(self):
+        super().step()
+        self.steps += 1
+        if self.steps == 5 and os.environ.get("RANK", "0") == ("1" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "0"):
+            self.fault()
+
+
+class Dies(Faulty):
+    def fault(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DiesOnce(Faulty):
+    def fault(self):
+        marker = Path(os.environ["FAULT_MARKER"])
+        if not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Hangs(Faulty):
+    def fault(self):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # so that torchrun need not wait 30 s before it kills
+        threading.Event().wait()
+
+
+class TurnsNaN(Faulty):
+    def fault(self):
+        self.param_groups[0]["params"][0].data.fill_(torch.nan)
+
+
+class FillsDisk(Faulty):
+    """No file may grow beyond FAULT_BYTES from here on; writes then fail as on a full disk, with another errno."""
+
+    def fault(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["FAULT_BYTES"]), resource.RLIM_INFINITY))

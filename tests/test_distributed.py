@@ -1,0 +1,245 @@
+"""Several processes, and runs that are stopped, killed and resumed."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from conftest import ROOT, TINY, toml
+
+sys.path.insert(0, str(ROOT / "tests"))
+OPTIMIZERS = ("adamw", "muon", "newton_muon")
+STEPS, REFRESH = 60, 10
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+
+
+def torchrun(processes, *arguments):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *map(str, arguments)]
+
+
+def write_config(path, shards, **fields):
+    values = {**TINY, "input_bin": str(shards / "train_*.bin"), "input_val_bin": str(shards / "val_*.bin"), "log_dir": str(path.parent / "logs"),
+              "allow_repeat": True, **fields}
+    path.write_text("".join(f"{key} = {toml(value)}\n" for key, value in values.items()))
+    return path
+
+
+def logged(folder):
+    """{(step, kind): loss} of a run."""
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {(r["step"], kind): r[kind] for r in records for kind in ("train_loss", "val_loss") if kind in r}
+
+
+def final_weights(folder):
+    return torch.load(max((folder / "checkpoints").glob("step_*.pt")), weights_only=True)["model"]
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(final_weights(a).values(), final_weights(b).values(), strict=True))
+
+
+# the same result, and the work and memory divided
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory, shards):
+    """{processes: (folder, reports)} of 60 steps with each optimizer on 1, 2, 3 and 4 processes, with micro-batches of other sizes."""
+    done = {}
+    for processes, size in ((1, 12), (2, 2), (3, 4), (4, 1)):
+        folder = tmp_path_factory.mktemp(f"world{processes}")
+        config = write_config(folder / "config.toml", shards, num_iterations=STEPS, warmdown_iters=20, refresh_interval=REFRESH, device_batch_size=size,
+                              save_every=20, val_tokens=16 * 23)  # 23 validation sequences: they divide by none of the counts
+        runs = [[str(config), "--optimizer", name, "--run_name", name] for name in OPTIMIZERS]
+        command = [ROOT / "tests" / "sequence.py", json.dumps(runs)]
+        result = subprocess.run(torchrun(processes, *command) if processes > 1 else [sys.executable, *command], env=ENV, capture_output=True, text=True, timeout=240)
+        assert result.returncode == 0, result.stderr
+        reports = [json.loads(text) for text in re.findall(r"REPORT (\{.*?\})", result.stdout)]
+        done[processes] = folder / "logs", {name: sorted(reports[i * processes:(i + 1) * processes], key=lambda r: r["rank"]) for i, name in enumerate(OPTIMIZERS)}
+    return done
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_any_number_of_processes_logs_the_same_losses(worlds, optimizer, processes):
+    one, many = logged(worlds[1][0] / optimizer), logged(worlds[processes][0] / optimizer)
+    assert one.keys() == many.keys() and len(one) == STEPS + STEPS // 5 + 1
+    assert max(abs(many[key] - one[key]) / one[key] for key in one) < 2e-4
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "newton_muon"])
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_optimizer_state_is_divided_among_the_processes(worlds, optimizer, processes):
+    whole = worlds[1][1][optimizer][0]["state"]
+    parts = [report["state"] for report in worlds[processes][1][optimizer]]
+    largest = 4 * 16 * 64 * (1 if optimizer == "muon" else 3)  # bytes of the largest matrix's state: momentum, and K and P of the same size
+    assert sum(parts) == whole
+    assert max(parts) <= whole / processes + largest
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "newton_muon"])
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_what_goes_over_the_wire_is_near_the_least_possible(worlds, optimizer, processes):
+    weights, largest = 4 * 2 * 12 * 16 ** 2, 4 * 16 * 64
+    triangles = 4 * 2 * 7 * 16 * 17 // 2  # bytes of all second moments: 1 + 1 + 1 + 4 blocks a layer, upper triangles
+    warm_up = 2 if optimizer == "newton_muon" else 1
+    for report in worlds[processes][1][optimizer]:
+        # each process must send its share of the updates; the largest share, to which the others are padded, is at most one matrix above the mean
+        assert report["all_gather"] <= (STEPS + warm_up) * (weights / processes + largest)
+        assert report.get("reduce", 0) == ((STEPS // REFRESH + 1) * triangles if optimizer == "newton_muon" else 0)
+        assert "all_reduce" not in report
+
+
+def test_a_checkpoint_of_two_processes_goes_on_with_three(worlds, shards, tmp_path):
+    shutil.copytree(worlds[2][0] / "newton_muon", tmp_path / "logs/newton_muon")
+    (tmp_path / "logs/newton_muon/checkpoints/step_000060.pt").unlink()
+    config = worlds[2][0].parent / "config.toml"
+    result = subprocess.run(torchrun(3, ROOT / "train_gpt2.py", config, "--optimizer", "newton_muon", "--run_name", "newton_muon", "--resume", "auto",
+                                     "--device_batch_size", "0", "--log_dir", tmp_path / "logs"), env=ENV, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "resumed at step 40" in result.stdout, result.stderr
+    whole, parts = logged(worlds[2][0] / "newton_muon"), logged(tmp_path / "logs/newton_muon")
+    assert whole.keys() == parts.keys()
+    assert max(abs(parts[key] - whole[key]) / whole[key] for key in whole) < 2e-4
+
+
+# killed, stopped, resumed
+
+
+def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_weights(shards, tmp_path):
+    """The runs are forks of one process that has torch imported, so that the kills fall into training and checkpoints, not imports."""
+    config = write_config(tmp_path / "config.toml", shards, num_iterations=60, warmdown_iters=20, save_every=1, val_loss_every=10, optimizer="newton_muon",
+                          refresh_interval=4)
+    code = """
+import json, os, random, select, signal, sys, time
+import torch, train_gpt2
+torch.set_num_threads(1)
+def attempt(delay, *arguments):
+    pid = os.fork()
+    if pid == 0:
+        sys.argv = ["train_gpt2.py", *arguments]
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        try:
+            train_gpt2.main()
+        except SystemExit as end:
+            os._exit(end.code)
+        finally:
+            os._exit(99)
+    if delay:
+        select.select([], [], [], delay)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+config, rng = sys.argv[1], random.Random(0)
+start = time.perf_counter()
+assert attempt(0, config, "--run_name", "whole") == 0
+duration, ends, found = time.perf_counter() - start, [], []
+for _ in range(200):
+    ends.append(attempt(rng.uniform(0.05, duration / 4), config, "--run_name", "killed", "--resume", "auto"))
+    if ends.count(-9) == 20 or 0 in ends:
+        break
+ends.append(attempt(0, config, "--run_name", "killed", "--resume", "auto"))
+print(json.dumps(ends))
+"""
+    result = subprocess.run([sys.executable, "-c", code, str(config)], env={**ENV, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    ends = json.loads(result.stdout)
+    assert ends.count(-9) == 20 and set(ends[:-1]) == {-9} and ends[-1] == 0, result.stdout + result.stderr
+    assert same_weights(tmp_path / "logs/whole", tmp_path / "logs/killed")
+    assert logged(tmp_path / "logs/whole") == logged(tmp_path / "logs/killed")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "logs/killed/metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def stop_in_the_middle(command, number):
+    """Starts the command, sends it the signal once step 5 is evaluated; returns exit code, seconds until the end, and all output."""
+    process = subprocess.Popen(list(map(str, command)), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step:5/"):
+            process.send_signal(number)
+            sent = time.monotonic()
+    code = process.wait(timeout=60)
+    return code, time.monotonic() - sent, "".join(lines) + process.stderr.read()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(shards, tmp_path, number, code):
+    config = write_config(tmp_path / "config.toml", shards, num_iterations=1000, val_loss_every=1)
+    command = [sys.executable, ROOT / "train_gpt2.py", config, "--run_name", "a"]
+    returned, seconds, output = stop_in_the_middle(command, number)
+    assert returned == code and seconds < 10 and f"stopped by {number.name}" in output and "Traceback" not in output
+    step = int(re.search(r"stopped by \w+ after step (\d+)", output)[1])
+    assert 5 <= step < 1000 and (tmp_path / f"logs/a/checkpoints/step_{step:06d}.pt").exists()
+    assert [key for key in logged(tmp_path / "logs/a") if key[1] == "train_loss"][-1] == (step, "train_loss")
+
+
+def test_a_stopped_run_of_two_processes_goes_on_to_the_weights_of_one_that_was_not(shards, tmp_path):
+    config = write_config(tmp_path / "config.toml", shards, num_iterations=40, val_loss_every=1, optimizer="newton_muon", refresh_interval=3)
+    command = torchrun(2, ROOT / "train_gpt2.py", config)
+    code, seconds, output = stop_in_the_middle([*command, "--run_name", "stopped"], signal.SIGTERM)
+    assert code != 0 and seconds < 10 and "stopped by SIGTERM" in output, output
+    for name in ("stopped", "whole"):
+        result = subprocess.run([*command, "--run_name", name, "--resume", "auto"], env=ENV, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+    assert same_weights(tmp_path / "logs/stopped", tmp_path / "logs/whole")
+    assert logged(tmp_path / "logs/stopped") == logged(tmp_path / "logs/whole")
+
+
+# faults
+
+
+def faulty(shards, tmp_path, fault, processes=2, env=None, launcher=(), **fields):
+    config = write_config(tmp_path / "config.toml", shards, optimizer=f"faults:{fault}", num_iterations=20, save_every=2, run_name="a", collective_timeout=5, **fields)
+    command = torchrun(processes, ROOT / "train_gpt2.py", config, "--resume", "auto") if processes > 1 else [sys.executable, ROOT / "train_gpt2.py", config]
+    command[3:3] = launcher
+    start = time.monotonic()
+    result = subprocess.run(command, env={**ENV, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **(env or {})}, capture_output=True, text=True, timeout=120)
+    return result, time.monotonic() - start, sorted(path.name for path in (tmp_path / "logs/a/checkpoints").iterdir())
+
+
+def error_lines(result):
+    return [line for line in result.stderr.splitlines() if line.startswith("error:")]
+
+
+@pytest.mark.parametrize("fault", ["Dies", "Hangs"])
+def test_a_process_that_dies_or_hangs_ends_the_job_and_is_named(shards, tmp_path, fault):
+    result, seconds, checkpoints = faulty(shards, tmp_path, fault)
+    assert result.returncode == 1 and seconds < 60
+    lines = error_lines(result)
+    assert len(lines) == 1 and lines[0].startswith("error: process 0: process 1 does not answer any more ("), result.stderr
+    assert checkpoints == ["step_000002.pt", "step_000004.pt"]
+
+
+def test_a_loss_that_is_no_number_ends_all_processes_and_names_the_first(shards, tmp_path):
+    result, _, checkpoints = faulty(shards, tmp_path, "TurnsNaN", val_loss_every=0)
+    assert result.returncode == 1
+    assert error_lines(result) == ["error: the training loss is nan at step 6 on process 1; lower learning_rate or hidden_learning_rate"]
+    assert checkpoints == ["step_000002.pt", "step_000004.pt"]
+
+
+def test_torchrun_restarts_a_job_from_its_last_checkpoint(shards, tmp_path):
+    result, _, _ = faulty(shards, tmp_path, "DiesOnce", launcher=["--max_restarts", "1"], env={"FAULT_MARKER": str(tmp_path / "died")})
+    assert result.returncode == 0 and "resumed at step 4" in result.stdout, result.stderr
+    assert list(logged(tmp_path / "logs/a"))[-1] == (20, "val_loss")
+
+
+@pytest.mark.parametrize("limit, name", [(20_000, "log.txt"), (200_000, "step_000006.pt")])
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(shards, tmp_path, limit, name):
+    result, _, checkpoints = faulty(shards, tmp_path, "FillsDisk", processes=1, env={"FAULT_BYTES": str(limit)}, n_embd=64)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert len(error_lines(result)) == 1 and name in error_lines(result)[0] and "File too large" in error_lines(result)[0], result.stderr
+    assert checkpoints == ["step_000002.pt", "step_000004.pt"]
+    for checkpoint in checkpoints:
+        torch.load(tmp_path / "logs/a/checkpoints" / checkpoint, weights_only=True)
+
+
+def test_weights_that_are_no_numbers_are_never_saved(start, tmp_path):
+    done = start(optimizer="sgd", nesterov="false", momentum=0, hidden_learning_rate=1e38, learning_rate=0, run_name="a", num_iterations=1,
+                 warmdown_iters=0, val_loss_every=0)
+    assert done.returncode == 1 and "error:" in done.stderr
+    assert not list((tmp_path / "logs/a/checkpoints").iterdir())
