@@ -31,6 +31,10 @@ python=${PYTHON:-$default_python}
 job=${JOB:-$(basename "$config" .toml)}
 processes=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 case $head in *:*) ;; *) head=$head:29400 ;; esac
+here=()
+if [ -n "${LOCAL_ADDR:-}" ]; then  # torchrun would compare HEAD with the host name
+    here=(--local_addr "$LOCAL_ADDR" --rdzv_conf "is_host=$([ "${head%:*}" = "$LOCAL_ADDR" ] && echo 1 || echo 0)")
+fi
 exec "$python" -m torch.distributed.run --nnodes "$nodes" --nproc_per_node "$processes" --max_restarts "${MAX_RESTARTS:-3}" \
-    --rdzv_backend c10d --rdzv_endpoint "$head" --rdzv_id "$job" ${LOCAL_ADDR:+--local_addr "$LOCAL_ADDR"} \
+    --rdzv_backend c10d --rdzv_endpoint "$head" --rdzv_id "$job" "${here[@]}" \
     "$root/train_gpt2.py" "$config" --run_name "$job" --resume auto "$@"

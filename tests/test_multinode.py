@@ -1,0 +1,83 @@
+"""Two nodes: network namespaces of this machine, joined by a virtual cable, each started by scripts/launch_multinode.sh."""
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+from test_distributed import logged, write_config
+
+
+def ip(*arguments):
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True)
+
+
+@pytest.fixture
+def nodes():
+    """[(command prefix, address)] of two nodes, in namespaces where those can be made, else two addresses of loopback."""
+    names = [f"gpt2test{os.getpid()}{letter}" for letter in "ab"]
+    prefixes = [["ip", "netns", "exec", name] for name in names]
+    try:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+            ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+            for name, address in zip(names, ("10.77.0.1", "10.77.0.2")):
+                ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
+                ip("-n", name, "link", "set", "cable", "up")
+                ip("-n", name, "link", "set", "lo", "up")
+            yield list(zip(prefixes, ("10.77.0.1", "10.77.0.2"), ("cable", "cable")))
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"no network namespaces here ({error}): two rendezvous endpoints on loopback instead")
+            yield [([], "127.0.0.1", "lo"), ([], "127.0.0.2", "lo")]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def kill_node(process):
+    """Kills the launcher and all processes that descend from it; torchrun's are in sessions of their own."""
+    pids = [process.pid]
+    for pid in pids:
+        pids += map(int, subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split())
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_two_nodes_train_together_and_go_on_after_one_of_them_died(nodes, shards, tmp_path):
+    config = write_config(tmp_path / "config.toml", shards, num_iterations=100, warmdown_iters=20, val_loss_every=2, save_every=2, optimizer="newton_muon",
+                          refresh_interval=5, collective_timeout=60)
+
+    def launch(node, *arguments):
+        prefix, address, interface = node
+        command = [*prefix, str(ROOT / "scripts/launch_multinode.sh"), "2", nodes[0][1], str(config), *arguments]
+        env = {**os.environ, "NPROC": "2", "PYTHON": sys.executable, "LOCAL_ADDR": address, "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1",
+               "JOB": "together"}
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    running = first, second = [launch(node) for node in nodes]
+    try:
+        output = ""
+        while "step:10/100" not in output:  # on the node of process 0, whichever that is
+            texts = [process.stdout.readline() for process in running[:1]]
+            output += "".join(texts)
+            assert all(texts), output
+        kill_node(second)
+        running.append(launch(nodes[1]))
+        rest = first.communicate(timeout=150)[0]
+        assert first.returncode == 0, rest
+        assert "resumed at step" in output + rest, rest
+        assert running[2].wait(timeout=60) == 0
+    finally:
+        for process in running:
+            if process.poll() is None:
+                kill_node(process)
+    alone = subprocess.run([sys.executable, str(ROOT / "train_gpt2.py"), str(config), "--run_name", "alone"], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                           capture_output=True, text=True, timeout=120)
+    assert alone.returncode == 0, alone.stderr
+    one, many = logged(tmp_path / "logs/alone"), logged(tmp_path / "logs/together")
+    assert one.keys() == many.keys()
+    assert max(abs(many[key] - one[key]) / one[key] for key in one) < 2e-4
