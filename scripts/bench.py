@@ -120,7 +120,7 @@ def trainer_side(config, device, dtype):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", default="configs/cpu_muon.toml", help="model and batch (default: configs/cpu_muon.toml)")
+    parser.add_argument("config", nargs="?", default="configs/cpu_newton_muon.toml", help="model and batch (default: configs/cpu_newton_muon.toml)")
     parser.add_argument("--sides", default="plain,adamw,muon,newton_muon", help="(default: plain,adamw,muon,newton_muon)")
     parser.add_argument("--rounds", type=int, default=9, help="(default: 9)")
     parser.add_argument("--steps", type=int, default=5, help="ordinary steps of each side in a round (default: 5)")
