@@ -674,6 +674,8 @@ def start_processes(config):
     if world > 1:
         global job_store  # what_failed() uses it when collectives fail
         job_store, process, world = next(dist.rendezvous("env://"))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own store outlives a restart, and with it the old addresses
+            job_store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", job_store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=job_store, rank=process,
                                 world_size=world, timeout=timedelta(seconds=config.collective_timeout))
     return device
@@ -681,10 +683,10 @@ def start_processes(config):
 
 def what_failed(error):
     """A sentence about the RuntimeError of a collective: every process that can still tell says so, and the others are named."""
-    job_store.set(f"failed/{rank()}", "")
     missing = []
     for other in range(world_size()):
         try:
+            job_store.set(f"failed/{rank()}", "")
             job_store.wait([f"failed/{other}"], timedelta(seconds=5))
         except RuntimeError:
             missing.append(str(other))

@@ -31,6 +31,7 @@ python=${PYTHON:-$default_python}
 job=${JOB:-$(basename "$config" .toml)}
 processes=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 case $head in *:*) ;; *) head=$head:29400 ;; esac
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a store for each attempt: a node that comes back does not find the one torchrun shares
 here=()
 if [ -n "${LOCAL_ADDR:-}" ]; then  # torchrun would compare HEAD with the host name
     here=(--local_addr "$LOCAL_ADDR" --rdzv_conf "is_host=$([ "${head%:*}" = "$LOCAL_ADDR" ] && echo 1 || echo 0)")

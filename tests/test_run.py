@@ -264,9 +264,9 @@ def test_damaged_shards_are_refused(start, shards, tmp_path, damage, words):
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_log(start, tmp_path):
-    done = start(optimizer="sgd", nesterov="false", momentum=0, hidden_learning_rate=1e30, learning_rate=1e30, run_name="a")
-    refused(done, "loss is nan at step", "learning_rate")
-    assert losses(tmp_path / "logs/a")[0][0] == 0
+    done = start(processes=1, optimizer="faults:TurnsNaN", run_name="a", env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    refused(done, "loss is nan at step 5", "learning_rate")
+    assert [step for step, _ in losses(tmp_path / "logs/a")] == [0, 5]
 
 
 def test_a_second_run_of_the_same_name_is_refused(start, tmp_path):
