@@ -545,6 +545,17 @@ class NewtonMuon(Muon):
     and from the first refresh on, each step replaces G by G P before Muon's momentum. A matrix wider than tall has n / m
     diagonal blocks instead of one K, one for each slice of its inputs; fused q, k, v share theirs. If a factorisation
     fails, that block keeps its previous P, and `failures` counts it. Raises ValueError as Muon does.
+
+    The speedrun on 8 GPUs, per step (524,288 tokens, n = 768, refreshes every 32 steps), counted, not measured:
+
+                                   FLOPs, all GPUs    received by each GPU         kept by each owner
+        model                      448 T              865 MB, gradients fp32 (DDP)
+        Newton-Schulz              1.63 T             149 MB, updates bf16         42 MB, momentum
+        Z Z^T, one step in 32      1.62 T             3.1 MB, triangles fp32       25 MB, K
+        G P                        0.13 T                                          25 MB, P
+        factorisation, 1 in 32     0.001 T
+
+    So Newton-Muon adds 0.4 % to the FLOPs of a Muon step (Z Z^T runs in TF32, at half the rate of bf16), and 0.3 % to its bytes.
     """
 
     def __init__(self, params, lr=4e-4, momentum=0.95, nesterov=True, ns_steps=5, weight_decay=0.0,

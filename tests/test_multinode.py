@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -30,7 +31,7 @@ def nodes():
                 ip("-n", name, "link", "set", "lo", "up")
             yield list(zip(prefixes, ("10.77.0.1", "10.77.0.2"), ("cable", "cable")))
         except (OSError, subprocess.CalledProcessError) as error:
-            print(f"no network namespaces here ({error}): two rendezvous endpoints on loopback instead")
+            warnings.warn(f"no network namespaces here ({error}): two rendezvous endpoints on loopback instead")
             yield [([], "127.0.0.1", "lo"), ([], "127.0.0.2", "lo")]
     finally:
         for name in names:

@@ -1,11 +1,12 @@
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 import golden
-from train_gpt2 import Muon, NewtonMuon, Signum, assign_owners, newton_schulz
+from train_gpt2 import GPT, Config, Muon, NewtonMuon, Signum, assign_owners, newton_schulz
 
 
 @pytest.mark.parametrize("name", ["muon_d16.npz", "newton_muon_d16.npz"])
@@ -136,3 +137,23 @@ def test_owners_share_the_work_evenly():
     loads = [sum(cost for cost, owner in zip(costs, owners) if owner == r) for r in range(3)]
     assert loads == [18, 18, 18]
     assert assign_owners(costs, 1) == [0] * 12
+
+
+def test_the_counts_in_newton_muons_docstring_are_those_of_the_speedrun_model():
+    with torch.device("meta"):
+        matrices = list(GPT(Config()).hidden_matrices().values())
+    n, tokens = 768, 524288
+    muon, newton = Muon(matrices), NewtonMuon(matrices)
+    blocks = sum(newton.gram_shape(p)[0] for p in matrices)
+    counts = {
+        "Newton-Schulz": sum(muon.flops(p) for p in matrices),
+        "Z Z^T": 2 * blocks * n ** 2 * tokens / 32,
+        "G P": sum(2 * p.numel() * n for p in matrices),
+        "factorisation": blocks * n ** 3 / 32,
+    }
+    assert sum(newton.flops(p) for p in matrices) == pytest.approx(sum(counts.values()) - counts["Z Z^T"])
+    for name, flops in counts.items():
+        stated = re.search(rf"{re.escape(name)}.*?([\d.]+) T", NewtonMuon.__doc__)[1]
+        assert float(stated) == pytest.approx(flops / 1e12, rel=0.2 if name == "factorisation" else 0.01)
+    assert f"{4 * blocks * n * (n + 1) / 2 / 32 / 1e6:.1f} MB, triangles" in NewtonMuon.__doc__
+    assert f"{2 * sum(p.numel() for p in matrices) * 7 / 8 / 1e6:.0f} MB, updates" in NewtonMuon.__doc__

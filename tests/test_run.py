@@ -75,6 +75,12 @@ def test_resume_refuses_another_configuration_and_names_the_field(start):
     assert done.returncode == 1 and "momentum = 0.95" in done.stderr and "0.9" in done.stderr
 
 
+def test_resume_refuses_a_checkpoint_of_other_code(start, tmp_path, monkeypatch):
+    assert start(run_name="a").returncode == 0
+    monkeypatch.setattr("train_gpt2.code_sha256", lambda: "0" * 64)
+    refused(start(run_name="a", resume="auto"), "step_000010.pt", "another version of train_gpt2.py", "in the run's folder")
+
+
 def test_auto_resume_without_a_checkpoint_starts_at_the_beginning(start, tmp_path):
     assert start(run_name="a", resume="auto").returncode == 0
     assert losses(tmp_path / "logs/a")[0][0] == 0
