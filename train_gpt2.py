@@ -199,6 +199,9 @@ def check_config(config):
             must="such that Nesterov's rule has a momentum above 0")
     require(os.path.basename(config.run_name) == config.run_name and config.run_name not in (".", ".."), "run_name",
             must="a folder name without a path; the folder above it is log_dir")
+    require(config.weight_decay == 0 or ":" not in config.optimizer, "weight_decay", "optimizer",
+            must="0 for a module:Class; optimizer_args has its arguments")
+    require(config.seed < 2 ** 63, "seed", must="below 2^63")
     require(config.resume != "auto" or config.run_name, "resume", "run_name", must="given together: auto needs a run_name")
     try:
         require(isinstance(json.loads(config.optimizer_args), dict), "optimizer_args", must="a JSON object")
@@ -524,7 +527,8 @@ class Muon(torch.optim.Optimizer):
     def state_dict(self):
         """On process 0 with the state of all matrices, whoever owns them (all processes must call it); elsewhere with this process's."""
         state = super().state_dict()
-        for part in gather_objects(state["state"]):
+        mine = {i: {key: value.cpu() for key, value in entry.items()} for i, entry in state["state"].items()}
+        for part in gather_objects(mine):
             state["state"].update(part)
         return state
 
@@ -648,6 +652,9 @@ def build_optimizers(model, config):
     module, name = config.optimizer.split(":")
     try:
         kind = getattr(importlib.import_module(module), name)
+        closure = inspect.signature(kind.step).parameters.get("closure")
+        if closure and closure.default is closure.empty:
+            raise TypeError("its step() needs a closure, which the training loop does not have")
         return table, kind(hidden, lr=config.hidden_learning_rate, **json.loads(config.optimizer_args))
     except Exception as error:  # whatever somebody else's code raises
         raise UserError(f"optimizer = '{config.optimizer}' with optimizer_args = '{config.optimizer_args}' cannot be made: "
@@ -684,7 +691,10 @@ def start_processes(config):
                 ctypes.CDLL(None).mallopt(parameter, value)
     if world > 1:
         global job_store  # what_failed() uses it when collectives fail
-        job_store, process, world = next(dist.rendezvous("env://"))
+        try:
+            job_store, process, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=config.collective_timeout)))
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"WORLD_SIZE is {world}, but the processes cannot find each other: {error}; start them by torchrun", local=True) from None
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own store outlives a restart, and with it the old addresses
             job_store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", job_store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=job_store, rank=process,
@@ -774,19 +784,12 @@ def broadcast_object(value):
 
 def all_max(value):
     """The largest of all processes' `value`, an integer."""
-    if world_size() == 1:
-        return value
-    value = torch.tensor(value)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return int(value)
+    return int(all_gather(torch.tensor(value)).max())
 
 
 def all_sum(*values):
     """Sums over all processes of these numbers, in float64."""
-    values = torch.tensor(values, dtype=torch.float64)
-    if world_size() > 1:
-        dist.all_reduce(values)
-    return values.tolist()
+    return all_gather(torch.tensor(values, dtype=torch.float64)).sum(0).tolist()
 
 
 @contextlib.contextmanager
@@ -866,14 +869,16 @@ def find_checkpoint(config):
             print(f"warning: {candidate} cannot be loaded ({type(error).__name__}), looking for an older one", file=sys.stderr)
             continue
         check_checkpoint(checkpoint, candidate, config)
-        return checkpoint, candidate.parent.parent
-    if config.resume == "auto":
+        return checkpoint, candidate.resolve().parent.parent
+    if config.resume == "auto" and not candidates:
         return None, None
     raise UserError(f"resume = '{config.resume}': no checkpoint there that can be loaded; name a step_*.pt file or the folder of a run that has one")
 
 
 def check_checkpoint(checkpoint, path, config):
     """Raises UserError, naming the difference, unless this code with `config` would have come to this checkpoint."""
+    if not isinstance(checkpoint, dict) or "code_sha256" not in checkpoint or path.resolve().parent.name != "checkpoints":
+        raise UserError(f"{path}: not a checkpoint of train_gpt2.py in the checkpoints/ of its run's folder")
     if checkpoint["code_sha256"] != code_sha256():
         raise UserError(f"{path} was written by another version of train_gpt2.py (SHA-256 {checkpoint['code_sha256'][:12]}, this one is "
                         f"{code_sha256()[:12]}); go on with the train_gpt2.py in the run's folder")
@@ -896,7 +901,7 @@ def describe_machine(device):
             return ""
 
     cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):  # other systems, other processors
         cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, cuda=torch.version.cuda,
                 platform=platform.platform(), cpu=cpu, cpu_threads=torch.get_num_threads(),
@@ -911,6 +916,7 @@ class Log:
     def __init__(self, config, checkpoint, folder):
         """Opens `folder` to go on from `checkpoint`, or a new folder for a new run. Raises UserError if it cannot be written."""
         self.config, self.folder, self.files, self.wandb, self.live = config, folder, {}, None, sys.stdout.isatty()
+        self.resumed = checkpoint is not None
         if rank() != 0:
             return
         if not checkpoint:
@@ -922,7 +928,11 @@ class Log:
             for name in ("log.txt", "metrics.jsonl"):
                 self.files[name] = open(self.folder / name, "a" if checkpoint else "w", buffering=1, encoding="utf-8")
                 if checkpoint:  # what was logged after the checkpoint will be logged again
-                    self.files[name].truncate(checkpoint["progress"]["log_bytes"][name])
+                    size = os.path.getsize(self.folder / name)
+                    self.files[name].truncate(min(size, checkpoint["progress"]["log_bytes"][name]))
+            for path in self.folder.glob("checkpoints/step_*.pt"):  # and what was saved after it, saved again
+                if not checkpoint or int(path.stem[5:]) > checkpoint["progress"]["step"]:
+                    path.unlink()
             if Path(__file__).resolve() != (self.folder / "train_gpt2.py").resolve():
                 shutil.copyfile(__file__, self.folder / "train_gpt2.py")
         except OSError as error:
@@ -930,10 +940,7 @@ class Log:
 
     def begin(self, facts):
         """Starts log.txt with code and machine, writes run.json with the `facts`, and starts wandb if it is asked for."""
-        if not self.files:
-            return
-        path = self.folder / "run.json"
-        earlier = json.loads(path.read_text()) if path.exists() and self.config.resume else {}
+        earlier = json.loads((self.folder / "run.json").read_text()) if self.resumed else {}
         self.facts = {**facts, "start": earlier.get("start", now()), "resumed": earlier.get("resumed", [])}
         if earlier:
             self.facts["resumed"].append(now())
@@ -1031,7 +1038,7 @@ def accumulate(model, micro_batches, collect, dtype):
     return total, total_grams
 
 
-def evaluate(model, shards, config, device, dtype, size, signals=()):
+def evaluate(model, shards, config, device, dtype, size, signals):
     """Mean loss over exactly val_tokens tokens, in batches of `size` sequences, shared by all processes. None if `signals` came meanwhile."""
     total, mine = 0.0, range(rank(), config.val_tokens // config.sequence_length, world_size())
     # with torch.compile, use the graph of the training step: one without gradients would be a third to build
@@ -1042,8 +1049,8 @@ def evaluate(model, shards, config, device, dtype, size, signals=()):
             numbers = list(mine[i:i + size])
             idx, targets = shards.batch(numbers + [0] * (size - len(numbers)))
             targets[len(numbers):] = -1  # fills the last batch up, and does not count
-            loss, _ = model(idx.to(device), targets.to(device))
-            total += loss.detach().double() * (len(numbers) * config.sequence_length)
+            loss = model(idx.to(device), targets.to(device))[0].detach()  # before the next pass: with a graph come its activations
+            total += loss.double() * (len(numbers) * config.sequence_length)
     total, ended = all_sum(float(total), len(signals))
     return None if ended else total / config.val_tokens
 
@@ -1064,14 +1071,17 @@ def warm_up(model, raw, config, device, dtype, per_process):
     weights = {name: p.detach().cpu().clone() for name, p in raw.state_dict().items()}
     kinds = (False, True) if config.optimizer == "newton_muon" else (False,)  # with and without collecting the inputs
     while True:
-        idx, targets = torch.randint(config.vocab_size, (2, size, config.sequence_length)).to(device)
-        fits = 1
+        generator = torch.Generator().manual_seed(0)
+        idx, targets = torch.randint(config.vocab_size, (2, size, config.sequence_length), generator=generator).to(device)
+        fits, ballast = 1, None
         try:
+            ballast = torch.empty(16 * raw.num_parameters(), dtype=torch.uint8, device=device)  # the optimizers' share, not yet there
             with model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext():
                 for collect in kinds:
                     accumulate(model, [(idx, targets)] * 2, collect, dtype)
         except torch.OutOfMemoryError:
             fits = 0
+        del ballast
         if all_sum(fits)[0] == world_size():
             break
         if config.device_batch_size or size == 1:
@@ -1082,7 +1092,7 @@ def warm_up(model, raw, config, device, dtype, per_process):
         torch.cuda.empty_cache()
         size //= 2
     optimizers = build_optimizers(raw, config)  # a second pair, thrown away after this
-    for collect in kinds:
+    for collect in (False, *kinds):  # at least twice: DDP arranges its buckets anew after the first
         _, grams = accumulate(model, [(idx, targets)], collect, dtype)
         if collect:
             optimizers[1].refresh(grams, idx.numel() * world_size())
@@ -1124,13 +1134,12 @@ def run(config):
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     with together():
         optimizers = build_optimizers(raw, config)
-    log.begin(dict(config=dataclasses.asdict(config), machine=describe_machine(device), world_size=world_size(),
-                   device=str(device.type), dtype=str(dtype), code_sha256=code_sha256(), parameters=raw.num_parameters(),
-                   hidden_parameters=sum(p.numel() for p in raw.hidden_matrices().values()), tokens_per_step=B * T,
-                   train_shards=train_shards.describe(), val_shards=val_shards.describe()))
-    rng = torch.get_rng_state()
+    if rank() == 0:
+        log.begin(dict(config=dataclasses.asdict(config), machine=describe_machine(device), world_size=world_size(), device=device.type,
+                       dtype=str(dtype), code_sha256=code_sha256(), parameters=raw.num_parameters(),
+                       hidden_parameters=sum(p.numel() for p in raw.hidden_matrices().values()), tokens_per_step=B * T,
+                       train_shards=train_shards.describe(), val_shards=val_shards.describe()))
     size = warm_up(model, raw, config, device, dtype, per_process)
-    torch.set_rng_state(rng)
     hidden = optimizers[1]
 
     start, train_time, best = 0, 0.0, math.inf
@@ -1179,8 +1188,9 @@ def run(config):
                 group["lr"] = rate * scale
         collect = config.optimizer == "newton_muon" and (step + 1) % config.refresh_interval == 0
         first = step * B + rank() * per_process
-        micro_batches = [[t.to(device, non_blocking=True) for t in train_shards.batch(range(i, i + size))]
-                         for i in range(first, first + per_process, size)]
+        micro_batches = [train_shards.batch(range(i, i + size)) for i in range(first, first + per_process, size)]
+        if device.type == "cuda":
+            micro_batches = [[t.pin_memory().to(device, non_blocking=True) for t in pair] for pair in micro_batches]
         loss, grams = accumulate(model, micro_batches, collect, dtype)
         if collect:
             hidden.refresh(grams, B * T)
@@ -1188,19 +1198,19 @@ def run(config):
             optimizer.step()
         raw.zero_grad(set_to_none=True)
         if (step + 1) % config.log_every == 0 or step + 1 == N:
-            mine = torch.tensor([float(loss)])
-            loss, failed = all_sum(float(loss) / world_size(), float(getattr(hidden, "failures", 0)))
+            everyone = all_gather(torch.tensor([float(loss), float(getattr(hidden, "failures", 0))], dtype=torch.float64))
+            loss, failed = everyone[:, 0].mean().item(), everyone[:, 1].sum().item()
             log.measured(step + 1, train_time + time.perf_counter() - clock, train_loss=loss, learning_rate_scale=scale,
                          **({"failed_factorisations": int(failed)} if config.optimizer == "newton_muon" else {}))
             if failed > failures:
                 log.print(f"warning: {int(failed - failures)} factorisations failed up to step {step + 1}; those blocks keep their last preconditioner")
                 failures = failed
             if not math.isfinite(loss):
-                bad = [str(r) for r, value in enumerate(all_gather(mine).flatten().tolist()) if not math.isfinite(value)]
+                bad = [str(r) for r, value in enumerate(everyone[:, 0].tolist()) if not math.isfinite(value)]
                 where = f" on process {', '.join(bad)}" if world_size() > 1 else ""
                 raise UserError(f"the training loss is {loss} at step {step + 1}{where}; lower learning_rate or hidden_learning_rate")
     if stop:
-        log.print(f"stopped by {signal.Signals(stop).name} after step {step}; go on with --resume {log.folder}")
+        log.print(f"stopped by {signal.Signals(stop).name} after step {step}" + (f"; go on with --resume {log.folder}" if step else ""))
     else:
         log.end(final_val_loss=val_loss, best_val_loss=best, train_time_ms=1000 * train_time, steps=step)
     if dist.is_initialized():
@@ -1221,11 +1231,13 @@ def main():
     except OSError as error:
         message, code = str(error), 1
     except RuntimeError as error:
-        if world_size() == 1:
+        if world_size() == 1 or not re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE):
             raise
         message, code = f"process {rank()}: {what_failed(error)}", 1
     if code:
         print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)  # torchrun ends the others as soon as one leaves: let the one that says it come first
     if world_size() > 1:
         os._exit(code or 1)  # at once: an ordinary exit would wait for collectives that never end
     sys.exit(code or 1)
