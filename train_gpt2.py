@@ -951,19 +951,23 @@ class Log:
                 self.write("log.txt", part.rstrip() + "\n" + "=" * 100)
         self.write_facts()
         if self.config.wandb_project:
-            try:
-                import wandb
-                self.wandb = wandb.init(project=self.config.wandb_project, name=self.folder.name, config=facts["config"], dir=str(self.folder))
-            except Exception as error:
-                print(f"warning: wandb does not start ({type(error).__name__}: {error}); the run goes on without it", file=sys.stderr)
+            self.wandb = self.attempt(lambda: importlib.import_module("wandb").init(
+                project=self.config.wandb_project, name=self.folder.name, config=facts["config"], dir=str(self.folder)))
+
+    def attempt(self, call):
+        """What `call`, to wandb, returns; a failure, of whatever kind, ends the logging there and nothing else."""
+        try:
+            return call()
+        except Exception as error:
+            self.wandb = None
+            print(f"warning: wandb failed ({type(error).__name__}: {error}); the run goes on without it", file=sys.stderr)
 
     def end(self, **facts):
         if self.files:
             self.facts.update(facts, end=now())
             self.write_facts()
             if self.wandb:
-                with contextlib.suppress(Exception):
-                    self.wandb.finish()
+                self.attempt(self.wandb.finish)
 
     def write_facts(self):
         write_atomically(self.folder / "run.json", json.dumps(self.facts, indent=1).encode())
@@ -998,11 +1002,7 @@ class Log:
         record = dict(step=step, **values, train_time_ms=round(1000 * train_time, 3), tokens=tokens)
         self.write("metrics.jsonl", json.dumps(record))
         if self.wandb:
-            try:
-                self.wandb.log(record, step=step)
-            except Exception as error:
-                print(f"warning: wandb failed ({type(error).__name__}: {error}); the run goes on without it", file=sys.stderr)
-                self.wandb = None
+            self.attempt(lambda: self.wandb.log(record, step=step))
 
     def sizes(self):
         """Bytes of each file, for a checkpoint."""

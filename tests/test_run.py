@@ -133,6 +133,14 @@ def test_compiled_newton_muon_builds_two_graphs_and_gives_the_losses_of_the_unco
         assert b == pytest.approx(a, rel=1e-4)
 
 
+def test_a_failing_wandb_does_not_end_the_run(start, tmp_path):
+    (tmp_path / "wandb.py").write_text("class Broken:\n    def log(self, *args, **kwargs):\n        raise OSError('no disk')\ndef init(**kwargs):\n"
+                                       "    return Broken()\n")
+    done = start(processes=1, run_name="a", wandb_project="p", env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0 and done.stderr.count("warning: wandb failed (OSError: no disk)") == 1
+    assert losses(tmp_path / "logs/a")[-1][0] == 10
+
+
 # configuration
 
 
