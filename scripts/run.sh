@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train Muon, Newton-Muon and AdamW one after the other and show which was faster.
 #
-#   scripts/run.sh                          Shakespeare's plays, on the CPU: about 5 minutes on 2 cores
+#   scripts/run.sh                          Shakespeare's plays, on the CPU: 3 to 5 minutes on 2 cores
 #   scripts/run.sh speedrun [options]       the GPT-2 speedrun on all GPUs of this machine; downloads the FineWeb shards first, with
 #                                           the options of data/fineweb.py. Run it again to go on after an interruption.
 set -euo pipefail
