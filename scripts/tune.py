@@ -52,7 +52,7 @@ def main():
     grid = vars(parser.parse_args())
     config, jobs, log_dir = (grid.pop(name) for name in ("config", "jobs", "log_dir"))
     points = [dict(zip(grid, values)) for values in itertools.product(*(text.split(",") for text in grid.values()))]
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     losses = {}
 
     def one(settings):
