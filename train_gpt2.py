@@ -1213,19 +1213,21 @@ def run(config):
         log.print(f"stopped by {signal.Signals(stop).name} after step {step}" + (f"; go on with --resume {log.folder}" if step else ""))
     else:
         log.end(final_val_loss=val_loss, best_val_loss=best, train_time_ms=1000 * train_time, steps=step)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    all_max(0)  # no process leaves before all have come here
     return 128 + stop if stop else 0
 
 
 def main():
+    message = ""
     try:
-        sys.exit(run(load_config(sys.argv[1:])))
+        code = run(load_config(sys.argv[1:]))
     except KeyboardInterrupt:  # before the first step; later, deferred_signals() has them
         message, code = "interrupted", 130
     except UserError as error:
-        message = f"process {rank()}: {error}" if error.local and world_size() > 1 else str(error)
-        code = 1 if error.local or int(os.environ.get("RANK", "0")) == 0 else None  # None: another process says it
+        message, code = f"process {rank()}: {error}" if error.local and world_size() > 1 else str(error), 1
+        if not error.local and os.environ.get("RANK", "0") != "0":  # process 0 says it; torchrun ends it as soon as another leaves
+            time.sleep(5)
+            message = ""
     except torch.OutOfMemoryError as error:
         message, code = f"{str(error).splitlines()[0]} Set a smaller device_batch_size.", 1
     except OSError as error:
@@ -1234,13 +1236,12 @@ def main():
         if world_size() == 1 or not re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE):
             raise
         message, code = f"process {rank()}: {what_failed(error)}", 1
-    if code:
+    if message:
         print(f"error: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(5)  # torchrun ends the others as soon as one leaves: let the one that says it come first
     if world_size() > 1:
-        os._exit(code or 1)  # at once: an ordinary exit would wait for collectives that never end
-    sys.exit(code or 1)
+        sys.stdout.flush()
+        os._exit(code)  # at once: the end of a process group can wait for others that are gone, or abort after all was done
+    sys.exit(code)
 
 
 if __name__ == "__main__":
