@@ -209,17 +209,20 @@ def check_config(config):
         raise UserError(f"optimizer_args = {config.optimizer_args!r} is not JSON: {error}") from None
 
 
+def divisors_near(n, wanted):
+    """The divisors of n, the one nearest to `wanted` first."""
+    return sorted((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))
+
+
 def sequences_per_process(config, world):
     """Sequences of one process in a step, after checking that the batch can be split over `world` processes and micro-batches."""
     if config.batch_size % world:
-        fits = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
-        near = sorted(sorted(fits, key=lambda n: abs(n - world))[:2])
+        near = sorted(divisors_near(config.batch_size, world)[:2])
         raise UserError(f"batch_size = {config.batch_size} cannot be split over {world} processes; "
                         f"the nearest numbers of processes that can are {' and '.join(map(str, near))}")
     per_process = config.batch_size // world
     if config.device_batch_size and per_process % config.device_batch_size:
-        fits = [n for n in range(1, per_process + 1) if per_process % n == 0]
-        near = min(fits, key=lambda n: abs(n - config.device_batch_size))
+        near = divisors_near(per_process, config.device_batch_size)[0]
         raise UserError(f"device_batch_size = {config.device_batch_size} does not divide the {per_process} sequences that each "
                         f"of {world} processes has in a step (batch_size = {config.batch_size}); the nearest that does is {near}")
     return per_process
