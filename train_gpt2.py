@@ -27,14 +27,18 @@ import json
 import math
 import os
 import platform
+import queue
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -98,6 +102,7 @@ class Config:
     refresh_interval: int = 32  # newton_muon: steps between refreshes of the preconditioner
     ewma: float = 0.95  # newton_muon: weight of the past in the second moment of the inputs
     ridge: float = 0.2  # newton_muon: ridge, relative to the mean eigenvalue of the second moment
+    power: float = 1.0  # newton_muon: the preconditioner is (second moment + ridge) ** -power; 0 would make it muon
     optimizer_args: str = "{}"  # module:Class: further keyword arguments, as a JSON object
     # machine
     seed: int = 0  # of the initial weights
@@ -184,6 +189,7 @@ def check_config(config):
     for name in ("beta1", "beta2", "momentum", "ewma"):
         require(0 <= getattr(config, name) < 1, name, must="at least 0 and below 1")
     require(0 < config.ridge < math.inf, "ridge", must="positive and finite")
+    require(0 < config.power <= 1, "power", must="above 0 and at most 1")
     require(config.warmup_iters + config.warmdown_iters <= config.num_iterations, "warmup_iters", "warmdown_iters",
             "num_iterations", must="such that warm-up and warm-down fit into the run")
     require(config.n_embd % (2 * config.n_head) == 0, "n_embd", "n_head",
@@ -247,6 +253,8 @@ FIX = "make it again with the script in data/ that made it"
 def open_shard(path):
     """Memory-mapped tokens of the shard at `path`: (n,) uint16. Raises UserError if it is missing or damaged."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
+            raise OSError("it is no file")
         with open(path, "rb") as file:
             header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4")
             size = os.fstat(file.fileno()).st_size
@@ -269,22 +277,23 @@ class Shards:
     Sequence i is sequence_length tokens and the one after them; sequences follow each other in a shard, shards follow
     each other by name, and no sequence spans two shards. Step t of a run trains on sequences t * batch_size to
     (t + 1) * batch_size - 1, however many processes share them: the position in the data is the step.
+    All headers and lengths are checked at once; a shard is mapped only while a batch is read, so that memory stays flat.
     """
 
     def __init__(self, pattern, sequence_length, vocab_size, allow_repeat=False):
         self.paths = sorted(glob.glob(pattern))
         if not self.paths:
             raise UserError(f"no file matches '{pattern}'; data/fineweb.py, data/shakespeare.py and data/tokenize_text.py make shards")
-        self.tokens = [open_shard(path) for path in self.paths]
+        self.lengths = [len(open_shard(path)) for path in self.paths]  # in tokens
         self.pattern, self.T, self.vocab_size, self.allow_repeat = pattern, sequence_length, vocab_size, allow_repeat
-        self.ends = np.cumsum([max(0, len(tokens) - 1) // sequence_length for tokens in self.tokens])  # in sequences
+        self.ends = np.cumsum([max(0, n - 1) // sequence_length for n in self.lengths])  # in sequences
 
     def require(self, sequences, what):
         """Raises UserError unless there are `sequences` sequences for `what`."""
         have = int(self.ends[-1])
         if have >= sequences or (self.allow_repeat and have > 0):
             return
-        largest = max(len(tokens) for tokens in self.tokens)
+        largest = max(self.lengths)
         missing = f"{math.ceil((sequences - have) * self.T / largest)} more shards like the largest one" if largest else "more shards"
         raise UserError(f"'{self.pattern}' holds {have * self.T:,} tokens in sequences of {self.T}, {what} needs "
                         f"{sequences * self.T:,}: add {missing}, or set a lower number"
@@ -292,23 +301,56 @@ class Shards:
 
     def describe(self):
         """For run.json: name, tokens and SHA-256 of (header, size in bytes) of each shard."""
-        return [dict(name=os.path.basename(path), tokens=len(tokens), sha256_of_header_and_size=hashlib.sha256(
+        return [dict(name=os.path.basename(path), tokens=n, sha256_of_header_and_size=hashlib.sha256(
                     open(path, "rb").read(HEADER_BYTES) + str(os.path.getsize(path)).encode()).hexdigest())
-                for path, tokens in zip(self.paths, self.tokens)]
+                for path, n in zip(self.paths, self.lengths)]
 
     def batch(self, sequences):
-        """Inputs and targets, each (len(sequences), T) int64, of the sequences with these numbers."""
-        rows = np.empty((len(sequences), self.T + 1), dtype=np.int64)
+        """Inputs and targets, each (len(sequences), T) int64, of the sequences with these numbers.
+
+        Raises UserError for a token outside the vocabulary, and for a shard that has changed since it was checked.
+        """
+        rows, opened = np.empty((len(sequences), self.T + 1), dtype=np.int64), None
         for row, i in zip(rows, sequences):
             i %= int(self.ends[-1])
             shard = int(np.searchsorted(self.ends, i, side="right"))
             start = (i - (int(self.ends[shard - 1]) if shard else 0)) * self.T
-            row[:] = self.tokens[shard][start:start + self.T + 1]
+            if shard != opened:
+                tokens, opened = open_shard(self.paths[shard]), shard
+                if len(tokens) != self.lengths[shard]:
+                    raise UserError(f"{self.paths[shard]}: had {self.lengths[shard]:,} tokens when the run started and has "
+                                    f"{len(tokens):,} now; leave the shards of a run alone")
+            row[:] = tokens[start:start + self.T + 1]
             if row.max() >= self.vocab_size:
                 raise UserError(f"{self.paths[shard]}: token {row.max()} after position {start} is outside vocab_size = "
-                                f"{self.vocab_size}; use the vocabulary of the tokenizer that made the shard", local=True)
+                                f"{self.vocab_size}; use the vocabulary of the tokenizer that made the shard")
         rows = torch.from_numpy(rows)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def prefetched(shards, batches, device):
+    """Yields shards.batch(sequences) for each of `batches` in turn; a thread reads the next one while the caller uses this one.
+
+    Where `device` is a GPU, the tensors lie in pinned memory, from which they can be copied while it computes.
+    """
+    def read(sequences):
+        try:
+            batch = shards.batch(sequences)
+        except UserError as error:
+            raise UserError(str(error), local=True) from None  # other processes read other sequences
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a thread starts with GPU 0 as its own, whatever the GPU of its process
+            batch = [t.pin_memory() for t in batch]
+        return batch
+
+    with ThreadPoolExecutor(1) as thread:
+        waiting = []
+        for sequences in batches:
+            waiting.append(thread.submit(read, sequences))
+            if len(waiting) == 2:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -547,11 +589,12 @@ class NewtonMuon(Muon):
     Each matrix W (m, n) of a layer with inputs Z (n, N tokens) keeps K (n, n), at first 1e-3 I. A refresh does
 
         K <- ewma K + (1 - ewma) Z Z^T / N
-        P =  (K + (ridge tr(K) / n + 1e-8) I)^-1      by Cholesky
+        P =  (K + (ridge tr(K) / n + 1e-8) I)^-power
 
-    and from the first refresh on, each step replaces G by G P before Muon's momentum. A matrix wider than tall has n / m
-    diagonal blocks instead of one K, one for each slice of its inputs; fused q, k, v share theirs. If a factorisation
-    fails, that block keeps its previous P, and `failures` counts it. Raises ValueError as Muon does.
+    and from the first refresh on, each step replaces G by G P before Muon's momentum; the paper's power, 1, is the inverse, by
+    Cholesky, any other is taken of the eigenvalues. A matrix wider than tall has n / m diagonal blocks instead of one K, one for
+    each slice of its inputs; fused q, k, v share theirs. If a factorisation fails, that block keeps its previous P, and
+    `failures` counts it. Raises ValueError as Muon does.
 
     The speedrun on 8 GPUs, per step (524,288 tokens, n = 768, refreshes every 32 steps), counted, not measured:
 
@@ -566,11 +609,12 @@ class NewtonMuon(Muon):
     """
 
     def __init__(self, params, lr=4e-4, momentum=0.95, nesterov=True, ns_steps=5, weight_decay=0.0,
-                 refresh_interval=32, ewma=0.95, ridge=0.2):
-        if not 0 <= ewma < 1 or ridge <= 0:
-            raise ValueError(f"ewma = {ewma}, ridge = {ridge}: ewma must be at least 0 and below 1, ridge positive")
+                 refresh_interval=32, ewma=0.95, ridge=0.2, power=1.0):
+        if not 0 <= ewma < 1 or ridge <= 0 or not 0 < power <= 1:
+            raise ValueError(f"ewma = {ewma}, ridge = {ridge}, power = {power}: ewma must be at least 0 and below 1, ridge positive, "
+                             "power above 0 and at most 1")
         super().__init__(params, lr, momentum, nesterov, ns_steps, weight_decay,
-                         refresh_interval=refresh_interval, ewma=ewma, ridge=ridge)
+                         refresh_interval=refresh_interval, ewma=ewma, ridge=ridge, power=power)
         self.failures = torch.zeros((), dtype=torch.int64, device=self.updates.device)
 
     @staticmethod
@@ -601,9 +645,17 @@ class NewtonMuon(Muon):
                 state["P"] = eye.repeat(gram.size(0), 1, 1)
             K = state["K"].mul_(group["ewma"]).add_(gram, alpha=(1 - group["ewma"]) / tokens)
             ridge = group["ridge"] * K.diagonal(dim1=-2, dim2=-1).mean(-1) + 1e-8
-            L, info = torch.linalg.cholesky_ex(K + ridge[:, None, None] * eye)
-            good = ((info == 0) & L.isfinite().all(-1).all(-1))[:, None, None]
-            state["P"] = torch.where(good, torch.cholesky_inverse(torch.where(good, L, eye)), state["P"])
+            A = K + ridge[:, None, None] * eye
+            if group["power"] == 1:
+                L, info = torch.linalg.cholesky_ex(A)
+                good = ((info == 0) & L.isfinite().all(-1).all(-1))[:, None, None]
+                P = torch.cholesky_inverse(torch.where(good, L, eye))
+            else:
+                good = A.isfinite().all(-1).all(-1)[:, None, None]
+                values, V = torch.linalg.eigh(torch.where(good, A, eye))
+                good = good & (values[:, :1, None] > 0)
+                P = V * values.abs()[:, None, :].pow(-group["power"]) @ V.mT
+            state["P"] = torch.where(good, P, state["P"])
             self.failures += (~good).sum()
 
     def precondition(self, p, G):
@@ -646,8 +698,8 @@ def build_optimizers(model, config):
     if config.optimizer == "muon":
         return table, Muon(hidden, **rate, **momentum, ns_steps=config.ns_steps)
     if config.optimizer == "newton_muon":
-        return table, NewtonMuon(hidden, **rate, **momentum, ns_steps=config.ns_steps, ewma=config.ewma, ridge=config.ridge,
-                                 refresh_interval=config.refresh_interval)
+        return table, NewtonMuon(hidden, **rate, **momentum, ns_steps=config.ns_steps, refresh_interval=config.refresh_interval,
+                                 ewma=config.ewma, ridge=config.ridge, power=config.power)
     if config.optimizer == "sgd":
         return table, torch.optim.SGD(hidden, **rate, **momentum)
     if config.optimizer == "signum":
@@ -681,11 +733,13 @@ def start_processes(config):
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     gpus = torch.cuda.device_count()
     if config.device == "cuda" and not gpus:
-        raise UserError(f"device = 'cuda', but torch {torch.__version__} finds no GPU here; use --device cpu, or install a CUDA build of torch")
+        raise UserError(f"device = 'cuda', but torch {torch.__version__} finds no GPU here; "
+                        "use --device cpu, or install a CUDA build of torch")
     device = torch.device("cuda", local_rank) if config.device != "cpu" and gpus else torch.device("cpu")
     if device.type == "cuda":
         if local_rank >= gpus:
-            raise UserError(f"process {local_rank} of this node has no GPU: there are {gpus}; start at most {gpus} processes a node", local=True)
+            raise UserError(f"process {local_rank} of this node has no GPU: there are {gpus}; start at most {gpus} processes a node",
+                            local=True)
         torch.cuda.set_device(device)
     elif sys.platform == "linux":
         # glibc gives the memory of large tensors back to the kernel and faults it in again in the same step; keep it: 10 to 20 % of a step
@@ -697,8 +751,9 @@ def start_processes(config):
         try:
             job_store, process, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=config.collective_timeout)))
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"WORLD_SIZE is {world}, but the processes cannot find each other: {error}; start them by torchrun", local=True) from None
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own store outlives a restart, and with it the old addresses
+            raise UserError(f"WORLD_SIZE is {world}, but the processes cannot find each other: {error}; start them by torchrun",
+                            local=True) from None
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own store outlives a restart, with the old addresses
             job_store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", job_store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=job_store, rank=process,
                                 world_size=world, timeout=timedelta(seconds=config.collective_timeout))
@@ -753,7 +808,8 @@ def reduce_to_owners(grams, owners):
     if world_size() == 1:
         return
     triangle = {n: torch.triu_indices(n, n, device=grams[0].device).unbind() for n in {gram.size(-1) for gram in grams}}
-    packed = [torch.cat([gram[:, *triangle[gram.size(-1)]].flatten() for gram, owner in zip(grams, owners) if owner == r] or [grams[0].new_empty(0)])
+    nothing = grams[0].new_empty(0)
+    packed = [torch.cat([gram[:, *triangle[gram.size(-1)]].flatten() for gram, owner in zip(grams, owners) if owner == r] or [nothing])
               for r in range(world_size())]
     for work in [dist.reduce(part, dst=r, async_op=True) for r, part in enumerate(packed) if len(part)]:
         work.wait()
@@ -875,7 +931,8 @@ def find_checkpoint(config):
         return checkpoint, candidate.resolve().parent.parent
     if config.resume == "auto" and not candidates:
         return None, None
-    raise UserError(f"resume = '{config.resume}': no checkpoint there that can be loaded; name a step_*.pt file or the folder of a run that has one")
+    raise UserError(f"resume = '{config.resume}': no checkpoint there that can be loaded; "
+                    "name a step_*.pt file or the folder of a run that has one")
 
 
 def check_checkpoint(checkpoint, path, config):
@@ -913,18 +970,21 @@ def describe_machine(device):
                 nvidia_smi=output("nvidia-smi") if device.type == "cuda" else "")
 
 
+WANDB_SECONDS = 60
+
+
 class Log:
     """The folder of a run, its files and the terminal. On processes other than 0 every method does nothing."""
 
     def __init__(self, config, checkpoint, folder):
         """Opens `folder` to go on from `checkpoint`, or a new folder for a new run. Raises UserError if it cannot be written."""
-        self.config, self.folder, self.files, self.wandb, self.live = config, folder, {}, None, sys.stdout.isatty()
+        self.config, self.folder, self.files, self.live, self.for_wandb = config, folder, {}, sys.stdout.isatty(), queue.SimpleQueue()
         self.resumed = checkpoint is not None
         if rank() != 0:
             return
         if not checkpoint:
             self.folder = Path(config.log_dir, config.run_name or time.strftime("%Y%m%d-%H%M%S_") + config.optimizer.replace(":", "-"))
-            if config.resume != "auto" and (self.folder / "log.txt").exists():
+            if config.resume != "auto" and ((self.folder / "log.txt").exists() or any(self.folder.glob("checkpoints/step_*.pt"))):
                 raise UserError(f"{self.folder} already holds a run; take another run_name, or go on with that run by --resume auto")
         try:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -933,8 +993,8 @@ class Log:
                 if checkpoint:  # what was logged after the checkpoint will be logged again
                     size = os.path.getsize(self.folder / name)
                     self.files[name].truncate(min(size, checkpoint["progress"]["log_bytes"][name]))
-            for path in self.folder.glob("checkpoints/step_*.pt"):  # and what was saved after it, saved again
-                if not checkpoint or int(path.stem[5:]) > checkpoint["progress"]["step"]:
+            for path in self.folder.glob("checkpoints/step_*.pt") if checkpoint else ():  # and what was saved after it, saved again
+                if int(path.stem[5:]) > checkpoint["progress"]["step"]:
                     path.unlink()
             if Path(__file__).resolve() != (self.folder / "train_gpt2.py").resolve():
                 shutil.copyfile(__file__, self.folder / "train_gpt2.py")
@@ -950,27 +1010,37 @@ class Log:
         else:
             machine = dict(facts["machine"])
             nvidia_smi = machine.pop("nvidia_smi")
-            for part in (Path(__file__).read_text(), json.dumps(machine, indent=1) + "\n" + nvidia_smi, json.dumps(facts["config"], indent=1)):
+            machine = json.dumps(machine, indent=1) + "\n" + nvidia_smi
+            for part in (Path(__file__).read_text(), machine, json.dumps(facts["config"], indent=1)):
                 self.write("log.txt", part.rstrip() + "\n" + "=" * 100)
         self.write_facts()
         if self.config.wandb_project:
-            self.wandb = self.attempt(lambda: importlib.import_module("wandb").init(
-                project=self.config.wandb_project, name=self.folder.name, config=facts["config"], dir=str(self.folder)))
+            self.wandb = threading.Thread(target=self.log_to_wandb, daemon=True)
+            self.wandb.start()
 
-    def attempt(self, call):
-        """What `call`, to wandb, returns; a failure, of whatever kind, ends the logging there and nothing else."""
+    def log_to_wandb(self):
+        """Sends the queue's records to wandb, on a thread of its own: what wandb raises, or waits for, neither ends nor slows the run."""
         try:
-            return call()
+            import wandb
+            run = wandb.init(project=self.config.wandb_project, name=self.folder.name, config=self.facts["config"], dir=str(self.folder))
+            for record in iter(self.for_wandb.get, None):
+                run.log(record, step=record["step"])
+            run.finish()
         except Exception as error:
-            self.wandb = None
             print(f"warning: wandb failed ({type(error).__name__}: {error}); the run goes on without it", file=sys.stderr)
 
     def end(self, **facts):
-        if self.files:
+        """Writes `facts` of the finished run, if it did finish, and gives wandb WANDB_SECONDS to send what it has."""
+        if not self.files:
+            return
+        if facts:
             self.facts.update(facts, end=now())
             self.write_facts()
-            if self.wandb:
-                self.attempt(self.wandb.finish)
+        if self.config.wandb_project:
+            self.for_wandb.put(None)
+            self.wandb.join(WANDB_SECONDS)
+            if self.wandb.is_alive():
+                print("warning: wandb does not come to an end; the run is complete without it", file=sys.stderr)
 
     def write_facts(self):
         write_atomically(self.folder / "run.json", json.dumps(self.facts, indent=1).encode())
@@ -979,7 +1049,8 @@ class Log:
         try:
             self.files[name].write(text + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self.folder / name}: {error.strerror}; free some space and go on with --resume", local=True) from None
+            raise UserError(f"cannot write {self.folder / name}: {error.strerror}; free some space and go on with --resume",
+                            local=True) from None
 
     def print(self, text):
         """A line for the terminal and log.txt."""
@@ -1004,8 +1075,8 @@ class Log:
         tokens = step * self.config.batch_size * self.config.sequence_length
         record = dict(step=step, **values, train_time_ms=round(1000 * train_time, 3), tokens=tokens)
         self.write("metrics.jsonl", json.dumps(record))
-        if self.wandb:
-            self.attempt(lambda: self.wandb.log(record, step=step))
+        if self.config.wandb_project:
+            self.for_wandb.put(record)
 
     def sizes(self):
         """Bytes of each file, for a checkpoint."""
@@ -1042,16 +1113,19 @@ def accumulate(model, micro_batches, collect, dtype):
 
 
 def evaluate(model, shards, config, device, dtype, size, signals):
-    """Mean loss over exactly val_tokens tokens, in batches of `size` sequences, shared by all processes. None if `signals` came meanwhile."""
+    """Mean loss over exactly val_tokens tokens, in batches of `size` sequences, shared by all processes.
+
+    None if `signals` came meanwhile.
+    """
     total, mine = 0.0, range(rank(), config.val_tokens // config.sequence_length, world_size())
     # with torch.compile, use the graph of the training step: one without gradients would be a third to build
     with torch.set_grad_enabled(config.compile), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        for i in range(0, len(mine), size):
+        batches = [list(mine[i:i + size]) for i in range(0, len(mine), size)]
+        full = [numbers + [0] * (size - len(numbers)) for numbers in batches]  # the last batch is filled up
+        for numbers, (idx, targets) in zip(batches, prefetched(shards, full, device)):
             if signals:
                 break
-            numbers = list(mine[i:i + size])
-            idx, targets = shards.batch(numbers + [0] * (size - len(numbers)))
-            targets[len(numbers):] = -1  # fills the last batch up, and does not count
+            targets[len(numbers):] = -1  # and what fills it does not count
             loss = model(idx.to(device), targets.to(device))[0].detach()  # before the next pass: with a graph come its activations
             total += loss.double() * (len(numbers) * config.sequence_length)
     total, ended = all_sum(float(total), len(signals))
@@ -1088,8 +1162,8 @@ def warm_up(model, raw, config, device, dtype, per_process):
         if all_sum(fits)[0] == world_size():
             break
         if config.device_batch_size or size == 1:
-            raise UserError(f"a forward and backward pass of {size} sequences of {config.sequence_length} tokens does not fit into the memory of "
-                            f"the GPU; set a smaller {'device_batch_size' if size > 1 else 'sequence_length or model'}")
+            raise UserError(f"a forward and backward pass of {size} sequences of {config.sequence_length} tokens does not fit into the "
+                            f"memory of the GPU; set a smaller {'device_batch_size' if size > 1 else 'sequence_length or model'}")
         raw.zero_grad(set_to_none=True)
         torch.compiler.reset()
         torch.cuda.empty_cache()
@@ -1116,7 +1190,7 @@ def run(config):
     """One training run, in this process's part of it. Returns the exit code: 0, or 128 + the signal that ended it."""
     per_process = sequences_per_process(config, int(os.environ.get("WORLD_SIZE", 1)))
     device = start_processes(config)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype) or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda" else torch.float32
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU multiplies fp32: preconditioning and the second moments
     B, T, N = config.batch_size, config.sequence_length, config.num_iterations
 
@@ -1156,7 +1230,9 @@ def run(config):
     log.print(f"{config.optimizer}: {raw.num_parameters():,} parameters, {N} steps of {B * T:,} tokens, {world_size()} process(es) on "
               f"{device.type} with {size} of {per_process} sequences at a time, logs in {log.folder}")
 
-    failures, reached, signals = 0, best <= config.target_val_loss, deferred_signals()
+    failures, data_wait, reached, signals = 0, 0.0, best <= config.target_val_loss, deferred_signals()
+    offset = rank() * per_process
+    batches = prefetched(train_shards, (range(step * B + offset, step * B + offset + per_process) for step in range(start, N)), device)
     clock = synchronized_time(device)
     for step in range(start, N + 1):
         last, stop = step == N, all_max(max(signals, default=0))  # a signal ends the run here, on all processes
@@ -1190,11 +1266,11 @@ def run(config):
             for group in optimizer.param_groups:
                 group["lr"] = rate * scale
         collect = config.optimizer == "newton_muon" and (step + 1) % config.refresh_interval == 0
-        first = step * B + rank() * per_process
-        micro_batches = [train_shards.batch(range(i, i + size)) for i in range(first, first + per_process, size)]
-        if device.type == "cuda":
-            micro_batches = [[t.pin_memory().to(device, non_blocking=True) for t in pair] for pair in micro_batches]
-        loss, grams = accumulate(model, micro_batches, collect, dtype)
+        before = time.perf_counter()
+        batch = next(batches)
+        data_wait += time.perf_counter() - before
+        idx, targets = (t.to(device, non_blocking=True).split(size) for t in batch)
+        loss, grams = accumulate(model, list(zip(idx, targets)), collect, dtype)
         if collect:
             hidden.refresh(grams, B * T)
         for optimizer in optimizers:
@@ -1204,9 +1280,11 @@ def run(config):
             everyone = all_gather(torch.tensor([float(loss), float(getattr(hidden, "failures", 0))], dtype=torch.float64))
             loss, failed = everyone[:, 0].mean().item(), everyone[:, 1].sum().item()
             log.measured(step + 1, train_time + time.perf_counter() - clock, train_loss=loss, learning_rate_scale=scale,
+                         data_wait_ms=round(1000 * data_wait, 3),
                          **({"failed_factorisations": int(failed)} if config.optimizer == "newton_muon" else {}))
             if failed > failures:
-                log.print(f"warning: {int(failed - failures)} factorisations failed up to step {step + 1}; those blocks keep their last preconditioner")
+                log.print(f"warning: {int(failed - failures)} factorisations failed up to step {step + 1}; "
+                          "those blocks keep their last preconditioner")
                 failures = failed
             if not math.isfinite(loss):
                 bad = [str(r) for r, value in enumerate(everyone[:, 0].tolist()) if not math.isfinite(value)]
@@ -1214,6 +1292,7 @@ def run(config):
                 raise UserError(f"the training loss is {loss} at step {step + 1}{where}; lower learning_rate or hidden_learning_rate")
     if stop:
         log.print(f"stopped by {signal.Signals(stop).name} after step {step}" + (f"; go on with --resume {log.folder}" if step else ""))
+        log.end()
     else:
         log.end(final_val_loss=val_loss, best_val_loss=best, train_time_ms=1000 * train_time, steps=step)
     all_max(0)  # no process leaves before all have come here

@@ -68,10 +68,11 @@ def test_muon_orthogonalises_the_blocks_of_a_fused_qkv_apart():
     torch.testing.assert_close(fused.data, torch.cat([part.data for part in parts]))
 
 
-def test_newton_muon_preconditioner_is_the_damped_inverse_of_the_second_moment():
+@pytest.mark.parametrize("quarters", [1, 2, 3, 4])
+def test_newton_muon_preconditioner_is_a_power_of_the_damped_inverse_of_the_second_moment(quarters):
     generator = torch.Generator().manual_seed(4)
     wide = torch.nn.Parameter(torch.zeros(6, 24))
-    optimizer = NewtonMuon([wide], ewma=0.5, ridge=0.3)
+    optimizer = NewtonMuon([wide], ewma=0.5, ridge=0.3, power=quarters / 4)
     expected = [torch.eye(6, dtype=torch.float64) * 1e-3] * 4
     for _ in range(3):
         Z = torch.randn(4, 100, 6, generator=generator)
@@ -79,7 +80,8 @@ def test_newton_muon_preconditioner_is_the_damped_inverse_of_the_second_moment()
         expected = [0.5 * K + 0.5 * z.T.double() @ z.double() / 100 for K, z in zip(expected, Z)]
     for P, K in zip(optimizer.state[wide]["P"], expected):
         inverse = torch.linalg.inv(K + (0.3 * K.trace() / 6 + 1e-8) * torch.eye(6, dtype=torch.float64))
-        torch.testing.assert_close(P.double(), inverse, rtol=1e-4, atol=1e-5)
+        fourth = torch.linalg.matrix_power(P.double(), 4)
+        torch.testing.assert_close(fourth, torch.linalg.matrix_power(inverse, quarters), rtol=1e-4, atol=1e-5 * fourth.max().item())
     G = torch.randn(6, 24, generator=generator)
     torch.testing.assert_close(optimizer.precondition(wide, G), torch.cat([g @ P for g, P in zip(G.split(6, 1), optimizer.state[wide]["P"])], 1))
 
@@ -92,9 +94,10 @@ def test_newton_muon_before_its_first_refresh_is_muon():
     assert torch.equal(a, b)
 
 
-def test_a_failed_factorisation_keeps_the_last_preconditioner_and_is_counted():
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_a_failed_factorisation_keeps_the_last_preconditioner_and_is_counted(power):
     w = torch.nn.Parameter(torch.zeros(4, 8))
-    optimizer = NewtonMuon([w])
+    optimizer = NewtonMuon([w], power=power)
     optimizer.refresh([torch.eye(4).repeat(2, 1, 1)], 1)
     before = optimizer.state[w]["P"].clone()
     optimizer.refresh([torch.stack([torch.eye(4), -100 * torch.eye(4)])], 1)  # no second moment is negative
@@ -118,7 +121,8 @@ def test_signum_follows_its_equation():
 
 
 @pytest.mark.parametrize("kind, settings", [(Muon, dict(lr=-1)), (Muon, dict(momentum=1.0)), (Muon, dict(weight_decay=-0.1)),
-                                            (NewtonMuon, dict(ewma=1.0)), (NewtonMuon, dict(ridge=0.0))])
+                                            (NewtonMuon, dict(ewma=1.0)), (NewtonMuon, dict(ridge=0.0)),
+                                            (NewtonMuon, dict(power=0.0))])
 def test_optimizers_refuse_settings_out_of_range(kind, settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         kind([torch.nn.Parameter(torch.zeros(2, 2))], **settings)

@@ -3,10 +3,14 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import train_gpt2
 from conftest import ROOT
 from scripts.compare import read_log
 from train_gpt2 import HEADER_BYTES, Config, UserError, learning_rate_scale, load_config
@@ -139,6 +143,32 @@ def test_a_failing_wandb_does_not_end_the_run(start, tmp_path):
     done = start(processes=1, run_name="a", wandb_project="p", env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0 and done.stderr.count("warning: wandb failed (OSError: no disk)") == 1
     assert losses(tmp_path / "logs/a")[-1][0] == 10
+
+
+def test_a_wandb_that_hangs_does_not_hold_up_the_run(start, tmp_path, monkeypatch):
+    forever = threading.Event()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kwargs: forever.wait()))
+    monkeypatch.setattr(train_gpt2, "WANDB_SECONDS", 0.01)
+    done = start(run_name="a", wandb_project="p")
+    forever.set()
+    assert done.returncode == 0 and "warning: wandb does not come to an end" in done.stderr
+    assert losses(tmp_path / "logs/a")[-1][0] == 10
+
+
+def test_wandb_gets_every_record_and_the_configuration(start, tmp_path, monkeypatch):
+    records, given = [], {}
+    run = SimpleNamespace(log=lambda record, step: records.append(record), finish=lambda: records.append("finished"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kwargs: given.update(kwargs) or run))
+    assert start(run_name="a", wandb_project="p").returncode == 0
+    assert records == [json.loads(line) for line in (tmp_path / "logs/a/metrics.jsonl").read_text().splitlines()] + ["finished"]
+    assert given["project"] == "p" and given["config"] == json.loads((tmp_path / "logs/a/run.json").read_text())["config"]
+
+
+def test_wandb_offline_needs_no_account(start, tmp_path):
+    done = start(processes=1, run_name="a", wandb_project="p", env={"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path)})
+    assert done.returncode == 0 and "warning" not in done.stderr
+    written, = (tmp_path / "logs/a").glob("wandb/offline-run-*/*.wandb")
+    assert b"val_loss" in written.read_bytes()
 
 
 # configuration
@@ -291,3 +321,6 @@ def test_a_second_run_of_the_same_name_is_refused(start, tmp_path):
     before = (tmp_path / "logs/a/log.txt").read_bytes()
     refused(start(run_name="a"), "already holds a run")
     assert (tmp_path / "logs/a/log.txt").read_bytes() == before
+    (tmp_path / "logs/a/log.txt").unlink()
+    refused(start(run_name="a"), "already holds a run")
+    assert (tmp_path / "logs/a/checkpoints/step_000010.pt").exists()
