@@ -300,10 +300,14 @@ class Shards:
                         + ("" if what == "validation" else " of steps, or allow_repeat = true"))
 
     def describe(self):
-        """For run.json: name, tokens and SHA-256 of (header, size in bytes) of each shard."""
-        return [dict(name=os.path.basename(path), tokens=n, sha256_of_header_and_size=hashlib.sha256(
-                    open(path, "rb").read(HEADER_BYTES) + str(os.path.getsize(path)).encode()).hexdigest())
-                for path, n in zip(self.paths, self.lengths)]
+        """For run.json: name and tokens of each shard, and SHA-256 of its header and size, and of its first MiB (other data of the same size)."""
+        shards = []
+        for path, n in zip(self.paths, self.lengths):
+            with open(path, "rb") as file:
+                start, size = file.read(2 ** 20), os.path.getsize(path)
+            shards.append(dict(name=os.path.basename(path), tokens=n, sha256_of_first_mebibyte=hashlib.sha256(start).hexdigest(),
+                               sha256_of_header_and_size=hashlib.sha256(start[:HEADER_BYTES] + str(size).encode()).hexdigest()))
+        return shards
 
     def batch(self, sequences):
         """Inputs and targets, each (len(sequences), T) int64, of the sequences with these numbers.

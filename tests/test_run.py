@@ -1,5 +1,6 @@
 """Whole runs of train_gpt2.py, as a user starts them."""
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -25,7 +26,7 @@ def losses(folder):
 # what a run writes
 
 
-def test_a_run_can_be_read_back_from_what_it_wrote(start, tmp_path):
+def test_a_run_can_be_read_back_from_what_it_wrote(start, shards, tmp_path):
     done = start(processes=1, run_name="a", optimizer="newton_muon", refresh_interval=3)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "logs" / "a"
@@ -45,6 +46,9 @@ def test_a_run_can_be_read_back_from_what_it_wrote(start, tmp_path):
     assert facts["world_size"] == 1 and facts["tokens_per_step"] == 192 and facts["machine"]["torch"] == torch.__version__
     assert facts["parameters"] == 2 * 12 * 16 ** 2 + 64 * 16 and facts["hidden_parameters"] == 2 * 12 * 16 ** 2
     assert [shard["tokens"] for shard in facts["train_shards"]] == [3000, 3000] and len(facts["code_sha256"]) == 64
+    content = (shards / "val_000000.bin").read_bytes()
+    assert facts["val_shards"] == [dict(name="val_000000.bin", tokens=1000, sha256_of_first_mebibyte=hashlib.sha256(content).hexdigest(),
+                                        sha256_of_header_and_size=hashlib.sha256(content[:1024] + b"3024").hexdigest())]
     assert facts["final_val_loss"] == pytest.approx(run.losses[-1], abs=1e-4) and facts["end"] >= facts["start"]
     weights = torch.load(folder / "checkpoints" / "step_000010.pt", weights_only=True)["model"]
     assert all(w.isfinite().all() for w in weights.values())
