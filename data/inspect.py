@@ -1,0 +1,132 @@
+"""Verify token shards and show what is in them.
+
+    python data/inspect.py SHARD...
+
+For each shard: whether its header and size are right, whether its SHA-256 is that in the manifest (NAME.json beside it), how many
+documents and tokens it has, the most frequent tokens, and how its text begins. Exits with 1 if any shard is bad. Takes a second
+for a shard of 200 MB, after 2 for the start.
+"""
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository instead of data/: this file is not Python's inspect
+
+import argparse
+import functools
+import hashlib
+import json
+import re
+
+import numpy as np
+
+from data.tokenize_text import END_OF_TEXT, InputError, gpt2_encoding
+from train_gpt2 import UserError, open_shard
+
+VOCABULARY = {"gpt2": 50257, "bytes": 256}
+BLOCK = 1 << 22  # tokens counted at once
+ROWS, LINES, COLUMNS = 10, 5, 100  # of the histogram; of the text
+
+
+@functools.cache
+def decoder(tokenizer):
+    """decode(tokens) -> text; it says so, and returns None, if tiktoken cannot get its files."""
+    if tokenizer == "bytes":
+        return lambda tokens: b"<|endoftext|>".join(bytes(tokens.astype(np.uint8)).split(b"\xff")).decode(errors="replace")
+    try:
+        encoding = gpt2_encoding()
+    except InputError as error:
+        print(f"tokens are not decoded: {error}")
+        return None
+    return lambda tokens: encoding.decode(tokens.tolist())
+
+
+def find_manifest(path):
+    """(file, content) of the manifest beside the shard; content is None if there is none. Raises UserError if it is damaged."""
+    file = path.with_name(re.sub(r"_(val|train)_\d+\.bin$|\.bin$", "", path.name) + ".json")
+    try:
+        manifest = json.loads(file.read_text())
+        shards = {shard["file"]: (shard["tokens"], shard["sha256"]) for shard in manifest["shards"]}
+        return file, dict(tokenizer=manifest["tokenizer"], source=manifest["source"], shards=shards)
+    except FileNotFoundError:
+        return file, None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"its manifest {file.name} cannot be read ({error!r}); make the data set again") from None
+
+
+def count(tokens, start):
+    """How often each of the 65536 values occurs in `tokens` (n,), and the positions of `start`."""
+    counts, starts = np.zeros(65536, dtype=np.int64), [np.zeros(0, np.int64)]
+    for i in range(0, len(tokens), BLOCK):
+        counts += np.bincount(tokens[i:i + BLOCK], minlength=65536)
+        starts.append(i + np.flatnonzero(tokens[i:i + BLOCK] == start))
+    return counts, np.concatenate(starts)
+
+
+def inspect(path, tokenizer):
+    """Prints what the shard `path` holds, of which `tokenizer` made it if no manifest says so. Raises UserError if it is bad."""
+    tokens = open_shard(path)
+    file, manifest = find_manifest(path)
+    with open(path, "rb") as content:
+        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    if manifest:
+        if path.name not in manifest["shards"]:
+            raise UserError(f"{file.name} does not list it: another run left it here; delete it, or make the data set again")
+        if manifest["shards"][path.name] != (len(tokens), sha256):
+            raise UserError(f"not as it was written: SHA-256 {sha256}, but {manifest['shards'][path.name][1]} in {file.name}; "
+                            "make it again")
+        tokenizer, told = manifest["tokenizer"], f"says {file.name}"
+    else:
+        told = "says --tokenizer" if tokenizer else "a guess; --tokenizer can say otherwise"
+        tokenizer = tokenizer or ("bytes" if len(tokens) and tokens.max() == END_OF_TEXT["bytes"] else "gpt2")
+    if tokenizer not in VOCABULARY:
+        raise UserError(f"{file.name} names the tokenizer '{tokenizer}', which is none of {', '.join(VOCABULARY)}")
+    counts, starts = count(tokens, END_OF_TEXT[tokenizer])
+    used = np.flatnonzero(counts)
+    if len(used) and used[-1] >= VOCABULARY[tokenizer]:
+        raise UserError(f"token {used[-1]} is outside the {VOCABULARY[tokenizer]} of {tokenizer} ({told}); make it again")
+    decode = decoder(tokenizer)
+    print(f"{path}: ok" + ("" if manifest else f", as far as its header tells: there is no {file.name} to compare SHA-256 with"))
+    print(f"  SHA-256 {sha256}" + (f", as in {file.name}" if manifest else ""))
+    if manifest:
+        print(f"  made from {manifest['source']}"[:3 * COLUMNS])
+        missing = [name for name in manifest["shards"] if not path.with_name(name).exists()]
+        if missing:
+            print(f"  {file.name} also lists what is not here: {', '.join(missing[:3])}{f' and {len(missing) - 3} more' * (len(missing) > 3)}")
+    lengths = np.diff(starts, append=len(tokens))
+    print(f"  {len(tokens):,} tokens ({tokenizer}, {told}); {len(starts):,} documents begin"
+          + (f", of {lengths.min():,} to {lengths.max():,} tokens, median {np.median(lengths):,.0f}" if len(starts) else ""))
+    if not len(tokens):
+        return
+    print(f"  {len(used):,} of {VOCABULARY[tokenizer]:,} tokens occur, from {used[0]} to {used[-1]}; the most frequent:")
+    top = np.argsort(-counts, kind="stable")[:min(ROWS, len(used))]
+    for token in top:
+        bar = "#" * round(30 * counts[token] / counts[top[0]])
+        text = repr(decode(np.array([token]))) if decode else ""
+        print(f"    {token:5} {counts[token]:14,} {counts[token] / len(tokens):7.2%} {bar:30} {text}")
+    if decode:
+        print("  its first lines:")
+        lines = [line for line in decode(tokens[:2000]).split("\n") if line.strip()]
+        for line in lines[:LINES]:
+            print("    " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in line[:COLUMNS]))  # no control characters
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shard", nargs="+", type=Path, help="NAME_train_000001.bin and the like")
+    parser.add_argument("--tokenizer", choices=VOCABULARY, help="of shards without a manifest (default: a guess)")
+    args = parser.parse_args()
+    bad = 0
+    for path in args.shard:
+        try:
+            inspect(path, args.tokenizer)
+        except UserError as error:
+            bad += 1
+            print(f"{path}: BAD: {str(error).removeprefix(f'{path}: ')}")
+    if len(args.shard) > 1:
+        print(f"{len(args.shard) - bad} of {len(args.shard)} shards are ok")
+    sys.exit(bad > 0)
+
+
+if __name__ == "__main__":
+    main()
