@@ -656,9 +656,11 @@ class NewtonMuon(Muon):
                 P = torch.cholesky_inverse(torch.where(good, L, eye))
             else:
                 good = A.isfinite().all(-1).all(-1)[:, None, None]
-                values, V = torch.linalg.eigh(torch.where(good, A, eye))
-                good = good & (values[:, :1, None] > 0)
-                P = V * values.abs()[:, None, :].pow(-group["power"]) @ V.mT
+                values, V = A.new_full(A.shape[:-1], math.nan), A
+                with contextlib.suppress(torch.linalg.LinAlgError):  # no convergence
+                    values, V = torch.linalg.eigh(torch.where(good, A, eye))
+                P = V * values[:, None, :].pow(-group["power"]) @ V.mT  # a negative eigenvalue, too, has none
+                good = good & P.isfinite().all(-1).all(-1)[:, None, None]
             state["P"] = torch.where(good, P, state["P"])
             self.failures += (~good).sum()
 
@@ -1007,10 +1009,11 @@ class Log:
 
     def begin(self, facts):
         """Starts log.txt with code and machine, writes run.json with the `facts`, and starts wandb if it is asked for."""
-        earlier = json.loads((self.folder / "run.json").read_text()) if self.resumed else {}
-        self.facts = {**facts, "start": earlier.get("start", now()), "resumed": earlier.get("resumed", [])}
-        if earlier:
-            self.facts["resumed"].append(now())
+        self.facts = {**facts, "start": now(), "resumed": []}
+        if self.resumed:  # what the run started with stays, as in log.txt
+            earlier = json.loads((self.folder / "run.json").read_text())
+            self.facts = {name: earlier[name] for name in self.facts}
+            self.facts["resumed"].append(dict(time=now(), **{name: facts[name] for name in ("config", "machine", "world_size")}))
         else:
             machine = dict(facts["machine"])
             nvidia_smi = machine.pop("nvidia_smi")
@@ -1290,6 +1293,7 @@ def run(config):
                 log.print(f"warning: {int(failed - failures)} factorisations failed up to step {step + 1}; "
                           "those blocks keep their last preconditioner")
                 failures = failed
+            data_wait = 0.0
             if not math.isfinite(loss):
                 bad = [str(r) for r, value in enumerate(everyone[:, 0].tolist()) if not math.isfinite(value)]
                 where = f" on process {', '.join(bad)}" if world_size() > 1 else ""

@@ -35,7 +35,7 @@ def train(config, folder, settings, threads):
     if final_loss(folder) is None:
         command = [sys.executable, str(ROOT / "train_gpt2.py"), config, "--log_dir", str(folder.parent), "--run_name", folder.name,
                    "--resume", "auto", *(part for name, value in settings.items() for part in (f"--{name}", value))]
-        result = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
+        result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
         if result.returncode:
             print(f"{folder.name}: {result.stderr.strip()}", file=sys.stderr, flush=True)
     return final_loss(folder)
@@ -45,7 +45,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("config", metavar="CONFIG.toml")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
-    parser.add_argument("--log_dir", type=Path, default=ROOT / "logs" / "tune", help="folder of the runs (default: logs/tune)")
+    parser.add_argument("--log_dir", type=Path, default=Path("logs/tune"), help="folder of the runs (default: logs/tune)")
     for field in dataclasses.fields(Config):
         if field.name not in ("log_dir", "run_name", "resume"):
             parser.add_argument(f"--{field.name}", metavar="V1,V2,...", default=argparse.SUPPRESS, help=argparse.SUPPRESS)

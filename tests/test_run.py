@@ -73,6 +73,8 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_where_the_uninterrupted_one_d
     whole, parts = (torch.load(tmp_path / f"logs/{name}/checkpoints/step_000010.pt", weights_only=True) for name in ("whole", "parts"))
     assert all(torch.equal(a, b) for a, b in zip(whole["model"].values(), parts["model"].values(), strict=True))
     assert losses(tmp_path / "logs/whole") == losses(folder)  # and nothing is logged twice
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["config"]["resume"] == "" and [part["config"]["resume"] for part in facts["resumed"]] == ["auto"]
     done = start(run_name="parts", resume="auto", **fields)  # a finished run has nothing left to do
     assert done.returncode == 0 and json.loads((folder / "run.json").read_text())["final_val_loss"] == losses(folder)[-1][1]
 

@@ -1,0 +1,102 @@
+"""Generate text from a run's last checkpoint.
+
+    python scripts/sample.py logs/cpu/muon_seed-0 --prompt "ROMEO"
+
+Tokens are bytes for a vocabulary of 256 and GPT-2's BPE for one of 50257; whoever trained on others cannot sample here. Each next token is drawn
+from softmax(logits / temperature) over the --top_k most likely ones, until --tokens are there or the document ends.
+"""
+import argparse
+import codecs
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from train_gpt2 import GPT, Config, UserError
+
+
+def load_model(path):
+    """(model, its Config, steps it was trained) of a checkpoint, or of the newest one in a run's folder. Raises UserError."""
+    files = [path] if path.is_file() else sorted(path.glob("checkpoints/step_*.pt"))
+    if not files:
+        raise UserError(f"{path}: no checkpoint (step_*.pt, or a run's folder with checkpoints/) is there; records keep no weights")
+    try:
+        checkpoint = torch.load(files[-1], map_location="cpu", weights_only=True)
+        config = Config(**checkpoint["config"])
+        model = GPT(config)
+        model.load_state_dict(checkpoint["model"])
+        return model.eval(), config, checkpoint["progress"]["step"]
+    except Exception as error:  # torch.load raises whatever the bytes make it raise
+        raise UserError(f"{files[-1]} is no checkpoint of this train_gpt2.py: {str(error).splitlines()[0]}") from None
+
+
+def tokenizer(vocab_size):
+    """(encode: str -> tokens, decode: token -> bytes, the token that starts a document)"""
+    if vocab_size == 256:
+        return lambda text: list(text.encode()), lambda token: bytes([token]), 255
+    if vocab_size == 50257:
+        from data.tokenize_text import gpt2_encoding
+        encoding = gpt2_encoding()
+        return encoding.encode_ordinary, encoding.decode_single_token_bytes, encoding.eot_token
+    raise UserError(f"vocab_size = {vocab_size}: neither bytes (256) nor GPT-2's BPE (50257), so its tokens have no known text")
+
+
+@torch.no_grad()
+def generate(model, tokens, number, sequence_length, temperature=1.0, top_k=None, generator=None):
+    """Yields up to `number` tokens that follow the list `tokens`, of which the model sees the last sequence_length.
+
+    temperature 0 takes the most likely token; top_k limits the choice to that many.
+    """
+    tokens = list(tokens)
+    device = model.lm_head.weight.device
+    for _ in range(number):
+        logits = model.logits(torch.tensor([tokens[-sequence_length:]], device=device))[0][0, -1].cpu()
+        if top_k and top_k < len(logits):
+            logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
+        if temperature == 0:
+            tokens.append(int(logits.argmax()))
+        else:
+            tokens.append(int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)))
+        yield tokens[-1]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run, or a checkpoint")
+    parser.add_argument("--prompt", default="", help="text to go on from (default: the start of a document)")
+    parser.add_argument("--tokens", type=int, default=300, help="(default: 300)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token (default: 0.8)")
+    parser.add_argument("--top_k", type=int, help="choose among that many (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if args.tokens < 0 or args.temperature < 0 or (args.top_k is not None and args.top_k < 1):
+        raise UserError(f"--tokens {args.tokens} --temperature {args.temperature} --top_k {args.top_k}: must be 0 or more, top_k at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch finds no GPU here; --device cpu does without")
+    model, config, step = load_model(args.run)
+    encode, decode, start = tokenizer(config.vocab_size)
+    print(f"{args.run}: {config.optimizer}, step {step}", file=sys.stderr)
+    generator = torch.Generator().manual_seed(args.seed)
+    text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end within a character
+    print(args.prompt, end="", flush=True)
+    for token in generate(model.to(args.device), [start, *encode(args.prompt)], args.tokens, config.sequence_length, args.temperature,
+                          args.top_k, generator):
+        if token == start:
+            break
+        print(text.decode(decode(token)), end="", flush=True)
+    print(text.decode(b"", final=True))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BrokenPipeError:  # what reads the text has enough of it
+        os._exit(0)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,282 @@
+"""Records: what add_record files and refuses, the leaderboard, the verdict on the claim, samples of text."""
+import json
+import math
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from conftest import ROOT, TINY
+from scripts import add_record, compare, leaderboard, replicate, sample
+from train_gpt2 import GPT, Config, UserError
+
+RECORDS = sorted(path.parent.relative_to(ROOT / "records") for path in ROOT.glob("records/*/*/*/run.json"))
+
+
+def call(module, monkeypatch, capfd, *arguments):
+    """What `python scripts/MODULE.py ARGUMENTS` prints; its UserErrors are raised."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+    return capfd.readouterr().out
+
+
+# what is in records/
+
+
+@pytest.mark.parametrize("run", RECORDS, ids=str)
+def test_every_filed_run_is_whole_and_of_its_track(run):
+    add_record.check_run(ROOT / "records" / run, add_record.read_track(run.parts[0]))
+
+
+def test_the_leaderboard_is_up_to_date():
+    text, plotted = leaderboard.page()
+    assert (ROOT / "records/README.md").read_text() == text, "run python scripts/leaderboard.py"
+    assert all((ROOT / f"records/{track}/curves.png").exists() for track in plotted)
+
+
+def test_a_track_has_the_model_and_the_batch_of_its_configurations():
+    for track, config in (("cpu", "cpu"), ("mini", "mini"), ("speedrun", "speedrun")):
+        for optimizer in ("adamw", "muon", "newton_muon"):
+            config = Config(**add_record.__dict__["tomllib"].loads((ROOT / f"configs/{track}_{optimizer}.toml").read_text()))
+            fixed = add_record.read_track(track)
+            assert {name: getattr(config, name) for name in fixed["config"]} == fixed["config"]
+            assert config.target_val_loss == fixed["target_val_loss"]
+            assert config.num_iterations * config.batch_size * config.sequence_length < sum(shard["tokens"] for shard in fixed["train_shards"])
+
+
+# filing
+
+
+@pytest.fixture
+def ledger(start, tmp_path):
+    """Two finished runs of a tiny track: add(*arguments) files them; runs, the track's folder and its track.toml as a dictionary."""
+    for seed in (0, 1):
+        assert start(run_name=f"muon_{seed}", seed=seed).returncode == 0
+    runs = [tmp_path / f"logs/muon_{seed}" for seed in (0, 1)]
+    facts = json.loads((runs[0] / "run.json").read_text())
+    folder = tmp_path / "records/tiny"
+    folder.mkdir(parents=True)
+    shards = "".join("".join(f"\n[[{kind}]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in shard.items()) for shard in facts[kind])
+                     for kind in ("train_shards", "val_shards"))
+    (folder / "track.toml").write_text('title = "a tiny track"\nrun = "command"\ntarget_val_loss = 5.0\n\n[config]\nallow_repeat = false\n' + "".join(
+        f"{name} = {TINY[name]}\n" for name in ("n_layer", "n_head", "n_embd", "vocab_size", "sequence_length", "batch_size", "val_tokens")) + shards)
+    return SimpleNamespace(runs=runs, folder=folder, arguments=[*runs, "--track", "tiny", "--name", "first", "--records", folder.parent])
+
+
+def test_runs_are_filed_with_logs_and_a_table_but_no_weights(ledger, monkeypatch, capfd):
+    assert "2 runs filed" in call(add_record, monkeypatch, capfd, *ledger.arguments, "--note", "As it is.")
+    record, = ledger.folder.glob("2*_first")
+    assert record.name[:10] == json.loads((ledger.runs[1] / "run.json").read_text())["end"][:10]
+    assert sorted(str(path.relative_to(record)) for path in record.rglob("*") if path.is_file()) == sorted(
+        ["README.md", *(f"muon_{seed}/{name}" for seed in (0, 1) for name in add_record.FILES)])
+    text = (record / "README.md").read_text()
+    assert text.startswith("# first\n\nAs it is.\n") and "muon" in text and f"torch {torch.__version__}" in text
+    with pytest.raises(UserError, match="is there already"):
+        call(add_record, monkeypatch, capfd, *ledger.arguments)
+
+
+def test_the_leaderboard_shows_what_was_filed_and_what_others_published(ledger, monkeypatch, capfd):
+    text, plotted = leaderboard.section("tiny", ledger.folder.parent)
+    assert "Nobody has run this here yet." in "".join(text) and not plotted
+    call(add_record, monkeypatch, capfd, *ledger.arguments)
+    with open(ledger.folder / "track.toml", "a") as file:
+        for loss in (3.5, 3.25):
+            file.write(f'\n[[published]]\noptimizer = "X{loss}"\nhardware = "h"\nsteps = 9\nfinal_val_loss = {loss}\nseconds = 3\nsource = "s"\n')
+    text, (summary,) = leaderboard.section("tiny", ledger.folder.parent)
+    ours, theirs = "".join(text).split("Published by others, not run here")
+    losses = [round(json.loads((run / "run.json").read_text())["final_val_loss"], 4) for run in ledger.runs]
+    assert "| muon | 2 |" in ours and f"{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}" in ours
+    assert 0 < theirs.index("X3.25") < theirs.index("X3.5")
+
+
+def edit_facts(run, **changes):
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**facts, **changes}))
+
+
+def edit(name, old, new):
+    def change(run):
+        text = (run / name).read_text()
+        assert old in text
+        (run / name).write_text(text.replace(old, new))
+    return change
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl cannot be read"),
+    (lambda run: (run / "run.json").write_text("[]"), "not written by train_gpt2.py"),
+    (edit("log.txt", "\nclass Muon", "\nclass  Muon"), "code in log.txt does not have the SHA-256"),
+    (edit("log.txt", '"learning_rate": 0.01', '"learning_rate": 0.02'), "configuration in log.txt is not that of run.json"),
+    (edit("log.txt", "\nstep:5/10 val_loss:", "\nstep:5/10 val_loss:0"), "metrics.jsonl and log.txt do not tell the same"),
+    (lambda run: (run / "metrics.jsonl").write_text("".join((run / "metrics.jsonl").read_text().splitlines(True)[:-1])), "do not tell the same"),
+    (edit("run.json", '"end"', '"ended"'), "did not come to its end"),
+    (edit("run.json", '"final_val_loss": ', '"final_val_loss": 1'), "final_val_loss in run.json is not the last"),
+    (edit("run.json", '"tokens_per_step": 192', '"tokens_per_step": 100'), "tokens_per_step is not batch_size x sequence_length"),
+])
+def test_a_run_that_is_damaged_or_contradicts_itself_is_refused(ledger, damage, words):
+    damage(ledger.runs[1])
+    with pytest.raises(UserError, match=f"muon_1: .*{words}"):
+        add_record.check_run(ledger.runs[1], add_record.read_track("tiny", ledger.folder.parent))
+
+
+def test_a_missing_evaluation_is_noticed_where_log_and_metrics_agree(ledger):
+    run = ledger.runs[0]
+    for name in ("log.txt", "metrics.jsonl"):
+        lines = [line for line in (run / name).read_text().splitlines(True)
+                 if not line.startswith("step:5/10 val_loss") and not (line.startswith('{"step": 5,') and "val_loss" in line)]
+        (run / name).write_text("".join(lines))
+    with pytest.raises(UserError, match="does not have one val_loss for every 5 steps up to 10"):
+        add_record.check_run(run, add_record.read_track("tiny", ledger.folder.parent))
+
+
+def test_time_that_goes_back_is_noticed(ledger):
+    run = ledger.runs[0]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    log = (run / "log.txt").read_text()
+    wrong = records[-3]["train_time_ms"] + 5000
+    log = log.replace(f"step:{records[-3]['step']}/10 train_loss:{records[-3]['train_loss']:.4f} train_time:{records[-3]['train_time_ms']:.0f}ms",
+                      f"step:{records[-3]['step']}/10 train_loss:{records[-3]['train_loss']:.4f} train_time:{wrong:.0f}ms")
+    records[-3]["train_time_ms"] = wrong
+    (run / "log.txt").write_text(log)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(UserError, match="muon_0: steps or times go back in metrics.jsonl$"):
+        add_record.check_run(run, add_record.read_track("tiny", ledger.folder.parent))
+
+
+@pytest.mark.parametrize("old, new, words", [
+    ("n_layer = 2", "n_layer = 3", "n_layer = 2, the track has 3"),
+    ("batch_size = 12", "batch_size = 24", "batch_size = 12, the track has 24"),
+    ("val_tokens = 384", "val_tokens = 368", "val_tokens = 384, the track has 368"),
+    ("tokens = 1000", "tokens = 999", "val_shards: val_000000.bin has tokens 1000, the track's val_000000.bin has 999"),
+    ('name = "train_000002.bin"', 'name = "other.bin"', "train_shards: train_000002.bin has name train_000002.bin, the track's other.bin has other.bin"),
+    ('sha256_of_first_mebibyte = "', 'sha256_of_first_mebibyte = "0', "sha256_of_first_mebibyte"),
+])
+def test_a_run_of_another_track_is_refused_with_what_differs(ledger, old, new, words):
+    track = ledger.folder / "track.toml"
+    assert old in track.read_text()
+    track.write_text(track.read_text().replace(old, new))
+    with pytest.raises(UserError) as raised:
+        add_record.check_run(ledger.runs[0], add_record.read_track("tiny", ledger.folder.parent))
+    assert words in str(raised.value)
+
+
+def test_an_unknown_track_is_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(UserError, match="no track 'gpu'; the tracks are books, cpu, mini, speedrun"):
+        add_record.read_track("gpu")
+
+
+# the verdict
+
+
+def saved(newton, muon):
+    return compare.change(newton, muon, -1)
+
+
+@pytest.mark.parametrize("newton, expected", [
+    ([93, 94, 95], "reproduced"),  # the interval holds 6 % and leaves 0 out
+    ([88, 88.5, 89], "reproduced"),  # even more than claimed
+    ([97.9, 98, 98.1], "not reproduced"),  # fewer steps, but not 6 %
+    ([101, 102, 103], "not reproduced"),
+    ([92, 99, 94], "undecided"),
+])
+def test_the_verdict_depends_on_what_the_interval_leaves_out(newton, expected):
+    word, text = replicate.verdict(saved(newton, [99.5, 100, 100.5]), 0.06)
+    assert word == expected, text
+
+
+def test_the_number_of_runs_that_an_undecided_verdict_names_would_decide():
+    newton, muon = [90, 100, 96, 97], [101, 99, 97, 103]
+    word, text = replicate.verdict(saved(newton, muon), 0.06)
+    n = int(text.split("about ")[1].split()[0])
+    spread = math.sqrt(np.var(np.log(newton), ddof=1) + np.var(np.log(muon), ddof=1))
+    mean = np.mean(np.log(newton)) - np.mean(np.log(muon))
+
+    def decides(n):
+        half = stats.t.ppf(0.975, 2 * (n - 1)) * spread / math.sqrt(n)
+        return mean + half < 0 or mean - half > math.log(0.94)
+    assert word == "undecided" and decides(n) and not decides(n - 1)
+
+
+def test_one_run_of_each_decides_nothing():
+    word, text = replicate.verdict(saved([90], [100]), 0.06)
+    assert word == "undecided" and text.startswith("10.0% saved") and "2 or more seeds" in text
+
+
+def test_a_target_that_only_newton_muon_misses_is_not_reproduced():
+    def side(label, reached):
+        return SimpleNamespace(label=label, reached=reached, runs=[0] * 3, saved_steps=compare.Change(), saved_seconds=compare.Change())
+    assert "verdict: not reproduced: 1 of 3 runs" in replicate.conclude([side("n", 2), side("m", 3)], ("n", "m"))[0]
+    assert replicate.conclude([side("n", 2), side("m", 2)], ("n", "m"))[-1] == "verdict: undecided"
+
+
+def test_replicate_skips_finished_runs_and_refuses_those_of_other_code(ledger, start, tmp_path):
+    run, other = ledger.runs
+    config = Config(**json.loads((run / "run.json").read_text())["config"])
+    assert replicate.finished(run, config) and not replicate.finished(tmp_path / "nothing", config)
+    edit("run.json", '"end"', '"ended"')(other)
+    assert not replicate.finished(other, Config(**{**vars(config), "seed": 1, "run_name": "muon_1"}))
+    with pytest.raises(UserError, match="has seed = 0, this run 5; choose another --log_dir"):
+        replicate.finished(run, Config(**{**vars(config), "seed": 5}))
+    edit_facts(run, code_sha256="0")
+    with pytest.raises(UserError, match="another version of train_gpt2.py"):
+        replicate.finished(run, config)
+
+
+def test_replicate_trains_compares_and_judges_and_goes_on_where_it_was(monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = ["--log_dir", tmp_path / "runs", "--optimizers", "muon,newton_muon", "--num_iterations", 4, "--warmdown_iters", 1, "--val_loss_every", 2,
+                 "--val_tokens", 4096, "--target_val_loss", 5, "--log_every", 1]
+    call(replicate, monkeypatch, capfd, *arguments)
+    done = call(replicate, monkeypatch, capfd, *arguments, "--seeds", 2)
+    assert done.count(": finished") == 2 and done.count("$ python train_gpt2.py") == 2
+    assert (tmp_path / "runs.png").exists() and done.splitlines()[-1].startswith("verdict: ")
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["muon_seed-0", "muon_seed-1", "newton_muon_seed-0", "newton_muon_seed-1"]
+
+
+# samples
+
+
+def test_greedy_samples_are_the_most_likely_tokens(tiny):
+    torch.manual_seed(0)
+    model = GPT(tiny)
+    tokens = [1, 2, 3]
+    for _ in range(20):  # beyond the context of 16
+        with torch.no_grad():
+            tokens.append(int(model.logits(torch.tensor([tokens[-16:]]))[0][0, -1].argmax()))
+    assert list(sample.generate(model, [1, 2, 3], 20, 16, temperature=0)) == tokens[3:]
+    assert list(sample.generate(model, [1, 2, 3], 20, 16, top_k=1)) == tokens[3:]
+
+
+def test_samples_have_the_frequencies_of_the_softmax(tiny):
+    torch.manual_seed(0)
+    model = GPT(tiny)
+    with torch.no_grad():
+        expected = (model.logits(torch.tensor([[5]]))[0][0, -1] / 0.7).softmax(-1)
+    generator = torch.Generator().manual_seed(0)
+    counts = np.bincount([next(sample.generate(model, [5], 1, 16, 0.7, generator=generator)) for _ in range(2000)], minlength=64)
+    wanted = 2000 * expected.double().numpy()
+    assert wanted.min() > 5
+    assert stats.chisquare(counts, wanted * 2000 / wanted.sum()).pvalue > 0.001
+
+
+def test_a_sample_of_a_trained_run_is_text(start, tmp_path, monkeypatch, capfd):
+    assert start(run_name="a", vocab_size=256).returncode == 0
+    arguments = [tmp_path / "logs/a", "--prompt", "Ay, é ", "--tokens", 30, "--device", "cpu"]
+    text = call(sample, monkeypatch, capfd, *arguments)
+    assert text.startswith("Ay, é ") and len(text) > 8
+    assert text == call(sample, monkeypatch, capfd, *arguments)
+    assert text != call(sample, monkeypatch, capfd, *arguments, "--seed", 1)
+
+
+def test_sampling_needs_a_checkpoint_and_a_known_vocabulary(start, tmp_path, monkeypatch, capfd):
+    assert start(run_name="a").returncode == 0
+    with pytest.raises(UserError, match="vocab_size = 64: neither bytes"):
+        call(sample, monkeypatch, capfd, tmp_path / "logs/a")
+    shutil.rmtree(tmp_path / "logs/a/checkpoints")
+    with pytest.raises(UserError, match="no checkpoint"):
+        call(sample, monkeypatch, capfd, tmp_path / "logs/a")
