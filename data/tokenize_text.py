@@ -279,8 +279,8 @@ def tokenize(args):
     if not re.fullmatch(r"\w[\w.-]*", args.name):
         raise InputError(f"--name {args.name}: should be letters, digits, '_', '-' and '.', as the names of files begin with it")
     for field, least in (("shard_tokens", 1), ("val_tokens", 0), ("workers", 1)):
-        if getattr(args, field) < least:
-            raise InputError(f"--{field} {getattr(args, field)}: should be at least {least}")
+        if not least <= getattr(args, field) < 2 ** 31:  # a shard's header has 31 bits for its tokens
+            raise InputError(f"--{field} {getattr(args, field)}: should be at least {least}, and below 2^31")
     encode = ENCODERS[args.tokenizer]()
     args.out.mkdir(parents=True, exist_ok=True)
     chunks = (chunk for path in args.input for chunk in read_input(path, args.text_field, BEGINNING[args.tokenizer]))

@@ -58,8 +58,11 @@ def track_faults(facts, track):
     return faults
 
 
-def log_faults(facts, log, metrics):
-    """Sentences on what is missing or contradictory in run.json's `facts`, the text of log.txt and the objects of metrics.jsonl."""
+def log_faults(facts, log, metrics, target):
+    """Sentences on what is missing or contradictory in run.json's `facts`, the text of log.txt and the objects of metrics.jsonl.
+
+    Only a run that stopped at the track's `target` may have ended early.
+    """
     config, parts = facts["config"], log.split(RULER)
     if len(parts) < 4:
         return ["log.txt does not consist of code, machine, configuration and losses"]
@@ -71,17 +74,20 @@ def log_faults(facts, log, metrics):
     if "end" not in facts:
         faults.append("the run did not come to its end")
     lines = [(int(step), name, loss, int(ms)) for step, _, name, loss, ms in MEASURED.findall(parts[-1])]
-    if [(r["step"], name, f"{r[name]:.4f}", round(r["train_time_ms"])) for r in metrics for name in ("train_loss", "val_loss") if name in r] != lines:
+    told = [(r["step"], name, f"{r[name]:.4f}", r["train_time_ms"]) for r in metrics for name in ("train_loss", "val_loss") if name in r]
+    if [line[:3] for line in lines] != [line[:3] for line in told] or any(abs(a[3] - b[3]) > 0.501 for a, b in zip(lines, told)):  # rounded
         faults.append("metrics.jsonl and log.txt do not tell the same steps, losses and times")
     if any(a["step"] > b["step"] or a["train_time_ms"] > b["train_time_ms"] for a, b in zip(metrics, metrics[1:])):
         faults.append("steps or times go back in metrics.jsonl")
     last = facts.get("steps", config["num_iterations"])
     for name, every, first in (("val_loss", config["val_loss_every"], 0), ("train_loss", config["log_every"], config["log_every"])):
         wanted = [*range(first, last, every)] if every else []
-        if [step for step, kind, *_ in lines if kind == name] != wanted + [last]:
+        if name == "val_loss" or last == config["num_iterations"] or last % every == 0:
+            wanted.append(last)
+        if [step for step, kind, *_ in lines if kind == name] != wanted:
             faults.append(f"log.txt does not have one {name} for every {every} steps up to {last}")
     finals = [r["val_loss"] for r in metrics if "val_loss" in r][-1:]
-    stopped = config["stop_at_target"] and finals and finals[0] <= config["target_val_loss"]
+    stopped = config["stop_at_target"] and finals and finals[0] <= target
     if last != config["num_iterations"] and not stopped:
         faults.append(f"it ended at step {last} of {config['num_iterations']}")
     if finals != [facts.get("final_val_loss")]:
@@ -96,7 +102,7 @@ def check_run(folder, track):
     try:
         facts = json.loads((folder / "run.json").read_text())
         metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        faults = track_faults(facts, track) + log_faults(facts, (folder / "log.txt").read_text(), metrics)
+        faults = track_faults(facts, track) + log_faults(facts, (folder / "log.txt").read_text(), metrics, track["target_val_loss"])
     except OSError as error:
         raise UserError(f"{folder}: {Path(error.filename).name} cannot be read ({error.strerror}); is it the folder of a run?") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -126,14 +132,20 @@ def main():
     if target.exists():
         raise UserError(f"{target} is there already; choose another --name")
 
-    groups = compare.groups([compare.read_log(run) for run in folders])
-    results = compare.tables(compare.compare(groups, None, track["target_val_loss"]), compare.find_baseline(groups).label, track["target_val_loss"])
-    machine = facts[0]["machine"]
-    hardware = machine["gpu"] or f"{machine['cpu_threads']} threads of {machine['cpu']}"
-    commit = (machine["git_commit"] or "unknown")[:12] + " with changes" * machine["git_changes"]
+    runs = [compare.read_log(run) for run in folders]
+    groups = compare.groups(runs)
+    for group in groups:
+        seeds = [run.config["seed"] for run in group.runs]
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"{', '.join(run.name for run in group.runs)} are runs of one configuration with the seeds {seeds}: file each seed once")
+    summaries = compare.compare(groups, None, track["target_val_loss"])
+    results = compare.tables(summaries, compare.find_baseline(groups).label, track["target_val_loss"])
+    commits = {(fact["machine"]["git_commit"] or "unknown")[:12] + " with changes" * fact["machine"]["git_changes"] for fact in facts}
     text = [f"# {args.name.replace('_', ' ')}", *filter(None, [args.note]),
-            f"{facts[0]['world_size']} x {hardware}, torch {machine['torch']}, code at commit {commit}.",
-            *(f"```\n{title}\n{compare.plain(rows)}\n```\n{meaning}" for title, rows, meaning in results[1:])]
+            f"{'; '.join(compare.machines(runs))}; torch {', '.join(sorted({fact['machine']['torch'] for fact in facts}))}; "
+            f"code at commit {', '.join(sorted(commits))}.",
+            *(f"```\n{title}\n{compare.plain(rows)}\n```\n{meaning}" for title, rows, meaning in results[1:]),
+            *(f"Note: {remark}." for remark in compare.notes(runs, runs, track["target_val_loss"]))]
     partial = target.with_name(".adding")
     shutil.rmtree(partial, ignore_errors=True)
     for run, name in zip(folders, names):

@@ -11,10 +11,11 @@ to the target     Where the straight line between the first evaluation at or bel
                   with that run counted at its last step, and the group is not compared with the baseline.
 95 % of a mean    By Student's t, and by the percentile bootstrap (9999 resamples of the runs).
 saved, overhead   1 - r and r - 1, with r the ratio of the group's geometric mean to the baseline's. Interval and one-sided p by
-                  Welch's t-test of the logarithms. Seeds are not paired: the order of the data is the same in all runs, a seed
-                  fixes the initial weights only, and what that gives runs in common makes the unpaired interval too wide at most.
+                  Welch's t-test of the logarithms. Seeds are not paired: a seed fixes the initial weights only, and what that gives
+                  runs in common widens the unpaired interval. All of it is for the one order of the data that all runs have.
 valid record      The speedrun's rule: a mean final loss at or below the target with p < 0.01, by a one-sided t-test. For fewer
-                  than 5 runs of the speedrun itself: a z-test with the standard deviation that is known for it, 0.0013.
+                  than 5 runs of the speedrun itself: a z-test with the standard deviation that is known for it, 0.0013. Logs
+                  without a run.json at the speedrun's target are taken for the speedrun's, and the verdict says `if`.
 """
 import argparse
 import difflib
@@ -33,6 +34,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+FEW = 5  # runs from which on their own standard deviation counts, not the known one
 EVALUATION = re.compile(r"^step:(\d+)/(\d+) val_loss:(nan|inf|\d+(?:\.\d+)?) train_time:(\d+(?:\.\d+)?)(ms|s)\b", re.MULTILINE)
 RULER = re.compile(r"^={20,}$", re.MULTILINE)  # stands between the parts of a log: code, machine, evaluations
 SPEEDRUN = dict(batch_size=512, sequence_length=1024, n_layer=12, n_head=12, n_embd=768, vocab_size=50257, val_tokens=10485760)
@@ -59,8 +61,9 @@ class Run:
     @property
     def fault(self):
         """Why the run does not count; empty if it does."""
-        if not math.isfinite(self.losses[-1]):
-            return f"its loss is {self.losses[-1]} at step {self.steps[-1]}"
+        for step, loss in zip(self.steps, self.losses):
+            if not math.isfinite(loss):
+                return f"its loss is {loss} at step {step}"
         at_target = self.config.get("stop_at_target") and self.losses[-1] <= self.config.get("target_val_loss", 0)
         return "" if self.steps[-1] >= self.total or at_target else f"it ends at step {self.steps[-1]} of {self.total}"
 
@@ -99,7 +102,8 @@ class Change(NamedTuple):
     low: float = None  # 95 % interval
     high: float = None
     p: float = None  # chance of this if the group were no better
-    sd: float = None  # of the difference of two runs' logarithms, for runs_needed(-log(1 - mean), sd, 0.025, samples=2)
+    sd: float = None  # of the difference of two runs' logarithms
+    df: float = None  # degrees of freedom for each run beyond the first of each side: 1 to 2, Welch's
 
 
 class Record(NamedTuple):
@@ -279,20 +283,22 @@ def change(new, old, sign):
         ends = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
         p = stats.ttest_ind(a, b, equal_var=False, alternative="less").pvalue
     low, high = sorted(sign * math.expm1(end) for end in ends)
-    return Change(mean, low, high, float(p), math.sqrt(a.var(ddof=1) + b.var(ddof=1)))
+    va, vb = a.var(ddof=1), b.var(ddof=1)
+    return Change(mean, low, high, float(p), math.sqrt(va + vb), (va + vb) ** 2 / (va ** 2 + vb ** 2))
 
 
-def runs_needed(distance, sd, alpha=0.01, samples=1, known_sd=False):
-    """Smallest number n of runs, in each of `samples` groups, with q sd / sqrt(n) < distance; None if distance <= 0.
+def runs_needed(distance, sd, alpha=0.01, df=1, known_sd=False):
+    """Smallest number n of runs, of each side, with q sd / sqrt(n) < distance; None if distance <= 0.
 
-    q is the 1 - alpha quantile of t with samples * (n - 1) degrees of freedom, of the normal distribution for a known sd: a mean
-    `distance` away from a value then excludes it, one-sided at level alpha. For two groups sd^2 is the sum of their variances.
+    q is the 1 - alpha quantile of t with df * (n - 1) degrees of freedom, of the normal distribution for a known sd: a mean
+    `distance` away from a value then excludes it, one-sided at level alpha. For two sides sd^2 is the sum of their variances, and
+    df = sd^4 / (the sum of the variances' squares), as in Welch's test.
     """
     if distance <= 0:
         return None
     z = stats.norm.ppf(1 - alpha)
     n = max(1 if known_sd else 2, math.floor((z * sd / distance) ** 2))
-    while (z if known_sd else stats.t.ppf(1 - alpha, samples * (n - 1))) * sd / math.sqrt(n) >= distance:
+    while (z if known_sd else stats.t.ppf(1 - alpha, df * (n - 1))) * sd / math.sqrt(n) >= distance:
         n += 1
     return n
 
@@ -310,7 +316,10 @@ def record(finals, target, known_sd=None):
         sd, p, test = np.std(finals, ddof=1), float(stats.ttest_1samp(finals, target, alternative="less").pvalue), "t-test"
     if p < 0.01:
         return Record(True, f"yes ({test})", p, 0)
-    more = runs_needed(target - mean, sd, known_sd=bool(known_sd)) - n
+    total = runs_needed(target - mean, sd, known_sd=bool(known_sd))
+    if known_sd and total >= FEW:  # then it will be a t-test
+        total = max(FEW, runs_needed(target - mean, sd))
+    more = total - n
     return Record(False, f"not yet: about {more} more run{'s' * (more > 1)} ({test})", p, more)
 
 
@@ -333,9 +342,11 @@ def compare(groups, baseline, target):
         steps, seconds = estimate(steps, [run.steps[-1] for run in runs]), estimate(seconds, [run.seconds[-1] for run in runs])
         per_step = runs[0].facts.get("tokens_per_step")  # of the track
         if any(run.config.get("stop_at_target") for run in runs):
-            verdict = Record(False, "n/a: runs that stop at the target always end below it")
+            verdict = Record(False, "n/a: runs that stop at the target prove nothing by their final loss")
         else:
-            verdict = record(finals, target, 0.0013 if len(runs) < 5 and target == 3.28 and all(map(is_speedrun, runs)) else None)
+            verdict = record(finals, target, 0.0013 if len(runs) < FEW and target == 3.28 and all(map(is_speedrun, runs)) else None)
+            if verdict.p is not None and len(runs) < FEW and not all(run.config for run in runs):
+                verdict = verdict._replace(verdict=verdict.verdict.replace(")", ", if the speedrun's)"))
         summaries.append(Summary(
             label, runs, float(np.mean(finals)), float(np.std(finals, ddof=1)) if runs[1:] else None,
             sum(value is not None for value in steps.values), steps, seconds,
@@ -397,6 +408,13 @@ def plain(rows, width=128):
     return "\n".join(lines)
 
 
+def machines(runs):
+    """The hardware of the runs, sorted; that of a resumed run's later parts too."""
+    parts = [part for run in runs for part in (run.facts, *run.facts.get("resumed", ())) if "machine" in part]
+    return sorted({f"{part.get('world_size')} x {m.get('gpu') or '{} threads of {}'.format(m.get('cpu_threads'), m.get('cpu'))}"
+                   for part in parts for m in [part["machine"]]})
+
+
 def notes(runs, counted, target):
     """Sentences on what the tables do not show: runs that were left out, and what makes the others less comparable."""
     found = [f"{run.name} is left out: {run.fault}" for run in runs if run.fault]
@@ -406,10 +424,8 @@ def notes(runs, counted, target):
     early = sum(run.losses[0] <= target for run in counted)
     if early:
         found.append(f"{early} of {len(counted)} runs are at the target in their first evaluation: they met it then or earlier")
-    machines = {f"{run.facts.get('world_size')} x {m.get('gpu') or '{} threads of {}'.format(m.get('cpu_threads'), m.get('cpu'))}"
-                for run in known for m in [run.facts.get("machine", {})]}
-    if len(machines) > 1:
-        found.append(f"the runs had different machines ({'; '.join(sorted(machines))}): their seconds do not compare")
+    if len(machines(known)) > 1:
+        found.append(f"the runs had different machines ({'; '.join(machines(known))}): their seconds do not compare")
     if len({run.facts.get("code_sha256") for run in known}) > 1:
         found.append("the runs had different versions of train_gpt2.py")
     if len({json.dumps([settings(run), run.config.get("seed")]) for run in known}) < len(known):

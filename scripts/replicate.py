@@ -12,7 +12,7 @@ The claim (arXiv:2604.01472): Newton-Muon meets the target loss after 6 % fewer 
 95 % interval of what was saved here (see scripts/compare.py) it is
 reproduced        if all of the interval is above 0 and some of it at or above the claim,
 not reproduced    if all of it is below the claim, or Newton-Muon misses a target that Muon meets with every seed,
-undecided         else; the number of further runs of each is that at which an interval of this spread would leave out 0, or the claim.
+undecided         else; with the number of runs of each, in all, at which an interval of this spread would leave out 0, or the claim.
 """
 import argparse
 import dataclasses
@@ -40,7 +40,7 @@ def finished(folder, config):
     if facts.get("code_sha256") != code_sha256():
         raise UserError(f"{folder} is from another version of train_gpt2.py; choose another --log_dir, or delete it")
     for name, value in dataclasses.asdict(config).items():
-        if name not in FREE_FIELDS and facts["config"].get(name) != value:
+        if name not in FREE_FIELDS - {"stop_at_target"} and facts["config"].get(name) != value:
             raise UserError(f"{folder} has {name} = {facts['config'].get(name)!r}, this run {value!r}; choose another --log_dir, or delete it")
     return "end" in facts
 
@@ -48,17 +48,17 @@ def finished(folder, config):
 def verdict(saved, claim):
     """(verdict, sentence) on `saved`, a compare.Change, for a claim such as 0.06."""
     if saved.mean is None:
-        return "undecided", "a run missed the target, so there is nothing to compare"
+        return "undecided", "a run missed the target, or met it before its first step, so there is nothing to compare"
     if saved.low is None:
-        return "undecided", f"{saved.mean:.1%} saved in one run of each has no interval: 2 or more seeds are needed"
+        return "undecided", f"{saved.mean:.1%} saved, without an interval: 2 or more seeds of each, with different results, are needed"
     interval = f"{saved.mean:.1%} saved (95 %: {saved.low:.1%} to {saved.high:.1%}), {claim:.0%} claimed"
     if saved.high < claim:
         return "not reproduced", interval
     if saved.low > 0:
         return "reproduced", interval
     ratio = math.log1p(-saved.mean)
-    runs = [compare.runs_needed(distance, saved.sd, 0.025, samples=2) for distance in (-ratio, ratio - math.log1p(-claim))]
-    return "undecided", f"{interval}: about {min(n for n in runs if n)} runs of each needed"
+    runs = [compare.runs_needed(distance, saved.sd, 0.025, saved.df) for distance in (-ratio, ratio - math.log1p(-claim))]
+    return "undecided", f"{interval}: about {min(n for n in runs if n)} runs of each are needed in all"
 
 
 def conclude(summaries, names):
@@ -94,8 +94,12 @@ def main():
     args, fields = parser.parse_known_args()
     os.chdir(ROOT)  # configurations name their data from there
     logs = args.log_dir or Path("logs") / args.track
-    if args.seeds < 1:
-        raise UserError(f"--seeds {args.seeds}: must be at least 1")
+    optimizers = args.optimizers.split(",")
+    if args.seeds < 1 or len(set(optimizers)) < len(optimizers):
+        raise UserError(f"--seeds {args.seeds} --optimizers {args.optimizers}: seeds must be at least 1, each optimizer named once")
+    for field in fields:
+        if field.split("=")[0] in ("--seed", "--run_name", "--resume", "--optimizer"):
+            raise UserError(f"{field}: every run here has its own; --seeds and --optimizers say which runs there are")
     processes = args.gpus
     if processes is None:
         import torch
@@ -103,31 +107,32 @@ def main():
     if processes < 1:
         raise UserError(f"the {args.track} track needs a GPU and torch finds none; --track cpu does without")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    if not any(field.startswith("--input_bin") for field in fields):
+    plan = {}  # folder -> (arguments, configuration)
+    for seed in range(args.seeds):
+        for optimizer in optimizers:
+            folder = logs / f"{optimizer}_seed-{seed}"
+            arguments = [f"configs/{args.track}_{optimizer}.toml", "--seed", str(seed), "--log_dir", str(logs), "--run_name", folder.name,
+                         "--resume", "auto", "--save_every", "250", *fields]
+            plan[folder] = arguments, load_config(arguments)
+    targets = {config.target_val_loss for _, config in plan.values()}
+    if len(targets) > 1:
+        raise UserError(f"the configurations have different targets ({', '.join(map(str, targets))}); give one by --target_val_loss")
+    missing = [folder for folder, (_, config) in plan.items() if not finished(folder, config)]
+    if missing and not any(field.startswith("--input_bin") for field in fields):
         start(["data/shakespeare.py"] if args.track == "cpu" else ["data/fineweb.py", f"configs/{args.track}_muon.toml"],
               "the data are not there; the same command goes on")
-    folders = []
-    for seed in range(args.seeds):
-        for optimizer in args.optimizers.split(","):
-            path = f"configs/{args.track}_{optimizer}.toml"
-            folder = logs / f"{optimizer}_seed-{seed}"
-            arguments = [path, "--seed", str(seed), "--log_dir", str(logs), "--run_name", folder.name, "--resume", "auto",
-                         "--save_every", "250", *fields]
-            folders.append(folder)
-            if finished(folder, load_config(arguments)):
-                print(f"{folder}: finished", flush=True)
-                continue
-            start([*launcher, "train_gpt2.py", *arguments], f"the run in {folder} did not end; the same command goes on from its last checkpoint")
+    print(f"{len(plan) - len(missing)} of {len(plan)} runs in {logs} are finished", flush=True)
+    for folder in missing:
+        start([*launcher, "train_gpt2.py", *plan[folder][0]], f"the run in {folder} did not end; the same command goes on from its last checkpoint")
     png = args.png or logs.parent / f"{logs.name}.png"
     print(flush=True)
-    runs = [compare.read_log(folder) for folder in folders]
+    runs = [compare.read_log(folder) for folder in plan]
     groups = compare.groups(runs)
     names = [next((group.label for group in groups if group.optimizer == optimizer), None) for optimizer in ("newton_muon", "muon")]
-    target = compare.common_target(runs)
-    compare.report(runs, groups, names[1], target, png=png)
+    summaries = compare.report(runs, groups, names[1], targets.pop(), png=png)
     if None not in names:
         print(f"\nThe claim, on the {args.track} track" + ("" if args.track == "speedrun" else " (it was made for the speedrun track)"))
-        print("\n".join(conclude(compare.compare(groups, names[1], target), names)))
+        print("\n".join(conclude(summaries, names)))
 
 
 if __name__ == "__main__":

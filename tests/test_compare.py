@@ -284,7 +284,7 @@ def test_runs_needed_is_the_first_number_that_a_t_test_accepts(distance, sd):
 
 @pytest.mark.parametrize("distance", [0.02, 0.04])
 def test_runs_needed_of_two_groups_is_the_first_number_that_a_two_sided_test_accepts(distance):
-    n = runs_needed(distance, 0.015 * 2 ** 0.5, 0.025, samples=2)
+    n = runs_needed(distance, 0.015 * 2 ** 0.5, 0.025, df=2)
     p = [stats.ttest_ind(exactly(k, 0, 0.015), exactly(k, distance, 0.015)).pvalue for k in (n - 1, n)]
     assert p[1] < 0.05 <= p[0]
 
@@ -301,10 +301,18 @@ def test_ten_runs_are_a_record_by_the_t_test():
     assert verdict.valid and verdict.p == pytest.approx(stats.t.cdf(-0.0015 / (0.0013 / 10 ** 0.5), 9))
 
 
-def test_record_4_alone_lacks_four_runs_by_the_z_test(tmp_path):
+def test_record_4_alone_lacks_runs_up_to_a_t_test(tmp_path):
     [summary] = compare.compare(groups([read_log(record4(tmp_path / "log.txt", "ms"))]), None, 3.28)
     assert summary.record.p == pytest.approx(0.1243, abs=1e-4)  # Phi(-0.0015 / 0.0013)
-    assert not summary.record.valid and summary.record.more == 4  # (2.326 * 0.0013 / 0.0015)^2 = 4.07
+    assert not summary.record.valid and "if the speedrun's" in summary.record.verdict
+    p = [stats.ttest_1samp(exactly(n, 3.2785, 0.0013), 3.28, alternative="less").pvalue for n in (summary.record.more, summary.record.more + 1)]
+    assert p[1] < 0.01 <= p[0]  # 5 runs would do for the z-test, (2.326 * 0.0013 / 0.0015)^2 = 4.07, but that is for fewer than 5
+
+
+def test_a_record_of_few_runs_lacks_some_by_the_z_test():
+    verdict = record([3.2782], 3.28, 0.0013)
+    p = [stats.norm.cdf(-0.0018 / (0.0013 / n ** 0.5)) for n in (2, 3)]
+    assert not verdict.valid and verdict.more == 2 and p[1] < 0.01 <= p[0]
 
 
 @pytest.mark.parametrize("n, test", [(4, "z-test, sd 0.0013"), (5, "t-test")])

@@ -1,6 +1,6 @@
 """Records: what add_record files and refuses, the leaderboard, the verdict on the claim, samples of text."""
 import json
-import math
+import shlex
 import shutil
 import sys
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from scipy import stats
 
 from conftest import ROOT, TINY
 from scripts import add_record, compare, leaderboard, replicate, sample
-from train_gpt2 import GPT, Config, UserError
+from train_gpt2 import GPT, Config, UserError, load_config
 
 RECORDS = sorted(path.parent.relative_to(ROOT / "records") for path in ROOT.glob("records/*/*/*/run.json"))
 
@@ -38,14 +38,19 @@ def test_the_leaderboard_is_up_to_date():
     assert all((ROOT / f"records/{track}/curves.png").exists() for track in plotted)
 
 
-def test_a_track_has_the_model_and_the_batch_of_its_configurations():
-    for track, config in (("cpu", "cpu"), ("mini", "mini"), ("speedrun", "speedrun")):
-        for optimizer in ("adamw", "muon", "newton_muon"):
-            config = Config(**add_record.__dict__["tomllib"].loads((ROOT / f"configs/{track}_{optimizer}.toml").read_text()))
-            fixed = add_record.read_track(track)
-            assert {name: getattr(config, name) for name in fixed["config"]} == fixed["config"]
-            assert config.target_val_loss == fixed["target_val_loss"]
-            assert config.num_iterations * config.batch_size * config.sequence_length < sum(shard["tokens"] for shard in fixed["train_shards"])
+@pytest.mark.parametrize("track", ["books", "cpu", "mini", "speedrun"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "newton_muon"])
+def test_a_track_is_what_the_command_that_runs_it_trains(track, optimizer):
+    fixed = add_record.read_track(track)
+    words = shlex.split(fixed["run"])
+    fields = {name: value for name, value in zip(words[2::2], words[3::2])}
+    config = load_config([str(ROOT / f"configs/{fields.pop('--track')}_{optimizer}.toml"), *(
+        word for pair in fields.items() if pair[0] != "--seeds" for word in pair)])
+    assert {name: getattr(config, name) for name in fixed["config"]} == fixed["config"]
+    assert config.target_val_loss == fixed["target_val_loss"]
+    tokens = config.num_iterations * config.batch_size * config.sequence_length
+    assert tokens < sum(shard["tokens"] for shard in fixed["train_shards"]) or config.allow_repeat
+    assert config.val_tokens < fixed["val_shards"][0]["tokens"]
 
 
 # filing
@@ -91,6 +96,29 @@ def test_the_leaderboard_shows_what_was_filed_and_what_others_published(ledger, 
     losses = [round(json.loads((run / "run.json").read_text())["final_val_loss"], 4) for run in ledger.runs]
     assert "| muon | 2 |" in ours and f"{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}" in ours
     assert 0 < theirs.index("X3.25") < theirs.index("X3.5")
+
+
+def test_one_seed_is_filed_once(ledger, monkeypatch, capfd, tmp_path):
+    shutil.copytree(ledger.runs[0], tmp_path / "again")
+    with pytest.raises(UserError, match=r"runs of one configuration with the seeds \[0, 0, 1\]|seeds \[0, 1, 0\]"):
+        call(add_record, monkeypatch, capfd, tmp_path / "again", *ledger.arguments)
+
+
+def test_a_run_that_went_on_with_other_free_settings_is_filed(start, ledger, tmp_path):
+    done = start(run_name="muon_1", seed=1, resume="auto", collective_timeout=50, save_every=3)
+    assert done.returncode == 0
+    add_record.check_run(ledger.runs[1], add_record.read_track("tiny", ledger.folder.parent))
+
+
+def test_only_the_tracks_target_may_end_a_run_early(start, ledger, tmp_path):
+    fields = dict(stop_at_target="true", log_every=4)
+    losses = [json.loads(line)["val_loss"] for line in (ledger.runs[0] / "metrics.jsonl").read_text().splitlines() if "val_loss" in line]
+    target = (losses[0] + losses[1]) / 2  # met at step 5
+    assert start(run_name="early", target_val_loss=target, **fields).returncode == 0
+    track = add_record.read_track("tiny", ledger.folder.parent)
+    with pytest.raises(UserError, match="it ended at step 5 of 10"):
+        add_record.check_run(tmp_path / "logs/early", {**track, "target_val_loss": losses[1] / 2})
+    add_record.check_run(tmp_path / "logs/early", {**track, "target_val_loss": target})
 
 
 def edit_facts(run, **changes):
@@ -192,18 +220,32 @@ def test_the_number_of_runs_that_an_undecided_verdict_names_would_decide():
     newton, muon = [90, 100, 96, 97], [101, 99, 97, 103]
     word, text = replicate.verdict(saved(newton, muon), 0.06)
     n = int(text.split("about ")[1].split()[0])
-    spread = math.sqrt(np.var(np.log(newton), ddof=1) + np.var(np.log(muon), ddof=1))
-    mean = np.mean(np.log(newton)) - np.mean(np.log(muon))
 
-    def decides(n):
-        half = stats.t.ppf(0.975, 2 * (n - 1)) * spread / math.sqrt(n)
-        return mean + half < 0 or mean - half > math.log(0.94)
-    assert word == "undecided" and decides(n) and not decides(n - 1)
+    def more(values, n):
+        """n values with the mean and the spread of the logarithms of `values`."""
+        new = np.linspace(-1, 1, n)
+        return list(np.exp(np.mean(np.log(values)) + new / new.std(ddof=1) * np.std(np.log(values), ddof=1)))
+
+    verdicts = [replicate.verdict(saved(more(newton, k), more(muon, k)), 0.06)[0] for k in (n - 1, n)]
+    assert word == "undecided" and n > 4 and verdicts[0] == "undecided" != verdicts[1]
 
 
 def test_one_run_of_each_decides_nothing():
     word, text = replicate.verdict(saved([90], [100]), 0.06)
     assert word == "undecided" and text.startswith("10.0% saved") and "2 or more seeds" in text
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--seed", "3"], "--seed: every run here has its own"), (["--optimizer=adamw"], "--seeds and --optimizers say"),
+    (["--seeds", "0"], "seeds must be at least 1"), (["--optimizers", "muon,muon"], "each optimizer named once"),
+    (["--optimizers", "muon,lion"], "cpu_lion.toml"), (["--val_tokens", "100"], "val_tokens = 100"), (["--track", "mini"], "needs a GPU"),
+])
+def test_replicate_refuses_what_it_cannot_run_before_the_first_run(monkeypatch, capfd, tmp_path, arguments, words):
+    if torch.cuda.is_available() and "mini" in arguments:
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError) as raised:
+        call(replicate, monkeypatch, capfd, "--log_dir", tmp_path / "runs", *arguments)
+    assert words in str(raised.value) and not (tmp_path / "runs").exists()
 
 
 def test_a_target_that_only_newton_muon_misses_is_not_reproduced():
@@ -233,8 +275,10 @@ def test_replicate_trains_compares_and_judges_and_goes_on_where_it_was(monkeypat
                  "--val_tokens", 4096, "--target_val_loss", 5, "--log_every", 1]
     call(replicate, monkeypatch, capfd, *arguments)
     done = call(replicate, monkeypatch, capfd, *arguments, "--seeds", 2)
-    assert done.count(": finished") == 2 and done.count("$ python train_gpt2.py") == 2
+    assert "2 of 4 runs" in done and done.count("$ python train_gpt2.py") == 2
     assert (tmp_path / "runs.png").exists() and done.splitlines()[-1].startswith("verdict: ")
+    done = call(replicate, monkeypatch, capfd, *arguments, "--seeds", 2, "--target_val_loss", 5.2)
+    assert "steps to 5.2" in done and "$ python" not in done  # another target needs no other runs
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["muon_seed-0", "muon_seed-1", "newton_muon_seed-0", "newton_muon_seed-1"]
 
 
