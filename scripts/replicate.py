@@ -78,7 +78,7 @@ def start(arguments, otherwise):
     print(f"\n$ {shlex.join(['python', *arguments])}", flush=True)
     code = subprocess.run([sys.executable, *arguments]).returncode
     if code:
-        raise UserError(f"{arguments[0]} ended with code {code}: {otherwise}")
+        raise UserError(f"that command ended with code {code}: {otherwise}")
 
 
 def main():
