@@ -1,7 +1,7 @@
 """Train a GPT-2 on token shards with AdamW, Muon, Newton-Muon, or an optimizer of yours, and log what it took.
 
     python train_gpt2.py configs/cpu_muon.toml                          one process, CPU or GPU
-    python train_gpt2.py configs/cpu_muon.toml --num_iterations 100     any field of the file can be overridden
+    python train_gpt2.py configs/cpu_muon.toml --num_iterations 300     any field of the file can be overridden
     torchrun --nproc_per_node 8 train_gpt2.py configs/speedrun_newton_muon.toml
     python train_gpt2.py --help                                         every field: type, default, meaning
 
@@ -283,7 +283,7 @@ class Shards:
     def __init__(self, pattern, sequence_length, vocab_size, allow_repeat=False):
         self.paths = sorted(glob.glob(pattern))
         if not self.paths:
-            raise UserError(f"no file matches '{pattern}'; data/fineweb.py, data/shakespeare.py and data/tokenize_text.py make shards")
+            raise UserError(f"no file matches '{pattern}' from {os.getcwd()}; data/fineweb.py, data/shakespeare.py and data/tokenize_text.py make shards")
         self.lengths = [len(open_shard(path)) for path in self.paths]  # in tokens
         self.pattern, self.T, self.vocab_size, self.allow_repeat = pattern, sequence_length, vocab_size, allow_repeat
         self.ends = np.cumsum([max(0, n - 1) // sequence_length for n in self.lengths])  # in sequences
@@ -988,6 +988,8 @@ class Log:
         self.resumed = checkpoint is not None
         if rank() != 0:
             return
+        if checkpoint and config.run_name not in ("", folder.name):
+            raise UserError(f"resume = '{config.resume}' goes on in {folder}, so run_name = '{config.run_name}' cannot be; leave it out")
         if not checkpoint:
             self.folder = Path(config.log_dir, config.run_name or time.strftime("%Y%m%d-%H%M%S_") + config.optimizer.replace(":", "-"))
             if config.resume != "auto" and ((self.folder / "log.txt").exists() or any(self.folder.glob("checkpoints/step_*.pt"))):
@@ -1007,8 +1009,13 @@ class Log:
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another --log_dir") from None
 
-    def begin(self, facts):
-        """Starts log.txt with code and machine, writes run.json with the `facts`, and starts wandb if it is asked for."""
+    def begin(self, facts, optimizer):
+        """Starts log.txt with code and machine, writes run.json with the `facts`, and starts wandb if it is asked for.
+
+        Of an `optimizer` given as module:Class the source file is kept too, as optimizer.py, and its SHA-256 in the facts.
+        """
+        source = inspect.getsourcefile(type(optimizer)) if ":" in self.config.optimizer else None
+        facts["optimizer_sha256"] = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else None
         self.facts = {**facts, "start": now(), "resumed": []}
         if self.resumed:  # what the run started with stays, as in log.txt
             earlier = json.loads((self.folder / "run.json").read_text())
@@ -1020,6 +1027,8 @@ class Log:
             machine = json.dumps(machine, indent=1) + "\n" + nvidia_smi
             for part in (Path(__file__).read_text(), machine, json.dumps(facts["config"], indent=1)):
                 self.write("log.txt", part.rstrip() + "\n" + "=" * 100)
+            if source:
+                shutil.copyfile(source, self.folder / "optimizer.py")
         self.write_facts()
         if self.config.wandb_project:
             self.wandb = threading.Thread(target=self.log_to_wandb, daemon=True)
@@ -1208,8 +1217,6 @@ def run(config):
         val_shards.require(config.val_tokens // T, "validation")
         checkpoint, folder = find_checkpoint(config) if config.resume and rank() == 0 else (None, None)
     checkpoint = broadcast_object(checkpoint)
-    with together():
-        log = Log(config, checkpoint, folder)
 
     torch.manual_seed(config.seed)
     raw = GPT(config).to(device)
@@ -1218,13 +1225,15 @@ def run(config):
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     with together():
         optimizers = build_optimizers(raw, config)
+    hidden = optimizers[1]
+    with together():
+        log = Log(config, checkpoint, folder)
     if rank() == 0:
         log.begin(dict(config=dataclasses.asdict(config), machine=describe_machine(device), world_size=world_size(), device=device.type,
                        dtype=str(dtype), code_sha256=code_sha256(), parameters=raw.num_parameters(),
                        hidden_parameters=sum(p.numel() for p in raw.hidden_matrices().values()), tokens_per_step=B * T,
-                       train_shards=train_shards.describe(), val_shards=val_shards.describe()))
+                       train_shards=train_shards.describe(), val_shards=val_shards.describe()), hidden)
     size = warm_up(model, raw, config, device, dtype, per_process)
-    hidden = optimizers[1]
 
     start, train_time, best = 0, 0.0, math.inf
     if checkpoint:

@@ -58,8 +58,8 @@ def track_faults(facts, track):
     return faults
 
 
-def log_faults(facts, log, metrics, target):
-    """Sentences on what is missing or contradictory in run.json's `facts`, the text of log.txt and the objects of metrics.jsonl.
+def log_faults(facts, log, metrics, target, folder):
+    """Sentences on what is missing or contradictory in run.json's `facts`, the text of log.txt and the objects of metrics.jsonl in `folder`.
 
     Only a run that stopped at the track's `target` may have ended early.
     """
@@ -92,6 +92,9 @@ def log_faults(facts, log, metrics, target):
         faults.append(f"it ended at step {last} of {config['num_iterations']}")
     if finals != [facts.get("final_val_loss")]:
         faults.append("final_val_loss in run.json is not the last in metrics.jsonl")
+    source = facts.get("optimizer_sha256")
+    if source and hashlib.sha256((folder / "optimizer.py").read_bytes()).hexdigest() != source:
+        faults.append("optimizer.py does not have the SHA-256 of run.json")
     if facts["tokens_per_step"] != config["batch_size"] * config["sequence_length"]:
         faults.append("tokens_per_step is not batch_size x sequence_length")
     return faults
@@ -102,7 +105,7 @@ def check_run(folder, track):
     try:
         facts = json.loads((folder / "run.json").read_text())
         metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        faults = track_faults(facts, track) + log_faults(facts, (folder / "log.txt").read_text(), metrics, track["target_val_loss"])
+        faults = track_faults(facts, track) + log_faults(facts, (folder / "log.txt").read_text(), metrics, track["target_val_loss"], folder)
     except OSError as error:
         raise UserError(f"{folder}: {Path(error.filename).name} cannot be read ({error.strerror}); is it the folder of a run?") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -122,11 +125,15 @@ def main():
     args = parser.parse_args()
     if not re.fullmatch(r"[\w.-]+", args.name):
         raise UserError(f"--name '{args.name}': letters, digits, _ . and - only, since it names a folder")
-    folders = [run for run in args.run if run.is_dir()]  # a shell's * may bring plots along
+    folders = [run for run in args.run if not run.is_file()]  # a shell's * may bring plots along
     names = [run.resolve().name for run in folders]
     if not folders or len(set(names)) < len(names):
         raise UserError("the runs must be folders of different names: " + ", ".join(map(str, args.run)))
     track = read_track(args.track, args.records)
+    filed = {path.read_bytes(): path.parent for path in (args.records / args.track).glob("*/*/metrics.jsonl")}
+    for run in folders:
+        if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_bytes() in filed:
+            raise UserError(f"{run} is filed already, in {filed[(run / 'metrics.jsonl').read_bytes()]}")
     facts = [check_run(run, track) for run in folders]
     target = args.records / args.track / f"{max(fact['end'] for fact in facts)[:10]}_{args.name}"
     if target.exists():
@@ -150,8 +157,9 @@ def main():
     shutil.rmtree(partial, ignore_errors=True)
     for run, name in zip(folders, names):
         (partial / name).mkdir(parents=True)
-        for file in FILES:
-            shutil.copyfile(run / file, partial / name / file)
+        for file in (*FILES, "optimizer.py"):  # the last where somebody's own optimizer was trained
+            if (run / file).exists():
+                shutil.copyfile(run / file, partial / name / file)
     (partial / "README.md").write_text("\n\n".join(text) + "\n")
     os.rename(partial, target)
     print(f"{target}: {len(folders)} runs filed; now run `python scripts/leaderboard.py`, and commit both")

@@ -129,6 +129,8 @@ def main():
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args()
 
+    if args.rounds < 1 or args.steps < 1:
+        sys.exit(f"error: --rounds {args.rounds} --steps {args.steps}: must be at least 1")
     config = train_gpt2.Config(**read_toml(args.config))
     device = train_gpt2.start_processes(dataclasses.replace(config, device=args.device if args.device != "auto" else config.device))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

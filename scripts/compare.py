@@ -215,7 +215,7 @@ def check_track(runs):
 def settings(run):
     """What makes a run's group. dtype is the resolved one, the configuration's may be "auto"."""
     own = {name: value for name, value in run.config.items() if name not in NEUTRAL}
-    return {**own, "dtype": run.facts.get("dtype")} if own else {"log": run.source}
+    return {**own, "dtype": run.facts.get("dtype"), "optimizer_sha256": run.facts.get("optimizer_sha256")} if own else {"log": run.source}
 
 
 def groups(runs):
@@ -490,6 +490,10 @@ def main():
     parser.add_argument("--png", type=Path, metavar="FILE", help="write a plot of loss against steps and seconds")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the curves, to explore in a browser, and the tables")
     args = parser.parse_args()
+    if args.target is not None and not math.isfinite(args.target):
+        sys.exit(f"error: --target {args.target}: must be a number")
+    if args.png and args.png.suffix not in (".png", ".pdf", ".svg"):
+        sys.exit(f"error: --png {args.png}: the name must end in .png, .pdf or .svg")
     try:
         logs = dict.fromkeys(log.resolve() for path in args.path for log in find_logs(path))
         runs = without_copies([read_log(log) for log in logs])

@@ -16,6 +16,8 @@ undecided         else; with the number of runs of each, in all, at which an int
 """
 import argparse
 import dataclasses
+import hashlib
+import importlib.util
 import math
 import os
 import shlex
@@ -42,13 +44,17 @@ def finished(folder, config):
     for name, value in dataclasses.asdict(config).items():
         if name not in FREE_FIELDS - {"stop_at_target"} and facts["config"].get(name) != value:
             raise UserError(f"{folder} has {name} = {facts['config'].get(name)!r}, this run {value!r}; choose another --log_dir, or delete it")
+    if ":" in config.optimizer:
+        module = importlib.util.find_spec(config.optimizer.split(":")[0])
+        if module and hashlib.sha256(Path(module.origin).read_bytes()).hexdigest() != facts.get("optimizer_sha256", ""):
+            raise UserError(f"{folder} is from another version of {module.origin}; choose another --log_dir, or delete it")
     return "end" in facts
 
 
 def verdict(saved, claim):
     """(verdict, sentence) on `saved`, a compare.Change, for a claim such as 0.06."""
     if saved.mean is None:
-        return "undecided", "a run missed the target, or met it before its first step, so there is nothing to compare"
+        return "undecided", "a run met the target before its first step, so there is nothing to compare"
     if saved.low is None:
         return "undecided", f"{saved.mean:.1%} saved, without an interval: 2 or more seeds of each, with different results, are needed"
     interval = f"{saved.mean:.1%} saved (95 %: {saved.low:.1%} to {saved.high:.1%}), {claim:.0%} claimed"
@@ -67,6 +73,8 @@ def conclude(summaries, names):
     if newton.reached < len(newton.runs) and muon.reached == len(muon.runs):
         return [f"verdict: not reproduced: {len(newton.runs) - newton.reached} of {len(newton.runs)} runs with Newton-Muon missed the target, "
                 "which Muon met with every seed"]
+    if muon.reached < len(muon.runs):
+        return [f"verdict: undecided: {len(muon.runs) - muon.reached} of {len(muon.runs)} runs with Muon missed the target"]
     parts = {what: verdict(saved, CLAIM[what]) for what, saved in (("steps", newton.saved_steps), ("time", newton.saved_seconds))}
     words = {word for word, _ in parts.values()}
     overall = next(word for word in ("not reproduced", "undecided", "reproduced") if word in words)

@@ -30,7 +30,7 @@ def load_model(path):
         model.load_state_dict(checkpoint["model"])
         return model.eval(), config, checkpoint["progress"]["step"]
     except Exception as error:  # torch.load raises whatever the bytes make it raise
-        raise UserError(f"{files[-1]} is no checkpoint of this train_gpt2.py: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{files[-1]} is no checkpoint of this train_gpt2.py ({type(error).__name__})") from None
 
 
 def tokenizer(vocab_size):
@@ -76,8 +76,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if args.tokens < 0 or args.temperature < 0 or (args.top_k is not None and args.top_k < 1):
-        raise UserError(f"--tokens {args.tokens} --temperature {args.temperature} --top_k {args.top_k}: must be 0 or more, top_k at least 1")
+    if args.tokens < 0 or not 0 <= args.temperature < float("inf") or (args.top_k is not None and args.top_k < 1) or not 0 <= args.seed < 2 ** 63:
+        raise UserError(f"--tokens {args.tokens} --temperature {args.temperature} --top_k {args.top_k} --seed {args.seed}: "
+                        "must be 0 or more, top_k at least 1, seed below 2^63")
+    prompt = os.fsencode(args.prompt).decode(errors="replace")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no GPU here; --device cpu does without")
     model, config, step = load_model(args.run)
@@ -85,8 +87,8 @@ def main():
     print(f"{args.run}: {config.optimizer}, step {step}", file=sys.stderr)
     generator = torch.Generator().manual_seed(args.seed)
     text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end within a character
-    print(args.prompt, end="", flush=True)
-    for token in generate(model.to(args.device), [start, *encode(args.prompt)], args.tokens, config.sequence_length, args.temperature,
+    print(prompt, end="", flush=True)
+    for token in generate(model.to(args.device), [start, *encode(prompt)], args.tokens, config.sequence_length, args.temperature,
                           args.top_k, generator):
         if token == start:
             break

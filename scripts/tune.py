@@ -3,14 +3,14 @@
     python scripts/tune.py configs/cpu_muon.toml --learning_rate 0.005,0.01,0.02 --hidden_learning_rate 0.001,0.002,0.004 --jobs 2
 
 Any field of the configuration can be given, with values separated by commas. Runs lie in --log_dir; those that are finished there
-are not run again, so a grid can be widened step by step. With --jobs N, N runs share the CPU cores; the losses do not depend
+are not run again (if code and configuration are the same), so a grid can be widened step by step. With --jobs N, N runs share the CPU cores; the losses do not depend
 on it, the times do.
 """
 import argparse
 import dataclasses
 import itertools
-import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,26 +19,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from train_gpt2 import Config
+from scripts.compare import read_facts
+from scripts.replicate import finished
+from train_gpt2 import Config, UserError, load_config
 
 
-def final_loss(folder):
-    """Final validation loss of a finished run, else None."""
-    try:
-        return json.loads((folder / "run.json").read_text()).get("final_val_loss")
-    except (OSError, ValueError):
-        return None
-
-
-def train(config, folder, settings, threads):
-    """Runs train_gpt2.py into `folder`, unless it is done; returns the final validation loss, None if the run failed."""
-    if final_loss(folder) is None:
-        command = [sys.executable, str(ROOT / "train_gpt2.py"), config, "--log_dir", str(folder.parent), "--run_name", folder.name,
-                   "--resume", "auto", *(part for name, value in settings.items() for part in (f"--{name}", value))]
+def train(arguments, folder, threads):
+    """Runs train_gpt2.py with `arguments`, unless that is done in `folder`; returns the final validation loss, None if the run failed."""
+    if not finished(folder, load_config(arguments)):
+        command = [sys.executable, str(ROOT / "train_gpt2.py"), *arguments]
         result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
         if result.returncode:
             print(f"{folder.name}: {result.stderr.strip()}", file=sys.stderr, flush=True)
-    return final_loss(folder)
+            return None
+    return read_facts(folder)["final_val_loss"]
 
 
 def main():
@@ -51,21 +45,34 @@ def main():
             parser.add_argument(f"--{field.name}", metavar="V1,V2,...", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     grid = vars(parser.parse_args())
     config, jobs, log_dir = (grid.pop(name) for name in ("config", "jobs", "log_dir"))
-    points = [dict(zip(grid, values)) for values in itertools.product(*(text.split(",") for text in grid.values()))]
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: must be at least 1")
+    values = [re.split(r",(?![^{]*\})", text) for text in grid.values()]  # not at the commas within a JSON object
+    runs = {}  # folder -> arguments
+    for point in itertools.product(*values):
+        settings = dict(zip(grid, point))
+        name = "_".join([Path(config).stem, *(f"{key}-{value}" for key, value in settings.items())]).replace("/", "-")
+        arguments = [config, "--log_dir", str(log_dir), "--run_name", name, "--resume", "auto",
+                     *(part for key, value in settings.items() for part in (f"--{key}", value))]
+        runs[log_dir / name] = arguments
+        finished(log_dir / name, load_config(arguments))  # raises for what cannot be run, before anything is
     threads = max(1, (os.cpu_count() or 1) // jobs)
     losses = {}
 
-    def one(settings):
-        name = "_".join([Path(config).stem, *(f"{key}-{value}" for key, value in settings.items())])
-        losses[name] = train(config, log_dir / name.replace("/", "-"), settings, threads)
-        print(f"{len(losses)}/{len(points)} {name}: {losses[name]}", flush=True)
+    def one(folder):
+        losses[folder.name] = train(runs[folder], folder, threads)
+        print(f"{len(losses)}/{len(runs)} {folder.name}: {losses[folder.name] or 'failed'}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, points))
+        list(pool.map(one, runs))
     print("\nfinal validation loss, best first")
     for name, loss in sorted(losses.items(), key=lambda item: (item[1] is None, item[1])):
         print(f"{'failed' if loss is None else f'{loss:.4f}'}  {name}")
+    sys.exit(None in losses.values())
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from conftest import ROOT, TINY
-from scripts import add_record, compare, leaderboard, replicate, sample
+from scripts import add_record, compare, leaderboard, replicate, sample, tune
 from train_gpt2 import GPT, Config, UserError, load_config
 
 RECORDS = sorted(path.parent.relative_to(ROOT / "records") for path in ROOT.glob("records/*/*/*/run.json"))
@@ -80,8 +80,6 @@ def test_runs_are_filed_with_logs_and_a_table_but_no_weights(ledger, monkeypatch
         ["README.md", *(f"muon_{seed}/{name}" for seed in (0, 1) for name in add_record.FILES)])
     text = (record / "README.md").read_text()
     assert text.startswith("# first\n\nAs it is.\n") and "muon" in text and f"torch {torch.__version__}" in text
-    with pytest.raises(UserError, match="is there already"):
-        call(add_record, monkeypatch, capfd, *ledger.arguments)
 
 
 def test_the_leaderboard_shows_what_was_filed_and_what_others_published(ledger, monkeypatch, capfd):
@@ -108,6 +106,57 @@ def test_a_run_that_went_on_with_other_free_settings_is_filed(start, ledger, tmp
     done = start(run_name="muon_1", seed=1, resume="auto", collective_timeout=50, save_every=3)
     assert done.returncode == 0
     add_record.check_run(ledger.runs[1], add_record.read_track("tiny", ledger.folder.parent))
+
+
+def test_what_is_filed_already_or_not_there_is_refused(ledger, monkeypatch, capfd, tmp_path):
+    call(add_record, monkeypatch, capfd, *ledger.arguments[:1], *ledger.arguments[2:])
+    with pytest.raises(UserError, match="muon_0 is filed already, in .*_first/muon_0"):
+        call(add_record, monkeypatch, capfd, *ledger.arguments[:-3], "again", *ledger.arguments[-2:])
+    with pytest.raises(UserError, match="_first is there already; choose another --name"):
+        call(add_record, monkeypatch, capfd, *ledger.arguments[1:])
+    with pytest.raises(UserError, match="nothing: run.json cannot be read"):
+        call(add_record, monkeypatch, capfd, tmp_path / "nothing", "--track", "tiny", "--name", "b", *ledger.arguments[-2:])
+
+
+def test_the_source_of_somebodys_optimizer_is_kept_checked_and_filed(start, ledger, monkeypatch, capfd, tmp_path):
+    (tmp_path / "mine.py").write_text("import torch\n\n\nclass Mine(torch.optim.SGD):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    done = start(run_name="mine", optimizer="mine:Mine")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "logs/mine"
+    assert (run / "optimizer.py").read_text() == (tmp_path / "mine.py").read_text()
+    config = Config(**json.loads((run / "run.json").read_text())["config"])
+    assert replicate.finished(run, config)
+    call(add_record, monkeypatch, capfd, run, *ledger.arguments[2:])
+    filed, = ledger.folder.glob("2*_first/mine/optimizer.py")
+    assert filed.read_text() == (tmp_path / "mine.py").read_text()
+    (tmp_path / "mine.py").write_text("import torch\n\n\nclass Mine(torch.optim.SGD):\n    changed = True\n")
+    with pytest.raises(UserError, match="is from another version of .*mine.py"):
+        replicate.finished(run, config)
+    (run / "optimizer.py").write_text("")
+    with pytest.raises(UserError, match="optimizer.py does not have the SHA-256"):
+        add_record.check_run(run, add_record.read_track("tiny", ledger.folder.parent))
+
+
+def test_tune_tries_every_combination_once_and_lists_the_best_first(monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(ROOT)
+    arguments = ["configs/cpu_adamw.toml", "--num_iterations", 2, "--warmdown_iters", 1, "--val_loss_every", 0, "--val_tokens", 1024, "--n_layer", 1,
+                 "--learning_rate", "0.01,1e-9", "--log_dir", tmp_path]
+    def call_tune(*more):
+        with pytest.raises(SystemExit) as end:
+            call(tune, monkeypatch, capfd, *arguments, *more)
+        return end.value.code, capfd.readouterr().out.splitlines()
+    code, lines = call_tune()
+    assert not code and "learning_rate-0.01" in lines[-2] and "learning_rate-1e-9" in lines[-1] and len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(tune.subprocess, "run", lambda *args, **kwargs: pytest.fail("trains again"))
+    assert call_tune()[1][-2:] == lines[-2:]
+    with pytest.raises(UserError, match="has sequence_length = 128, this run 64"):
+        config = tmp_path / "other.toml"
+        config.write_text((ROOT / "configs/cpu_adamw.toml").read_text().replace("sequence_length = 128", "sequence_length = 64"))
+        folder = next(path for path in tmp_path.iterdir() if path.is_dir())
+        tune.finished(folder, load_config([str(config), *map(str, arguments[1:11])]))
+    with pytest.raises(UserError, match="--jobs 0: must be at least 1"):
+        call(tune, monkeypatch, capfd, *arguments, "--jobs", 0)
 
 
 def test_only_the_tracks_target_may_end_a_run_early(start, ledger, tmp_path):
@@ -252,7 +301,7 @@ def test_a_target_that_only_newton_muon_misses_is_not_reproduced():
     def side(label, reached):
         return SimpleNamespace(label=label, reached=reached, runs=[0] * 3, saved_steps=compare.Change(), saved_seconds=compare.Change())
     assert "verdict: not reproduced: 1 of 3 runs" in replicate.conclude([side("n", 2), side("m", 3)], ("n", "m"))[0]
-    assert replicate.conclude([side("n", 2), side("m", 2)], ("n", "m"))[-1] == "verdict: undecided"
+    assert replicate.conclude([side("n", 2), side("m", 2)], ("n", "m")) == ["verdict: undecided: 1 of 3 runs with Muon missed the target"]
 
 
 def test_replicate_skips_finished_runs_and_refuses_those_of_other_code(ledger, start, tmp_path):
