@@ -9,4 +9,4 @@
 set -euo pipefail
 case "${1:-}" in -h|--help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit ;; esac  # without an installation
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-exec $python scripts/replicate.py "$@"
+exec $python scripts/replicate.py --seeds 1 "$@"

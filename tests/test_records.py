@@ -322,7 +322,7 @@ def test_replicate_trains_compares_and_judges_and_goes_on_where_it_was(monkeypat
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     arguments = ["--log_dir", tmp_path / "runs", "--optimizers", "muon,newton_muon", "--num_iterations", 4, "--warmdown_iters", 1, "--val_loss_every", 2,
                  "--val_tokens", 4096, "--target_val_loss", 5, "--log_every", 1]
-    call(replicate, monkeypatch, capfd, *arguments)
+    call(replicate, monkeypatch, capfd, *arguments, "--seeds", 1)
     done = call(replicate, monkeypatch, capfd, *arguments, "--seeds", 2)
     assert "2 of 4 runs" in done and done.count("$ python train_gpt2.py") == 2
     assert (tmp_path / "runs.png").exists() and done.splitlines()[-1].startswith("verdict: ")
