@@ -1,6 +1,6 @@
 """Check the paper's claim: train each optimizer with several seeds, compare, and say whether Newton-Muon saves what it is said to save.
 
-    python scripts/replicate.py                                     the CPU track, three seeds: 8 minutes on 2 cores
+    python scripts/replicate.py                                     the CPU track, three seeds: about 10 minutes on 2 cores
     python scripts/replicate.py --track speedrun                    the claim itself, on all GPUs of this machine
     python scripts/replicate.py --track mini --num_iterations 450   fields of the configuration are passed on to train_gpt2.py
 
