@@ -130,11 +130,12 @@ def main():
     if not folders or len(set(names)) < len(names):
         raise UserError("the runs must be folders of different names: " + ", ".join(map(str, args.run)))
     track = read_track(args.track, args.records)
+    facts = [check_run(run, track) for run in folders]
     filed = {path.read_bytes(): path.parent for path in (args.records / args.track).glob("*/*/metrics.jsonl")}
     for run in folders:
-        if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_bytes() in filed:
-            raise UserError(f"{run} is filed already, in {filed[(run / 'metrics.jsonl').read_bytes()]}")
-    facts = [check_run(run, track) for run in folders]
+        place = filed.get((run / "metrics.jsonl").read_bytes())
+        if place:
+            raise UserError(f"{run} is filed already, in {place}")
     target = args.records / args.track / f"{max(fact['end'] for fact in facts)[:10]}_{args.name}"
     if target.exists():
         raise UserError(f"{target} is there already; choose another --name")

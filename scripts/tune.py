@@ -25,13 +25,12 @@ from train_gpt2 import Config, UserError, load_config
 
 
 def train(arguments, folder, threads):
-    """Runs train_gpt2.py with `arguments`, unless that is done in `folder`; returns the final validation loss, None if the run failed."""
-    if not finished(folder, load_config(arguments)):
-        command = [sys.executable, str(ROOT / "train_gpt2.py"), *arguments]
-        result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
-        if result.returncode:
-            print(f"{folder.name}: {result.stderr.strip()}", file=sys.stderr, flush=True)
-            return None
+    """Runs train_gpt2.py with `arguments`, into `folder`; returns the final validation loss, None if the run failed."""
+    command = [sys.executable, str(ROOT / "train_gpt2.py"), *arguments]
+    result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
+    if result.returncode:
+        print(f"{folder.name}: {result.stderr.strip()}", file=sys.stderr, flush=True)
+        return None
     return read_facts(folder)["final_val_loss"]
 
 
@@ -48,19 +47,19 @@ def main():
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: must be at least 1")
     values = [re.split(r",(?![^{]*\})", text) for text in grid.values()]  # not at the commas within a JSON object
-    runs = {}  # folder -> arguments
+    runs = {}  # folder -> (arguments, whether that run is finished), for all points before the first is run
     for point in itertools.product(*values):
         settings = dict(zip(grid, point))
         name = "_".join([Path(config).stem, *(f"{key}-{value}" for key, value in settings.items())]).replace("/", "-")
         arguments = [config, "--log_dir", str(log_dir), "--run_name", name, "--resume", "auto",
                      *(part for key, value in settings.items() for part in (f"--{key}", value))]
-        runs[log_dir / name] = arguments
-        finished(log_dir / name, load_config(arguments))  # raises for what cannot be run, before anything is
+        runs[log_dir / name] = arguments, finished(log_dir / name, load_config(arguments))
     threads = max(1, (os.cpu_count() or 1) // jobs)
     losses = {}
 
     def one(folder):
-        losses[folder.name] = train(runs[folder], folder, threads)
+        arguments, done = runs[folder]
+        losses[folder.name] = read_facts(folder)["final_val_loss"] if done else train(arguments, folder, threads)
         print(f"{len(losses)}/{len(runs)} {folder.name}: {losses[folder.name] or 'failed'}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:

@@ -38,7 +38,29 @@ def shards(tmp_path_factory):
 
 
 @pytest.fixture
-def start(shards, tmp_path, monkeypatch, capfd):
+def call(monkeypatch, capfd):
+    """call(module, *arguments) runs its main() in this process (imports take seconds): returncode, stdout, stderr."""
+    def call(module, *arguments):
+        capfd.readouterr()
+        code, handlers = 0, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+                module.main()
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        captured = capfd.readouterr()
+        if isinstance(code, str):
+            return SimpleNamespace(returncode=1, stdout=captured.out, stderr=captured.err + code)
+        return SimpleNamespace(returncode=int(code), stdout=captured.out, stderr=captured.err)
+    return call
+
+
+@pytest.fixture
+def start(shards, tmp_path, monkeypatch, call):
     """start(*arguments, processes=0, config=None, env={}, **fields) trains the tiny model as the command line does.
 
     With processes = 0 in this process (an import of torch takes seconds), else in one of its own or, by torchrun, in several. `config` is
@@ -53,19 +75,8 @@ def start(shards, tmp_path, monkeypatch, capfd):
         command = [str(path), *arguments, *(text for key, value in fields.items() for text in (f"--{key}", str(value)))]
         if not processes:
             with monkeypatch.context() as patch:
-                patch.setattr(sys, "argv", ["train_gpt2.py", *command])
                 patch.chdir(tmp_path)
-                capfd.readouterr()
-                handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-                try:
-                    train_gpt2.main()
-                except SystemExit as end:
-                    code = end.code
-                finally:
-                    for number, handler in handlers.items():
-                        signal.signal(number, handler)
-                captured = capfd.readouterr()
-                return SimpleNamespace(returncode=code, stdout=captured.out, stderr=captured.err)
+                return call(train_gpt2, *command)
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
         return subprocess.run([sys.executable, *launcher, str(ROOT / "train_gpt2.py"), *command], capture_output=True, text=True, cwd=tmp_path,
                               timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **env})

@@ -3,9 +3,7 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,18 +49,9 @@ def write(folder, final=0.9, seconds=10.0, json_of=None, **config):
 
 
 @pytest.fixture
-def command(capsys, monkeypatch):
+def command(call):
     """command(*arguments) runs compare.py as the command line does: returncode, stdout, stderr."""
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
-        try:
-            code = compare.main()
-        except SystemExit as end:
-            code = end.code
-        captured = capsys.readouterr()
-        return SimpleNamespace(returncode=1 if isinstance(code, str) else code or 0, stdout=captured.out,
-                               stderr=captured.err + (code if isinstance(code, str) else ""))
-    return command
+    return lambda *arguments: call(compare, *arguments)
 
 
 # the page, in a real browser: the DevTools protocol over a pipe

@@ -55,27 +55,6 @@ def gpt2():
 
 
 @pytest.fixture
-def call(monkeypatch, capfd):
-    """call(module, *arguments) runs its main() in this process (imports take seconds): returncode, stdout, stderr."""
-    def call(module, *arguments):
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-        capfd.readouterr()
-        code, handlers = 0, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            module.main()
-        except SystemExit as end:
-            code = end.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        captured = capfd.readouterr()
-        if isinstance(code, str):
-            return SimpleNamespace(returncode=1, stdout=captured.out, stderr=captured.err + code)
-        return SimpleNamespace(returncode=int(code), stdout=captured.out, stderr=captured.err)
-    return call
-
-
-@pytest.fixture
 def tokenize(call, tmp_path):
     """tokenize(*arguments, inputs=["in.jsonl"]) in bytes, to the data set `mine` in tmp_path / "out"."""
     def tokenize(*arguments, inputs=("in.jsonl",)):
