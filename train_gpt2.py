@@ -76,6 +76,7 @@ class Config:
     device_batch_size: int = 0  # sequences in one forward pass of one process; 0: the largest power of two that fits
     sequence_length: int = 1024  # tokens in a sequence
     allow_repeat: bool = False  # start over when the shards are used up, instead of refusing to start
+    data_seed: int = 0  # order of the training sequences: 0 is that of the files, any other a fixed permutation of all of them
     # schedule
     num_iterations: int = 6200  # optimizer steps
     warmup_iters: int = 0  # steps over which the learning rates rise linearly
@@ -184,7 +185,7 @@ def check_config(config):
                  "vocab_size", "refresh_interval", "collective_timeout", "log_every"):
         require(getattr(config, name) >= 1, name, must="at least 1")
     for name in ("device_batch_size", "warmup_iters", "warmdown_iters", "val_loss_every", "save_every", "learning_rate",
-                 "hidden_learning_rate", "weight_decay", "seed"):
+                 "hidden_learning_rate", "weight_decay", "seed", "data_seed"):
         require(0 <= getattr(config, name) < math.inf, name, must="0 or more, and finite")
     for name in ("beta1", "beta2", "momentum", "ewma"):
         require(0 <= getattr(config, name) < 1, name, must="at least 0 and below 1")
@@ -208,6 +209,7 @@ def check_config(config):
     require(config.weight_decay == 0 or ":" not in config.optimizer, "weight_decay", "optimizer",
             must="0 for a module:Class; optimizer_args has its arguments")
     require(config.seed < 2 ** 63, "seed", must="below 2^63")
+    require(config.data_seed < 2 ** 32, "data_seed", must="below 2^32")
     require(config.resume != "auto" or config.run_name, "resume", "run_name", must="given together: auto needs a run_name")
     try:
         require(isinstance(json.loads(config.optimizer_args), dict), "optimizer_args", must="a JSON object")
@@ -276,17 +278,20 @@ class Shards:
 
     Sequence i is sequence_length tokens and the one after them; sequences follow each other in a shard, shards follow
     each other by name, and no sequence spans two shards. Step t of a run trains on sequences t * batch_size to
-    (t + 1) * batch_size - 1, however many processes share them: the position in the data is the step.
+    (t + 1) * batch_size - 1, however many processes share them: the position in the data is the step. A data_seed
+    above 0 numbers the sequences of all shards in another order.
     All headers and lengths are checked at once; a shard is mapped only while a batch is read, so that memory stays flat.
     """
 
-    def __init__(self, pattern, sequence_length, vocab_size, allow_repeat=False):
+    def __init__(self, pattern, sequence_length, vocab_size, allow_repeat=False, data_seed=0):
         self.paths = sorted(glob.glob(pattern))
         if not self.paths:
             raise UserError(f"no file matches '{pattern}' from {os.getcwd()}; data/fineweb.py, data/shakespeare.py and data/tokenize_text.py make shards")
         self.lengths = [len(open_shard(path)) for path in self.paths]  # in tokens
         self.pattern, self.T, self.vocab_size, self.allow_repeat = pattern, sequence_length, vocab_size, allow_repeat
         self.ends = np.cumsum([max(0, n - 1) // sequence_length for n in self.lengths])  # in sequences
+        # numpy never changes what a RandomState yields for a seed
+        self.order = np.random.RandomState(data_seed).permutation(self.ends[-1]) if data_seed else None
 
     def require(self, sequences, what):
         """Raises UserError unless there are `sequences` sequences for `what`."""
@@ -317,6 +322,7 @@ class Shards:
         rows, opened = np.empty((len(sequences), self.T + 1), dtype=np.int64), None
         for row, i in zip(rows, sequences):
             i %= int(self.ends[-1])
+            i = i if self.order is None else int(self.order[i])
             shard = int(np.searchsorted(self.ends, i, side="right"))
             start = (i - (int(self.ends[shard - 1]) if shard else 0)) * self.T
             if shard != opened:
@@ -1211,7 +1217,7 @@ def run(config):
     B, T, N = config.batch_size, config.sequence_length, config.num_iterations
 
     with together():
-        train_shards = Shards(config.input_bin, T, config.vocab_size, config.allow_repeat)
+        train_shards = Shards(config.input_bin, T, config.vocab_size, config.allow_repeat, config.data_seed)
         train_shards.require(N * B, f"{N} steps of {B} sequences")
         val_shards = Shards(config.input_val_bin, T, config.vocab_size)
         val_shards.require(config.val_tokens // T, "validation")

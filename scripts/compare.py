@@ -39,7 +39,7 @@ EVALUATION = re.compile(r"^step:(\d+)/(\d+) val_loss:(nan|inf|\d+(?:\.\d+)?) tra
 RULER = re.compile(r"^={20,}$", re.MULTILINE)  # stands between the parts of a log: code, machine, evaluations
 SPEEDRUN = dict(batch_size=512, sequence_length=1024, n_layer=12, n_head=12, n_embd=768, vocab_size=50257, val_tokens=10485760)
 # settings that make no other group: those of the track, the seed, and those that change neither the weights nor what is measured
-NEUTRAL = {*SPEEDRUN, "input_bin", "input_val_bin", "allow_repeat", "seed", "target_val_loss", "device", "device_batch_size",
+NEUTRAL = {*SPEEDRUN, "input_bin", "input_val_bin", "allow_repeat", "seed", "data_seed", "target_val_loss", "device", "device_batch_size",
            "compile", "dtype", "collective_timeout", "log_dir", "run_name", "log_every", "save_every", "resume", "wandb_project"}
 
 

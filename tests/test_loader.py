@@ -42,6 +42,16 @@ def test_a_repeated_data_set_starts_over(tmp_path):
     assert shards.batch([0])[0].tolist() == shards.batch([2])[0].tolist() != shards.batch([1])[0].tolist()
 
 
+def test_a_data_seed_is_another_fixed_order_of_the_same_sequences(tmp_path):
+    write_shard(tmp_path / "a.bin", np.arange(4 * 50 + 1))
+    write_shard(tmp_path / "b.bin", 201 + np.arange(4 * 50 + 1))
+    files, again, one, two = (Shards(str(tmp_path / "*.bin"), T, 500, data_seed=seed).batch(range(100))[0].tolist() for seed in (0, 1, 1, 2))
+    assert again == one and len({str(order) for order in (files, one, two)}) == 3
+    assert sorted(files) == sorted(one) == sorted(two)
+    expected = np.array(files)[np.random.RandomState(1).permutation(100)]  # whose stream numpy keeps for ever
+    assert one == expected.tolist()
+
+
 # prefetching
 
 

@@ -159,6 +159,31 @@ def test_tune_tries_every_combination_once_and_lists_the_best_first(monkeypatch,
         call(tune, monkeypatch, capfd, *arguments, "--jobs", 0)
 
 
+def test_the_protocol_tunes_every_optimizer_alike_and_leaves_no_best_pair_at_an_edge(monkeypatch, tmp_path):
+    asked, bottom = [], {"configs/cpu_muon.toml": (0.08, 0.001), "configs/cpu_adamw.toml": (0.005, 0.0057)}  # the first is 2 steps away
+
+    def bowl(settings, log_dir, jobs):
+        asked.extend(settings)
+        return {str(i): sum(abs(np.log(fields[rate] / at)) for rate, at in zip(tune.RATES, bottom[path])) + 0.01 * (fields["seed"] - 100)
+                for i, (path, fields) in enumerate(settings)}
+
+    monkeypatch.setattr(tune, "train_all", bowl)
+    monkeypatch.chdir(ROOT)
+    found = tune.protocol(list(bottom), {"num_iterations": "600"}, 12, 2, tmp_path, 1)
+    assert all(found[path] == pytest.approx(bottom[path], rel=0.01) for path in bottom)
+    counts = [sum(path == each for each, _ in asked) for path in bottom]
+    assert counts[0] == counts[1] >= 24 and len({str(point) for point in asked}) == len(asked)
+    assert {(fields["seed"], fields["data_seed"]) for _, fields in asked} == {(100, 100), (101, 101)}
+    table = (tmp_path / "tuning.csv").read_text().splitlines()
+    assert len(table) == 1 + len(asked) / 2 and all(line.startswith("configs/cpu_muon.toml") for line in table[1:1 + counts[0] // 2])
+    pairs = {tuple(fields[rate] for rate in tune.RATES) for path, fields in asked if path == "configs/cpu_muon.toml"}
+    assert max(pairs)[0] > 0.08 and min(pair[1] for pair in pairs) < 0.001
+    for fields in ({"seed": "1"}, {"learning_rate": "0.1"}):
+        with pytest.raises(UserError, match=f"leave out {next(iter(fields))}"):
+            monkeypatch.setattr(sys, "argv", ["tune.py", "--protocol", "a.toml", *(f"--{k}={v}" for k, v in fields.items())])
+            tune.main()
+
+
 def test_only_the_tracks_target_may_end_a_run_early(start, ledger, tmp_path):
     fields = dict(stop_at_target="true", log_every=4)
     losses = [json.loads(line)["val_loss"] for line in (ledger.runs[0] / "metrics.jsonl").read_text().splitlines() if "val_loss" in line]
