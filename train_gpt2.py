@@ -50,6 +50,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+try:  # comes with torch's CUDA build
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
 
@@ -367,31 +373,33 @@ def prefetched(shards, batches, device):
 # Model: pre-norm GPT-2 with RMSNorm, rotary embeddings, no biases, no learned norm gains, tied embedding and head
 
 
-class RMSNorm(torch.autograd.Function):
-    """y = x r, r = (mean(x^2) + eps)^-1/2; dx = (dy - y mean(dy y)) r. On a CPU, half of what F.rms_norm takes."""
-
-    @staticmethod
-    def forward(ctx, x):
-        r = x.square().mean(-1, keepdim=True).add_(1e-6).rsqrt_()
-        y = x * r
-        ctx.save_for_backward(y, r)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        y, r = ctx.saved_tensors
-        return torch.addcmul(dy, y, (dy * y).mean(-1, keepdim=True), value=-1).mul_(r)
-
-
 def norm(x):
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6) if x.is_cuda else RMSNorm.apply(x)
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
+def rotate(x, cos, sin):
+    """Rotary embedding of x (B, T, n_head, D), half-split layout: element i turns with element i + D / 2. Tables (T, 1, D)."""
+    z = x.float()
+    return (z * cos + z.unflatten(-1, (2, -1)).flip(-2).flatten(-2) * sin).type_as(x)
+
+
+def on_gpu(x):
+    return x.is_cuda
+
+
+def matmul_dtype(x):
+    """The type to which autocast turns x before a matrix product."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+@torch.no_grad()
 def gram(z, n):
-    """Z Z^T of the layer inputs z (..., b * n), summed over the tokens, for each of the b slices: (b, n, n) fp32."""
-    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-        z = z.detach().reshape(-1, z.size(-1) // n, n).transpose(0, 1).float()
-        return z.mT @ z
+    """Z Z^T of the layer inputs z (..., b * n), summed over the tokens in fp32, for each of the b slices: (b, n, n)."""
+    z = z.detach().to(matmul_dtype(z)).reshape(-1, z.size(-1) // n, n).transpose(0, 1)
+    with torch.autocast(z.device.type, enabled=False):
+        if on_gpu(z) and z.dtype != torch.float32:
+            return torch.bmm(z.mT, z, out_dtype=torch.float32)
+        return z.float().mT @ z.float()
 
 
 class Attention(nn.Module):
@@ -403,11 +411,9 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, grams):
         B, T, C = x.size()
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        qk, v = qkv.split((2, 1), dim=2)
-        a, b = qk.chunk(2, dim=-1)  # half-split layout: element i turns with element i + half
-        q, k = torch.cat((torch.addcmul(a * cos, b, sin), torch.addcmul(b * cos, a, sin, value=-1)), dim=-1).type_as(v).unbind(2)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.squeeze(2).transpose(1, 2), is_causal=True)
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)
         if grams is not None:
             grams += [gram(x, C), gram(y, C)]
@@ -448,26 +454,33 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
         self.wte.weight = self.lm_head.weight
-        self.head_size = config.n_embd // config.n_head
+        D = config.n_embd // config.n_head
+        angles = torch.outer(torch.arange(config.sequence_length), 10000.0 ** (-torch.arange(0, D, 2) / D)).unsqueeze(1)
+        self.register_buffer("cos", torch.cat((angles.cos(), angles.cos()), -1), persistent=False)  # (T, 1, D)
+        self.register_buffer("sin", torch.cat((angles.sin(), -angles.sin()), -1), persistent=False)
 
     def forward(self, idx, targets, collect=False):
         """Mean cross-entropy of `targets` (B, T), of which -1 does not count, after the tokens `idx` (B, T).
 
         Returns (loss, grams): with `collect`, grams holds Z Z^T of the inputs of each of hidden_matrices(), else nothing.
         """
-        logits, grams = self.logits(idx, collect)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1), grams
+        x, grams = self.features(idx, collect)
+        if triton and on_gpu(x):
+            return head_loss(x.flatten(0, 1).to(matmul_dtype(x)), self.lm_head.weight, targets.flatten(), self.vocab_size)[0], grams
+        return F.cross_entropy(self.lm_head(x)[..., :self.vocab_size].float().flatten(0, 1), targets.flatten(), ignore_index=-1), grams
 
-    def logits(self, idx, collect=False):
-        """Logits (B, T, vocab_size) fp32 for tokens `idx` (B, T), and the grams of forward()."""
+    def logits(self, idx):
+        """Logits (B, T, vocab_size) fp32 for tokens `idx` (B, T)."""
+        return self.lm_head(self.features(idx)[0])[..., :self.vocab_size].float()
+
+    def features(self, idx, collect=False):
+        """Input (B, T, C) of the head for tokens `idx` (B, T), and the grams of forward()."""
         grams = [] if collect else None
         x = self.wte(idx)
-        position = torch.arange(idx.size(1), device=idx.device)
-        angles = position[:, None] * 10000.0 ** (-torch.arange(0, self.head_size, 2, device=idx.device) / self.head_size)
-        cos, sin = angles.cos()[:, None, None, :], angles.sin()[:, None, None, :]  # (T, 1, 1, head_size / 2)
+        cos, sin = self.cos[:idx.size(1)], self.sin[:idx.size(1)]
         for block in self.h:
             x = block(x, cos, sin, grams)
-        return self.lm_head(norm(x))[..., :self.vocab_size].float(), grams
+        return norm(x), grams
 
     def hidden_matrices(self):
         """{name: weight} of the matrices in the blocks, in the order of the grams."""
@@ -477,6 +490,76 @@ class GPT(nn.Module):
         """Parameters, without the rows that pad the table."""
         padding = (self.lm_head.weight.size(0) - self.vocab_size) * self.lm_head.weight.size(1)
         return sum(p.numel() for p in self.parameters()) - padding
+
+
+# The loss on a GPU: head and cross-entropy by chunks of tokens, with the gradients of both at once, so that the logits never exist whole
+
+CHUNK = 16384  # tokens
+
+if triton:
+    @triton.jit
+    def cross_entropy_kernel(logits, targets, losses, scale, vocab_size, stride, BLOCK: tl.constexpr):
+        """One program a row of `logits`, of which columns from vocab_size on are padding: losses <- logsumexp(row) - row[target],
+        and row <- scale (softmax(row) - onehot(target)), 0 in the padding; both 0 for a target of -1."""
+        log2e: tl.constexpr = 1.4426950408889634  # exp2 and log2 are what the hardware has
+        row = tl.program_id(0)
+        logits += row.to(tl.int64) * stride
+        target = tl.load(targets + row).to(tl.int32)
+        counts = target >= 0
+        at_target = tl.load(logits + target, mask=counts, other=0.0).to(tl.float32)
+        scale = tl.where(counts, tl.load(scale), 0.0)
+        columns = tl.arange(0, BLOCK)
+        top, total = -float("inf"), tl.zeros([BLOCK], tl.float32)
+        for start in range(0, vocab_size, BLOCK):  # running maximum, and the sums of exponentials relative to it
+            x = tl.load(logits + start + columns, mask=columns < stride - start, other=0.0).to(tl.float32) * log2e
+            x = tl.where(columns < vocab_size - start, x, -float("inf"))  # a mask of the load would forbid wide loads
+            higher = tl.maximum(top, tl.max(x))
+            total = total * tl.exp2(top - higher) + tl.exp2(x - higher)
+            top = higher
+        lse = top + tl.log2(tl.sum(total))
+        tl.store(losses + row, tl.where(counts, lse / log2e - at_target, 0.0))
+        for start in range(0, stride, BLOCK):
+            x = tl.load(logits + start + columns, mask=columns < stride - start, other=0.0).to(tl.float32) * log2e
+            p = tl.where(columns < vocab_size - start, tl.exp2(x - lse), 0.0)
+            gradient = scale * tl.where(columns == target - start, p - 1.0, p)
+            tl.store(logits + start + columns, gradient.to(logits.dtype.element_ty), mask=columns < stride - start)
+
+
+@torch.library.custom_op("train_gpt2::head_loss", mutates_args=())
+def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean cross-entropy of `targets` (N,), of which -1 does not count, under the logits x weight^T, x (N, C) and weight (rows, C).
+
+    Returns (loss, d loss / d x, d loss / d weight), the last in fp32; logits from vocab_size on cannot be predicted.
+    """
+    scale = 1 / (targets >= 0).sum()
+    losses, dx = torch.empty(len(x), device=x.device), torch.empty_like(x)
+    dweight = torch.zeros(weight.shape, device=x.device)
+    weight = weight.to(x.dtype)
+    for x_, dx_, targets_, losses_ in zip(*(t.split(CHUNK) for t in (x, dx, targets, losses))):
+        logits = x_ @ weight.mT
+        cross_entropy_kernel[(len(logits),)](logits, targets_, losses_, scale, vocab_size, logits.stride(0), BLOCK=4096, num_warps=8)
+        torch.mm(logits, weight, out=dx_)  # the kernel left their gradient there
+        if x.dtype == torch.float32:
+            dweight.addmm_(logits.mT, x_)
+        else:
+            torch.addmm(dweight, logits.mT, x_, out_dtype=torch.float32, out=dweight)
+    return losses.sum() * scale, dx, dweight
+
+
+@head_loss.register_fake
+def _(x, weight, targets, vocab_size):
+    return x.new_empty((), dtype=torch.float32), torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32)
+
+
+def keep_gradients(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+
+
+def scale_gradients(ctx, gradient, *_):
+    return *(gradient * t for t in ctx.saved_tensors), None, None
+
+
+head_loss.register_autograd(scale_gradients, setup_context=keep_gradients)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

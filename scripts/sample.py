@@ -56,7 +56,7 @@ def generate(model, tokens, number, sequence_length, temperature=1.0, top_k=None
     tokens = list(tokens)
     device = model.lm_head.weight.device
     for _ in range(number):
-        logits = model.logits(torch.tensor([tokens[-sequence_length:]], device=device))[0][0, -1].cpu()
+        logits = model.logits(torch.tensor([tokens[-sequence_length:]], device=device))[0, -1].cpu()
         if top_k and top_k < len(logits):
             logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
         if temperature == 0:

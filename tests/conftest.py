@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels then run on the CPU, slowly
+
 import train_gpt2
 from data.tokenize_text import write_shard
 from train_gpt2 import Config

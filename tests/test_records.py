@@ -365,7 +365,7 @@ def test_greedy_samples_are_the_most_likely_tokens(tiny):
     tokens = [1, 2, 3]
     for _ in range(20):  # beyond the context of 16
         with torch.no_grad():
-            tokens.append(int(model.logits(torch.tensor([tokens[-16:]]))[0][0, -1].argmax()))
+            tokens.append(int(model.logits(torch.tensor([tokens[-16:]]))[0, -1].argmax()))
     assert list(sample.generate(model, [1, 2, 3], 20, 16, temperature=0)) == tokens[3:]
     assert list(sample.generate(model, [1, 2, 3], 20, 16, top_k=1)) == tokens[3:]
 
@@ -374,7 +374,7 @@ def test_samples_have_the_frequencies_of_the_softmax(tiny):
     torch.manual_seed(0)
     model = GPT(tiny)
     with torch.no_grad():
-        expected = (model.logits(torch.tensor([[5]]))[0][0, -1] / 0.7).softmax(-1)
+        expected = (model.logits(torch.tensor([[5]]))[0, -1] / 0.7).softmax(-1)
     generator = torch.Generator().manual_seed(0)
     counts = np.bincount([next(sample.generate(model, [5], 1, 16, 0.7, generator=generator)) for _ in range(2000)], minlength=64)
     wanted = 2000 * expected.double().numpy()

@@ -1,0 +1,96 @@
+"""The loss on a GPU, without one: its kernel by Triton's interpreter, and compiled for three generations of GPUs."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt2
+from conftest import ROOT
+from train_gpt2 import GPT, Config, head_loss
+
+triton = pytest.importorskip("triton", reason="triton is not installed; there are versions for Linux only")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU by Triton's interpreter (conftest.py)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Takes the way of the GPU on the CPU, too."""
+    monkeypatch.setattr(train_gpt2, "on_gpu", lambda x: True)
+
+
+@pytest.mark.parametrize("vocab_size, rows", [(5000, 5120), (4096, 4096), (100, 128)])
+def test_head_loss_is_cross_entropy_of_the_logits(fused, monkeypatch, vocab_size, rows):
+    monkeypatch.setattr(train_gpt2, "CHUNK", 7)  # of 20 tokens
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, 16).to(DEVICE).requires_grad_() for n in (20, rows))
+    targets = torch.randint(vocab_size, (20,))
+    targets[[3, 19]], targets[[0, 1]] = -1, torch.tensor([0, vocab_size - 1])
+    targets = targets.to(DEVICE)
+    x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
+    expected = F.cross_entropy((x64 @ weight64.T)[:, :vocab_size], targets, ignore_index=-1)
+    loss = head_loss(x, weight, targets, vocab_size)[0]
+    (3 * loss).backward()
+    (3 * expected).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for got, wanted in ((x.grad, x64.grad), (weight.grad, weight64.grad)):
+        assert (got - wanted).norm() < 1e-5 * wanted.norm()
+    assert weight.grad[vocab_size:].count_nonzero() == 0
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # of the padding, which is masked afterwards
+def test_kernel_survives_huge_logits_and_rounds_only_what_it_stores(fused):
+    logits = torch.tensor([[1e4, -1e4, 0.0, 9e3], [5.0, 5.0, 5.0, 9e3]], device=DEVICE).bfloat16()
+    targets, losses, scale = torch.tensor([1, 2], device=DEVICE), torch.empty(2, device=DEVICE), torch.tensor(0.5, device=DEVICE)
+    expected = logits[:, :3].double().log_softmax(1)
+    train_gpt2.cross_entropy_kernel[(2,)](logits, targets, losses, scale, 3, 4, BLOCK=4)
+    torch.testing.assert_close(losses, -expected[[0, 1], [1, 2]].float())
+    gradient = 0.5 * (expected.exp() - F.one_hot(targets, 3))
+    torch.testing.assert_close(logits[:, :3].double(), gradient, rtol=2 ** -7, atol=0)  # the interpreter cuts bf16 off, GPUs round
+    assert logits[:, 3].tolist() == [0, 0]
+
+
+def test_model_has_the_same_loss_gradients_and_grams_on_both_ways(monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(Config(n_layer=1, n_head=2, n_embd=32, vocab_size=300, sequence_length=16)).to(DEVICE)
+    idx = torch.randint(300, (2, 16), device=DEVICE)
+
+    def losses():
+        loss, grams = model(idx, idx.roll(-1, 1), True)
+        loss.backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        return [loss.detach(), *gradients, *grams]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt2, "on_gpu", lambda x: False)
+        plain = losses()
+    monkeypatch.setattr(train_gpt2, "on_gpu", lambda x: True)
+    for a, b in zip(losses(), plain, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_head_loss_is_a_proper_operator_of_torch(fused):
+    x, weight = (torch.randn(n, 16, device=DEVICE, requires_grad=True) for n in (5, 128))
+    torch.library.opcheck(head_loss, (x, weight, torch.randint(100, (5,), device=DEVICE), 100))
+
+
+COMPILE = """
+import sys, train_gpt2, triton
+types = dict(logits="*bf16", targets="*i64", losses="*fp32", scale="*fp32", vocab_size="i32", stride="i32", BLOCK="constexpr")
+aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 5)}
+source = triton.compiler.ASTSource(fn=train_gpt2.cross_entropy_kernel, signature=types, constexprs={(6,): 4096}, attrs=aligned)
+target = triton.backends.compiler.GPUTarget("cuda", int(sys.argv[1]), 32)
+code = triton.compile(source, target=target, options=dict(num_warps=8)).asm
+print(len(code["cubin"]), code["ptx"])
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_kernel_compiles(capability, tmp_path):
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE, str(capability)], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f".target sm_{capability}" in done.stdout
+    assert "ld.global.v4" in done.stdout  # 16 bytes at a time; single elements would double the instructions
