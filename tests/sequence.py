@@ -20,14 +20,14 @@ counts = {}
 
 def counted(name, function):
     def call(*args, **kwargs):
-        tensor = args[1] if name == "all_gather" else args[0]
+        tensor = args[1] if name == "all_gather_into_tensor" else args[0]
         if tensor.numel() > 8:  # not the numbers that are logged
             counts[name] = counts.get(name, 0) + tensor.numel() * tensor.element_size()
         return function(*args, **kwargs)
     return call
 
 
-for name in ("all_gather", "reduce", "all_reduce"):
+for name in ("all_gather_into_tensor", "reduce", "all_reduce"):
     setattr(dist, name, counted(name, getattr(dist, name)))
 made = []
 build = train_gpt2.build_optimizers

@@ -4,9 +4,6 @@ import hashlib
 import json
 import re
 import shutil
-import sys
-import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,7 +107,7 @@ def test_two_processes_give_the_losses_of_one(start, tmp_path):
         assert b == pytest.approx(a, rel=2e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "newton_muon", "sgd", "signum", "torch.optim:NAdam"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "newton_muon", "sgd", "optimizers.signum:Signum", "torch.optim:NAdam"])
 def test_each_optimizer_lowers_the_loss_on_the_plays(start, tmp_path, optimizer):
     rate = {"sgd": 0.1, "adamw": 0.004, "torch.optim:NAdam": 0.004}.get(optimizer, 0.002)
     table_only, whole = (start(run_name=f"{hidden}", optimizer=optimizer, hidden_learning_rate=hidden, vocab_size=256, num_iterations=30,
@@ -137,37 +134,45 @@ def test_compiled_newton_muon_builds_two_graphs_and_gives_the_losses_of_the_unco
     assert start(run_name="eager", **fields).returncode == 0
     done = start(processes=1, run_name="compiled", compile="true", env={"TORCH_LOGS": "recompiles,graph_code"}, **fields)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("TRACED GRAPH") == 2  # with and without collecting the inputs; validation has none of its own
+    assert done.stderr.count("TRACED GRAPH") == 3  # of the trial; with and without collecting the inputs; validation has none
     assert len(re.findall(r"Recompiling function", done.stderr)) == 1
     for (_, a), (_, b) in zip(losses(tmp_path / "logs/eager"), losses(tmp_path / "logs/compiled"), strict=True):
         assert b == pytest.approx(a, rel=1e-4)
 
 
-def test_a_failing_wandb_does_not_end_the_run(start, tmp_path):
-    (tmp_path / "wandb.py").write_text("class Broken:\n    def log(self, *args, **kwargs):\n        raise OSError('no disk')\ndef init(**kwargs):\n"
-                                       "    return Broken()\n")
-    done = start(processes=1, run_name="a", wandb_project="p", env={"PYTHONPATH": str(tmp_path)})
+@pytest.fixture
+def fake_wandb(monkeypatch, tmp_path):
+    """fake_wandb(code) makes `code` the module wandb of the processes that a run starts."""
+    def fake_wandb(code):
+        (tmp_path / "wandb.py").write_text(code)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return fake_wandb
+
+
+def test_wandb_gets_every_record_and_the_configuration(start, tmp_path, fake_wandb):
+    fake_wandb("import json\nclass Run:\n    log = staticmethod(lambda record, step: print('LOG', json.dumps(record), flush=True))\n"
+               "    finish = staticmethod(lambda: print('FINISHED', flush=True))\n"
+               "def init(**given):\n    print('INIT', json.dumps(given), flush=True)\n    return Run")
+    out = start(run_name="a", wandb_project="p").stdout
+    given = json.loads(re.search(r"^INIT (.*)$", out, re.MULTILINE)[1])
+    assert (given["project"], given["name"]) == ("p", "a")
+    assert given["config"] == json.loads((tmp_path / "logs/a/run.json").read_text())["config"]
+    assert re.findall(r"^LOG (.*)$", out, re.MULTILINE) == (tmp_path / "logs/a/metrics.jsonl").read_text().splitlines() and "FINISHED" in out
+
+
+def test_failing_wandb_does_not_end_the_run(start, tmp_path, fake_wandb):
+    fake_wandb("def init(**kwargs):\n    raise OSError('no disk')")
+    done = start(run_name="a", wandb_project="p")
     assert done.returncode == 0 and done.stderr.count("warning: wandb failed (OSError: no disk)") == 1
     assert losses(tmp_path / "logs/a")[-1][0] == 10
 
 
-def test_a_wandb_that_hangs_does_not_hold_up_the_run(start, tmp_path, monkeypatch):
-    forever = threading.Event()
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kwargs: forever.wait()))
+def test_hanging_wandb_does_not_hold_up_the_run(start, tmp_path, fake_wandb, monkeypatch):
+    fake_wandb("import signal\ninit = lambda **kwargs: signal.pause()")
     monkeypatch.setattr(train_gpt2, "WANDB_SECONDS", 0.01)
     done = start(run_name="a", wandb_project="p")
-    forever.set()
-    assert done.returncode == 0 and "warning: wandb does not come to an end" in done.stderr
+    assert done.returncode == 0 and "warning: wandb does not finish" in done.stderr
     assert losses(tmp_path / "logs/a")[-1][0] == 10
-
-
-def test_wandb_gets_every_record_and_the_configuration(start, tmp_path, monkeypatch):
-    records, given = [], {}
-    run = SimpleNamespace(log=lambda record, step: records.append(record), finish=lambda: records.append("finished"))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kwargs: given.update(kwargs) or run))
-    assert start(run_name="a", wandb_project="p").returncode == 0
-    assert records == [json.loads(line) for line in (tmp_path / "logs/a/metrics.jsonl").read_text().splitlines()] + ["finished"]
-    assert given["project"] == "p" and given["config"] == json.loads((tmp_path / "logs/a/run.json").read_text())["config"]
 
 
 def test_wandb_offline_needs_no_account(start, tmp_path):

@@ -1,0 +1,29 @@
+"""Newton-Muon with a fractional power of the preconditioner, a variant of arXiv:2604.01472 (whose power is 1).
+
+    P = (K + (ridge tr(K) / n + 1e-8) I)^-power,  0 < power <= 1, by eigenvalues; power -> 0 would be Muon
+
+    python train_gpt2.py configs/cpu_newton_muon.toml --optimizer optimizers.power_newton_muon:PowerNewtonMuon --optimizer_args '{"power": 0.5}'
+"""
+import math
+
+import torch
+
+from train_gpt2 import NewtonMuon
+
+
+class PowerNewtonMuon(NewtonMuon):
+    def __init__(self, params, power=0.5, **settings):
+        if not 0 < power <= 1:
+            raise ValueError(f"power = {power}: must be above 0 and at most 1")
+        self.power = power
+        super().__init__(params, **settings)
+
+    def invert(self, A):
+        good = A.isfinite().all(-1).all(-1)
+        eye = torch.eye(A.size(-1), dtype=A.dtype, device=A.device)
+        try:
+            values, V = torch.linalg.eigh(torch.where(good[:, None, None], A, eye))
+        except torch.linalg.LinAlgError:  # no convergence
+            values, V = A.new_full(A.shape[:-1], math.nan), A
+        P = V * values[:, None, :].pow(-self.power) @ V.mT  # NaN where an eigenvalue is negative
+        return P, good & P.isfinite().all(-1).all(-1)
