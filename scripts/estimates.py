@@ -53,7 +53,7 @@ class Record(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Steps saved as a fraction of the baseline's, with a 95 % interval. An infinite end is unknown; the mean is None unless both are known."""
+    """Steps saved as a fraction of the baseline's, with a 95 % interval. An infinite end is unknown; without both there is no mean."""
     mean: float = None
     low: float = -math.inf
     high: float = math.inf
@@ -157,7 +157,7 @@ def record(finals, target, speedrun=False):
 
 
 def track3_margin(new, old):
-    """How far `new` is ahead of `old`, each (mean final loss, steps, number of runs); SPEEDRUN_MARGIN or more is better, by the speedrun's rule."""
+    """How far `new` is ahead of `old`, each (mean final loss, steps, number of runs). It is better from SPEEDRUN_MARGIN on."""
     ahead = old[0] - new[0] + SPEEDRUN_SLOPE * (old[1] - new[1])
     return ahead / math.sqrt(1 / new[2] + 1 / old[2])
 
@@ -165,8 +165,8 @@ def track3_margin(new, old):
 def fieller(x, y, cov, t):
     """Fieller's interval for the ratio of the true values of x and y, which have the covariance matrix `cov`. The true y is positive.
 
-    The ratios r for which |x - r y| <= t sd(x - r y). That is an interval if y is clearly positive. If not, it is what lies on x's side of a gap,
-    if 0 is in the gap (x is clearly not 0), and (-inf, inf) else; also if y is clearly negative, which contradicts what is known of it.
+    The ratios r for which |x - r y| <= t sd(x - r y). That is an interval if y is clearly positive. If not, it is what lies on x's side
+    of a gap around 0, if there is one (x is clearly not 0), else (-inf, inf): also if y is clearly negative, which cannot be.
     """
     a, b, c = y * y - t * t * cov[1][1], x * y - t * t * cov[0][1], x * x - t * t * cov[0][0]  # a r^2 - 2 b r + c <= 0
     root = b * b - a * c
@@ -179,7 +179,7 @@ def fieller(x, y, cov, t):
 
 
 def seeds_matter(losses):
-    """Whether the arms' losses, (seeds, arms), go up and down together from seed to seed: an F-test of the seeds in the two-way layout, p < 0.01."""
+    """Whether the losses (seeds, arms) of all arms go up and down together over the seeds: an F-test in the two-way layout, p < 0.01."""
     n, arms = losses.shape
     seeds = losses.mean(1, keepdims=True)
     between = arms * ((seeds - losses.mean()) ** 2).sum() / (n - 1)
@@ -218,7 +218,8 @@ def steps_saved(baseline, candidate, shorter, fraction):
             high = max(high, -fraction) if high < 2 * fraction else math.inf
             mean = float(fraction * x / y) if math.isfinite(high - low) else None
             scale = np.array([1, 1 / fraction])
-            found.append(Saved(mean, float(low), float(high), way, "", float(x), float(y / fraction), one * np.outer(scale, scale), per_run))
+            one = one * np.outer(scale, scale)
+            found.append(Saved(mean, float(low), float(high), way, "", float(x), float(y / fraction), one, per_run))
     if not found:
         return Saved(fault="2 or more seeds of each, with different results, are needed")
     return min(found, key=lambda saved: min(saved.high, 2 * fraction) - max(saved.low, -fraction))
@@ -253,7 +254,7 @@ def verdict(saved, claim=0.06, tolerance=0.005):
     """Verdict on `saved` for a claim, given to within `tolerance`.
 
     fewer       yes if the interval is above 0, no if it is below
-    as claimed  no if the interval is below claim - tolerance; yes if not, and it is above half the claim (so that a wide interval is no merit)
+    as claimed  no if the interval is below claim - tolerance; else yes if it is above half the claim (so that a wide one is no merit)
     """
     least, half = claim - tolerance, claim / 2
 
