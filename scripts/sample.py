@@ -11,10 +11,9 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 
+import runs  # noqa: F401: puts the repository on the path
 from train_gpt2 import GPT, Config, UserError
 
 

@@ -27,11 +27,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from scripts.compare import read_facts
-from scripts.replicate import finished
+from runs import ROOT, finished, read_facts  # the first: it puts the repository on the path
 from train_gpt2 import Config, UserError, load_config
 
 RATES = ("learning_rate", "hidden_learning_rate")
@@ -47,7 +43,7 @@ def train(arguments, folder, threads):
     if result.returncode:
         print(f"{folder.name}: {result.stderr.strip()}", file=sys.stderr, flush=True)
         return None
-    return read_facts(folder)["final_val_loss"]
+    return read_facts(folder).get("final_val_loss")
 
 
 def train_all(settings, log_dir, jobs):
@@ -63,7 +59,7 @@ def train_all(settings, log_dir, jobs):
 
     def one(folder):
         arguments, done = runs[folder]
-        losses[folder.name] = read_facts(folder)["final_val_loss"] if done else train(arguments, folder, threads)
+        losses[folder.name] = read_facts(folder).get("final_val_loss") if done else train(arguments, folder, threads)
         print(f"{len(losses)}/{len(runs)} {folder.name}: {losses[folder.name] or 'failed'}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
