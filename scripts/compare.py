@@ -132,38 +132,43 @@ def shown(spec, *values):
     return "n/a" if values[0] is None else " to ".join(format(value, spec) for value in values)
 
 
+def with_interval(spec, e):
+    """The cells of an Estimate or a Change."""
+    return shown(spec, e.mean), shown(spec, e.low, e.high)
+
+
 def tables(summaries, baseline, target):
     """[(title, rows of text, the first of headers, what they mean)]"""
-    several, speedrun = any(s.runs[1:] for s in summaries), target == SPEEDRUN_TARGET
-    runs = [("run", "group", "steps", "final loss", "seconds", "ms/step", f"first {target:g}: step", "second")]
-    final = [("group", "runs", "steps", "mean loss", "sd", "95 % by t", "bootstrap", "p", "valid record")]
-    time = [("group", "M tokens", "seconds", "95 % by t", "ms/step", "met", f"first {target:g}: step", "95 % by t", "second")]
+    first, speedrun = f"first {target:g}", target == SPEEDRUN_TARGET
+    runs = [("run", "group", "steps", "final loss", "seconds", "ms/step", f"{first}: step", "second")]
+    final = [("group", "runs", "steps", "mean loss", "95 % by t", "bootstrap", "sd", "p", "valid record")]
+    time = [("group", "M tokens", "seconds", "95 % by t", "ms/step", "met", f"{first}: step", "95 % by t", "second")]
     versus = [("group", "steps", "loss", "95 %", "p", "ms/step", "95 %", *(["track 3"] if speedrun else []))]
     for s in summaries:
-        runs += [(run.name, s.label, f"{run.steps[-1]}", f"{run.losses[-1]:.4f}", f"{run.seconds[-1]:.1f}", f"{run.step_ms:.1f}",
-                  *(("never",) * 2 if crossing is None else (f"{crossing[0]:.0f}", f"{crossing[1]:.1f}")))
-                 for run, crossing in zip(s.runs, s.crossings)]
+        for run, crossing in zip(s.runs, s.crossings):
+            runs.append((run.name, s.label, f"{run.steps[-1]}", f"{run.losses[-1]:.4f}", f"{run.seconds[-1]:.1f}", f"{run.step_ms:.1f}",
+                         *((f"{crossing[0]:.0f}", f"{crossing[1]:.1f}") if crossing else ("never", "never"))))
         steps = shown("d", s.steps)
-        final.append((s.label, f"{len(s.runs)}", steps, shown(".4f", s.loss.mean), shown(".4f", s.sd), shown(".4f", s.loss.low, s.loss.high),
-                      shown(".4f", s.loss.boot_low, s.loss.boot_high), shown(".2g", s.record.p), s.record.verdict))
+        final.append((s.label, f"{len(s.runs)}", steps, *with_interval(".4f", s.loss), shown(".4f", s.loss.boot_low, s.loss.boot_high),
+                      shown(".4f", s.sd), shown(".2g", s.record.p), s.record.verdict))
         met = [crossing for crossing in s.crossings if crossing]
-        at, second = (estimate([c[i] for c in met] if len(met) == len(s.runs) else []) for i in (0, 1))
-        time.append((s.label, shown(".1f", s.tokens and s.tokens / 1e6), shown(".1f", s.seconds.mean), shown(".1f", s.seconds.low, s.seconds.high),
-                     shown(".1f", s.step_ms.mean), f"{len(met)} of {len(s.runs)}", shown(".0f", at.mean), shown(".0f", at.low, at.high),
-                     shown(".1f", second.mean)))
+        step, second = (estimate([c[i] for c in met] if len(met) == len(s.runs) else []) for i in (0, 1))
+        time.append((s.label, shown(".1f", s.tokens and s.tokens / 1e6), *with_interval(".1f", s.seconds), shown(".1f", s.step_ms.mean),
+                     f"{len(met)} of {len(s.runs)}", *with_interval(".0f", step), shown(".1f", second.mean)))
         if s.label != baseline:
-            rule = shown("+.4f", s.margin) + (f", {'better' if s.margin >= SPEEDRUN_MARGIN else 'not better'}" if s.margin is not None else "")
-            versus.append((s.label, steps, shown("+.4f", s.loss_change.mean), shown("+.4f", s.loss_change.low, s.loss_change.high),
-                           shown(".2g", s.loss_change.p), shown("+z.1%", s.step_change.mean), shown("+z.1%", s.step_change.low, s.step_change.high),
-                           *([rule] if speedrun else [])))
-    found = [("Runs", runs, f"first {target:g}: where the line between two evaluations first meets it, which decides nothing; seconds: of training"),
-             ("Final losses", final, f"p: chance of losses this low if their true mean were {target:g}; a valid record has p < 0.01")]
+            better = "" if s.margin is None else ", better" if s.margin >= SPEEDRUN_MARGIN else ", not better"
+            versus.append((s.label, steps, *with_interval("+.4f", s.loss_change), shown(".2g", s.loss_change.p),
+                           *with_interval("+z.1%", s.step_change), *([shown("+.4f", s.margin) + better] if speedrun else [])))
+    several = any(s.runs[1:] for s in summaries)
+    found = [("Runs", runs, f"seconds: of training; {first}: where the line between two evaluations first meets it, which decides nothing"),
+             ("Final losses", final, f"p: chance of losses this low if their true mean were {target:g}; a valid record has p < 0.01"
+              + "\n95 %: interval for the true mean, by Student's t and by bootstrap (too narrow for few runs)" * several)]
     if several:
-        found[1] = (*found[1][:2], f"{found[1][2]}\n95 %: interval for the true mean, by Student's t and by bootstrap (too narrow for few runs)")
-        found.append((f"Time, and first crossings of {target:g}", time, "met: runs that met it; first crossings decide nothing, see --help"))
+        found.append((f"Time, and first crossings of {target:g}", time, "met: runs that met it; this decides nothing, see --help"))
     if versus[1:]:
-        found.append((f"Against {baseline}", versus, "loss: lower is better; 95 %: interval for the true change; p: chance of this if the group "
-                      "were no better\nn/a: a side has no result, or a single run, which gives no interval"
+        found.append((f"Against {baseline}", versus,
+                      "loss: lower is better; 95 %: interval for the true change; p: chance of this if the group were no better"
+                      "\nn/a: a side has no result, or a single run, which gives no interval"
                       + "\ntrack 3: the speedrun's rule; better from +0.0040 on" * speedrun))
     return found
 
@@ -192,7 +197,7 @@ def notes(groups, target):
         found.append(f"{early} of {len(runs)} runs are at the target in their first evaluation: they met it then or earlier")
     untimed = [run for run in runs if run.untimed]
     if untimed:
-        found.append(f"{len(untimed)} of {len(runs)} runs did not time their first 10 steps: their seconds lack these, ms/step is that of the others")
+        found.append(f"{len(untimed)} of {len(runs)} runs did not time their first 10 steps: ms/step is of the others")
     if len(reading.machines(known)) > 1:
         found.append(f"the runs had different machines ({'; '.join(reading.machines(known))}): their seconds do not compare")
     if len({run.facts.get("code_sha256") for run in known}) > 1:
@@ -273,8 +278,10 @@ def main():
     parser.add_argument("--baseline", metavar="GROUP", help="group to compare with (default: muon if there is one)")
     parser.add_argument("--target", type=float, help="target loss (default: target_val_loss of the runs, else 3.28)")
     parser.add_argument("--loss", default="val_loss", metavar="NAME", help="loss to compare, where logs have several (default: val_loss)")
-    parser.add_argument("--at_step", action="append", default=[], metavar="[GROUP=]STEP", help="compare at this step, not at the end; may be repeated")
-    parser.add_argument("--group_by", choices=("folder", "code", "file"), default="folder", help="what groups logs without run.json (default: folder)")
+    parser.add_argument("--at_step", action="append", default=[], metavar="[GROUP=]STEP",
+                        help="compare at this step, not at the end; may be repeated")
+    parser.add_argument("--group_by", choices=("folder", "code", "file"), default="folder",
+                        help="what makes logs without run.json a group (default: folder)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="write a plot of loss against steps and seconds")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the curves, to explore in a browser, and the tables")
     args = parser.parse_args()

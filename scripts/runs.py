@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # for train_gpt2, in this folder's scripts; it imports torch, which takes seconds, so they import it where they need it
+sys.path.insert(0, str(ROOT))  # where train_gpt2.py is; it imports torch, which takes seconds, so this module imports it only where it must
 
 LINE = re.compile(r"^step:(\d{1,12})/(\d{1,12}) (.*\btrain_time:.*)$", re.MULTILINE)
 NUMBER = r"([-+]?(?:nan|inf|infinity|\d+(?:\.\d*)?(?:e[-+]?\d+)?))"
@@ -26,38 +26,55 @@ LARGEST_LOG = 2 ** 26  # bytes
 DIVERGED = 1e6  # a loss above it is as good as none
 SPEEDRUN = dict(batch_size=512, sequence_length=1024, n_layer=12, n_head=12, n_embd=768, vocab_size=50257, val_tokens=10485760)
 # settings in which the runs of a group may differ: the track's, the seeds, and those that change neither the weights nor what is measured
-FREE_SETTINGS = {*SPEEDRUN, "input_bin", "input_val_bin", "allow_repeat", "seed", "data_seed", "target_val_loss", "device", "device_batch_size",
-                 "compile", "dtype", "collective_timeout", "log_dir", "run_name", "log_every", "save_every", "resume", "wandb_project"}
+FREE_SETTINGS = {*SPEEDRUN, "input_bin", "input_val_bin", "allow_repeat", "seed", "data_seed", "target_val_loss", "device",
+                 "device_batch_size", "compile", "dtype", "collective_timeout", "log_dir", "run_name", "log_every", "save_every", "resume",
+                 "wandb_project"}
+
+
+def printable(text):
+    """`text` without what a terminal, a table or a plot could choke on."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class RunError(SystemExit):
     """A sentence on a run that cannot be used. Where nothing catches it, it ends the script with that sentence."""
 
     def __init__(self, sentence):
-        super().__init__(f"error: {sentence}")
-        self.sentence = sentence
+        self.sentence = printable(sentence)
+        super().__init__(f"error: {self.sentence}")
 
 
-# what run.json, metrics.jsonl and track.toml may hold; "?" marks what older ones lack, "*" is for every other name
+# What run.json, metrics.jsonl and track.toml may hold. "?" marks a name that may be missing, "*" is for every other name.
 
-COUNT, FLAG, TEXT, NUMBER_OR_NAN = "a whole number from 0", "true or false", "a text", "a number or NaN"
-FINITE, TEXT_OR_NULL, COUNT_OR_NULL, SIMPLE = "a finite number", "a text or null", "a whole number from 0 or null", "a single value"
-IS = {COUNT: lambda v: type(v) is int and 0 <= v < 2 ** 63, FLAG: lambda v: type(v) is bool, TEXT: lambda v: type(v) is str,
-      FINITE: lambda v: type(v) in (int, float) and abs(v) < 1e15, NUMBER_OR_NAN: lambda v: type(v) is float or IS[FINITE](v),
-      TEXT_OR_NULL: lambda v: v is None or type(v) is str, COUNT_OR_NULL: lambda v: v is None or IS[COUNT](v),
-      SIMPLE: lambda v: v is None or type(v) in (str, bool) or IS[FINITE](v)}
+IS = {
+    "a whole number from 0": lambda v: type(v) is int and 0 <= v < 2 ** 63,
+    "a whole number from 0 or null": lambda v: v is None or type(v) is int and 0 <= v < 2 ** 63,
+    "a finite number": lambda v: type(v) in (int, float) and abs(v) < 1e15,
+    "a number or NaN": lambda v: type(v) is float or type(v) is int and abs(v) < 1e15,
+    "true or false": lambda v: type(v) is bool,
+    "a text": lambda v: type(v) is str,
+    "a text or null": lambda v: v is None or type(v) is str,
+    "a text, a finite number, true, false or null":
+        lambda v: v is None or type(v) in (str, bool) or type(v) is float and math.isfinite(v) or type(v) is int and abs(v) < 2 ** 63,
+}
+COUNT, COUNT_OR_NULL, FINITE, NUMBER_OR_NAN, FLAG, TEXT, TEXT_OR_NULL, SIMPLE = IS
 SHARD = {"name": TEXT, "tokens": COUNT, "sha256_of_first_mebibyte?": TEXT, "sha256_of_header_and_size?": TEXT}
-MACHINE = {"torch": TEXT, "cpu": TEXT_OR_NULL, "cpu_threads": COUNT_OR_NULL, "gpu": TEXT_OR_NULL, "git_commit": TEXT_OR_NULL, "git_changes": FLAG}
-CONFIG = {**dict.fromkeys(SPEEDRUN, COUNT), **dict.fromkeys(("num_iterations", "val_loss_every", "log_every", "seed"), COUNT), "data_seed?": COUNT,
+MACHINE = {"torch": TEXT, "cpu": TEXT_OR_NULL, "cpu_threads": COUNT_OR_NULL, "gpu": TEXT_OR_NULL,
+           "git_commit": TEXT_OR_NULL, "git_changes": FLAG}
+CONFIG = {**dict.fromkeys((*SPEEDRUN, "num_iterations", "val_loss_every", "log_every", "seed", "data_seed?"), COUNT),
           "target_val_loss": FINITE, "stop_at_target": FLAG, "allow_repeat": FLAG, "optimizer": TEXT, "run_name": TEXT, "*": SIMPLE}
-RUN_JSON = {"config": CONFIG, "machine": MACHINE, "world_size": COUNT, "dtype": TEXT, "code_sha256": TEXT, "optimizer_sha256?": TEXT_OR_NULL,
-            "parameters": COUNT, "tokens_per_step": COUNT, "train_shards": [SHARD], "val_shards": [SHARD], "start": TEXT,
-            "resumed": [{"machine": MACHINE, "world_size": COUNT}], "end?": TEXT, "steps?": COUNT, "final_val_loss?": FINITE}
+RUN_JSON = {"config": CONFIG, "machine": MACHINE, "world_size": COUNT, "dtype": TEXT, "code_sha256": TEXT,
+            "optimizer_sha256?": TEXT_OR_NULL, "parameters": COUNT, "tokens_per_step": COUNT, "train_shards": [SHARD], "val_shards": [SHARD],
+            "resumed": [{"machine": MACHINE, "world_size": COUNT}],
+            "start": TEXT, "end?": TEXT, "steps?": COUNT, "final_val_loss?": FINITE}
 METRICS = {"step": COUNT, "train_time_ms": FINITE, "val_loss?": NUMBER_OR_NAN, "train_loss?": NUMBER_OR_NAN}
 
 
 def mismatch(value, kind, name, complete):
-    """How `value`, called `name`, differs from `kind`: a key of IS, [kind] or {name: kind}; "" if it does not. `complete`: no name is missing."""
+    """How `value`, called `name`, differs from `kind`: a key of IS, [kind], or {name: kind}; "" if it does not.
+
+    `complete`: a missing name is a difference too.
+    """
     parts = []
     if isinstance(kind, list) and isinstance(value, list):
         parts = [(part, kind[0], f"{name}[{i}]") for i, part in enumerate(value)]
@@ -71,11 +88,6 @@ def mismatch(value, kind, name, complete):
         shown = "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else repr(value)[:40]
         return f"{name} is {shown}, not {kind if isinstance(kind, str) else 'a list' if isinstance(kind, list) else 'an object'}"
     return next(filter(None, (mismatch(*part, complete) for part in parts)), "")
-
-
-def printable(text):
-    """`text` without what a terminal, a table or a plot could choke on."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def read_bytes(path):
@@ -137,7 +149,8 @@ class Run:
 
     @property
     def stopped_at_target(self):
-        return self.steps[-1] < self.planned and bool(self.config.get("stop_at_target")) and self.losses[-1] <= self.config.get("target_val_loss", 0)
+        config = self.config
+        return self.steps[-1] < self.planned and config.get("stop_at_target", False) and self.losses[-1] <= config.get("target_val_loss", 0)
 
     @property
     def step_ms(self):
@@ -240,13 +253,12 @@ def find_runs(path, loss="val_loss"):
         raise RunError(f"no log.txt and no published log in {path} or below it" + "".join(f"; {sentence}" for sentence in left_out[:3]))
     if without:
         names = ", ".join(sorted(str(log.relative_to(path)) for log in without)[:5]) + ", ..." * (len(without) > 5)
-        left_out.append(f"files in {path} without evaluations: {len(without)} ({names})")
+        left_out.append(printable(f"files in {path} without evaluations: {len(without)} ({names})"))
     with_logs = {Path(run.origin["folder"]) for run in runs}
-    top = path.resolve()
-    for run in runs:  # the topmost folder that has logs itself, as there may be copies below it
+    for run in runs:  # their folder is the topmost that has logs itself, as there may be copies below it
         own = Path(run.origin["folder"])
-        run.origin["folder"] = str(next((f for f in reversed([own, *own.parents]) if f in with_logs and (f == top or top in f.parents)), own))
-    return runs, [printable(sentence) for sentence in left_out]
+        run.origin["folder"] = str(min({own, *own.parents} & with_logs, key=lambda folder: len(folder.parts)))
+    return runs, left_out
 
 
 def without_copies(runs):
@@ -281,7 +293,7 @@ def check_track(runs):
         differences = [f"{name} ({known[name][0]}: {known[name][1]}, {run.name}: {value})" for name, value in track(run).items()
                        if known.setdefault(name, (run.name, value))[1] != value]
         if differences:
-            raise RunError(printable(f"the runs are of different tracks, so not comparable; they differ in {'; '.join(differences[:4])}"))
+            raise RunError(f"the runs are of different tracks, so not comparable; they differ in {'; '.join(differences[:4])}")
 
 
 def is_speedrun(run):
@@ -322,7 +334,8 @@ def judged(label, optimizer, runs, at_step):
     elif at_step is None and short:
         ends = {run.steps[-1] for run in runs}
         if len(ends) > 1 or not runs[1:] or any(run.facts for run in runs):
-            fault = f"{short[0].name} ends at step {short[0].steps[-1]} of {short[0].planned}; --at_step compares where all runs have an evaluation"
+            fault = (f"{short[0].name} ends at step {short[0].steps[-1]} of {short[0].planned}; "
+                     "--at_step compares where all runs have an evaluation")
         else:
             remark = f"{label} is judged at step {max(ends)} of {short[0].planned}, where all its runs end"
     return Group(label, optimizer, runs, next((run.diverged for run in runs if run.diverged), fault), remark)
@@ -349,7 +362,8 @@ def make_groups(runs, group_by="folder", at_step={}):
         first, mine = same[0], own[id(same[0])]
         family = "optimizer" if "optimizer" in mine else "log"
         others = [other for other in own.values() if other.get(family) == mine.get(family)]
-        differ = [f"{name}={json.dumps(value)}".replace('"', "") for name, value in mine.items() if any(value != other.get(name) for other in others)]
+        differ = [f"{name}={json.dumps(value)}".replace('"', "") for name, value in mine.items()
+                  if any(value != other.get(name) for other in others)]
         title = mine.get("optimizer") or Path(mine.get("log", first.name)).name
         if family == "log" and group_by != "folder":
             title = first.name + f" and {len(same) - 1} more" * (group_by == "code" and len(same) > 1)
@@ -360,8 +374,9 @@ def make_groups(runs, group_by="folder", at_step={}):
     unknown = {*at_step} - {None, *found}
     if unknown:
         raise RunError(f"--at_step names no group '{min(unknown)}'; the groups are {', '.join(found)}")
-    found = [judged(label, same[0].config.get("optimizer", ""), same, at_step.get(label, at_step.get(None))) for label, same in found.items()]
-    return sorted(found, key=lambda group: (bool(group.fault), mean_loss(group.runs)))
+    groups = [judged(label, same[0].config.get("optimizer", ""), same, at_step.get(label, at_step.get(None)))
+              for label, same in found.items()]
+    return sorted(groups, key=lambda group: (bool(group.fault), mean_loss(group.runs)))
 
 
 def machines(runs):

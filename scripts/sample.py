@@ -2,7 +2,7 @@
 
     python scripts/sample.py logs/cpu/muon_seed-0 --prompt "ROMEO"
 
-Tokens are bytes for a vocabulary of 256 and GPT-2's BPE for one of 50257; whoever trained on others cannot sample here. Each next token is drawn
+Tokens are bytes for a vocabulary of 256 and GPT-2's BPE for one of 50257; runs on other tokens cannot be sampled. Each next token is drawn
 from softmax(logits / temperature) over the --top_k most likely ones, until --tokens are there or the document ends.
 """
 import argparse
@@ -29,7 +29,7 @@ def load_model(path):
         model.load_state_dict(checkpoint["model"])
         return model.eval(), config, checkpoint["progress"]["step"]
     except Exception as error:  # torch.load raises whatever the bytes make it raise
-        raise UserError(f"{files[-1]} is no checkpoint of this train_gpt2.py ({type(error).__name__})") from None
+        raise UserError(f"{files[-1]} is not a checkpoint of this train_gpt2.py ({type(error).__name__})") from None
 
 
 def tokenizer(vocab_size):
@@ -68,14 +68,15 @@ def generate(model, tokens, number, sequence_length, temperature=1.0, top_k=None
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run, or a checkpoint")
-    parser.add_argument("--prompt", default="", help="text to go on from (default: the start of a document)")
+    parser.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
     parser.add_argument("--tokens", type=int, default=300, help="(default: 300)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token (default: 0.8)")
     parser.add_argument("--top_k", type=int, help="choose among that many (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if args.tokens < 0 or not 0 <= args.temperature < float("inf") or (args.top_k is not None and args.top_k < 1) or not 0 <= args.seed < 2 ** 63:
+    if (args.tokens < 0 or not 0 <= args.temperature < float("inf") or (args.top_k is not None and args.top_k < 1)
+            or not 0 <= args.seed < 2 ** 63):
         raise UserError(f"--tokens {args.tokens} --temperature {args.temperature} --top_k {args.top_k} --seed {args.seed}: "
                         "must be 0 or more, top_k at least 1, seed below 2^63")
     prompt = os.fsencode(args.prompt).decode(errors="replace")
@@ -98,7 +99,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except BrokenPipeError:  # what reads the text has enough of it
+    except BrokenPipeError:  # the reader of the text has enough of it
         os._exit(0)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
