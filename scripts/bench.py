@@ -21,6 +21,7 @@ and count as matrix products. The profiler slows the launching of kernels, so it
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -55,10 +56,11 @@ class PlainGPT(nn.Module):
         super().__init__()
         C, d = config.n_embd, config.n_embd // config.n_head
         self.n_head, self.attn_scale = config.n_head, 1 / math.sqrt(2 * config.n_layer)
-        shapes = dict(c_attn=(C, 3 * C), c_proj=(C, C), c_fc=(C, 4 * C), mlp_proj=(4 * C, C))
-        self.h = nn.ModuleList(nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()}) for _ in range(config.n_layer))
+        linear = functools.partial(nn.Linear, bias=False)
+        block = lambda: nn.ModuleDict(dict(c_attn=linear(C, 3 * C), c_proj=linear(C, C), c_fc=linear(C, 4 * C), mlp_proj=linear(4 * C, C)))
+        self.h = nn.ModuleList(block() for _ in range(config.n_layer))
         self.wte = nn.Embedding(config.vocab_size, C)
-        self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
+        self.lm_head = linear(C, config.vocab_size)
         self.wte.weight = self.lm_head.weight
         angles = torch.outer(torch.arange(config.sequence_length), 10000.0 ** (-torch.arange(0, d, 2) / d))
         self.register_buffer("cos", angles.cos())
