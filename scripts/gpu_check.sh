@@ -83,5 +83,6 @@ rm -rf "$folder/packages"
         [ -f "$run/log.txt" ] && echo "$(basename "$run"): $(grep "^step:.* val_loss:" "$run/log.txt" | tail -n 1)"
     done
 } | tee "$folder/summary.txt"
-tar -czf "$folder/gpu_check.tar.gz" --exclude gpu_check.tar.gz -C "$(dirname "$folder")" "$(basename "$folder")" && echo "send back $folder/gpu_check.tar.gz"
+tar -czf "$folder/gpu_check.tar.gz" --exclude gpu_check.tar.gz -C "$(dirname "$folder")" "$(basename "$folder")" \
+    && echo "send back $folder/gpu_check.tar.gz"
 ! grep -q " FAILED$" "$folder/summary.txt"
