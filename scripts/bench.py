@@ -25,6 +25,7 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import sys
@@ -45,8 +46,9 @@ import kernels
 import train_gpt2
 from train_gpt2 import GPT, accumulate, build_optimizers, load_config, start_processes, synchronized_time
 
-# dense bf16 matrix products, FLOP/s, from NVIDIA's data sheets
-PEAK = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+# dense bf16 matrix products, FLOP/s, from NVIDIA's data sheets; the first that is part of the device's name
+PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
+        "RTX 4090": 165e12}
 
 
 class PlainGPT(nn.Module):
@@ -164,7 +166,7 @@ def timed(side, device, refresh):
         torch.cuda.reset_peak_memory_stats()
     start = synchronized_time(device)
     side.step(side.batches, refresh)
-    ms = 1000 * (synchronized_time(device) - start)
+    ms = round(1000 * (synchronized_time(device) - start), 3)
     if device.type == "cuda":
         side.peak = max(side.peak, torch.cuda.max_memory_allocated() - others)
     return ms
@@ -263,7 +265,8 @@ def main():
         result = report(args, config, sides, device, dtype)
         show(result)
         if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+            innermost = r"[\[{][^\[\]{}]*[\]}]"  # lists and dictionaries: each on one line
+            Path(args.json).write_text(re.sub(innermost, lambda m: " ".join(m[0].split()), json.dumps(result, indent=1)) + "\n")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -68,8 +68,8 @@ def where_it_goes(events):
     wall = sum(end - start for start, end in steps)
     groups = {name: sum(ms for key, (_, ms) in rows.items() if key[0] == name) for name in GROUPS}
     groups.update(idle=(wall - busy) / 1000 / len(steps), wall=wall / 1000 / len(steps))
-    names = ("group", "kernel", "launches", "ms")
-    return dict(groups=groups, kernels=[dict(zip(names, (*key, *row))) for key, row in sorted(rows.items(), key=lambda item: -item[1][1])])
+    kernels = [dict(group=group, kernel=name, launches=launches, ms=round(ms, 4)) for (group, name), (launches, ms) in rows.items()]
+    return dict(groups={name: round(ms, 4) for name, ms in groups.items()}, kernels=sorted(kernels, key=lambda kernel: -kernel["ms"]))
 
 
 def profiled(step, device, steps=2):
