@@ -64,8 +64,8 @@ MACHINE = {"torch": TEXT, "cpu": TEXT_OR_NULL, "cpu_threads": COUNT_OR_NULL, "gp
 CONFIG = {**dict.fromkeys((*SPEEDRUN, "num_iterations", "val_loss_every", "log_every", "seed", "data_seed?"), COUNT),
           "target_val_loss": FINITE, "stop_at_target": FLAG, "allow_repeat": FLAG, "optimizer": TEXT, "run_name": TEXT, "*": SIMPLE}
 RUN_JSON = {"config": CONFIG, "machine": MACHINE, "world_size": COUNT, "dtype": TEXT, "code_sha256": TEXT,
-            "optimizer_sha256?": TEXT_OR_NULL, "parameters": COUNT, "tokens_per_step": COUNT, "train_shards": [SHARD], "val_shards": [SHARD],
-            "resumed": [{"machine": MACHINE, "world_size": COUNT}],
+            "optimizer_sha256?": TEXT_OR_NULL, "parameters": COUNT, "tokens_per_step": COUNT,
+            "train_shards": [SHARD], "val_shards": [SHARD], "resumed": [{"machine": MACHINE, "world_size": COUNT}],
             "start": TEXT, "end?": TEXT, "steps?": COUNT, "final_val_loss?": FINITE}
 METRICS = {"step": COUNT, "train_time_ms": FINITE, "val_loss?": NUMBER_OR_NAN, "train_loss?": NUMBER_OR_NAN}
 

@@ -27,7 +27,8 @@ def facts(val=SHARD, **config):
 
 def run_of(final=0.9, seconds=10.0, name="r", planned=100, without_json=False, **config):
     """A run from loss 2 to `final` in 100 steps of equal time; the line meets 1.0 after 100 / (2 - final) steps."""
-    return Run(name, {} if without_json else facts(**config), [0, 100], [2.0, final], [0.0, seconds], planned, origin=dict(folder="f", file=name))
+    return Run(name, {} if without_json else facts(**config), [0, 100], [2.0, final], [0.0, seconds], planned,
+               origin=dict(folder="f", file=name))
 
 
 def write(folder, final=0.9, seconds=10.0, json_of=None, total=None, **config):

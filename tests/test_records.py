@@ -1,4 +1,5 @@
 """Records: what is filed and what is refused, the leaderboard, tuning, samples of text."""
+import hashlib
 import json
 import shlex
 import shutil
@@ -64,10 +65,11 @@ def ledger(start, tmp_path, call):
     first = json.loads((made[0] / "run.json").read_text())
     folder = tmp_path / "records/tiny"
     folder.mkdir(parents=True)
-    shards = "".join("".join(f"\n[[{kind}]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in shard.items()) for shard in first[kind])
-                     for kind in ("train_shards", "val_shards"))
-    (folder / "track.toml").write_text('title = "a tiny track"\nrun = "command"\ntarget_val_loss = 5.0\n\n[config]\nallow_repeat = false\n' + "".join(
-        f"{name} = {TINY[name]}\n" for name in ("n_layer", "n_head", "n_embd", "vocab_size", "sequence_length", "batch_size", "val_tokens")) + shards)
+    track = ['title = "a tiny track"', 'run = "command"', "target_val_loss = 5.0", "", "[config]", "allow_repeat = false"]
+    track += [f"{name} = {TINY[name]}" for name in runs.SPEEDRUN]
+    for kind, shard in ((kind, shard) for kind in ("train_shards", "val_shards") for shard in first[kind]):
+        track += ["", f"[[{kind}]]", *(f"{key} = {json.dumps(value)}" for key, value in shard.items())]
+    (folder / "track.toml").write_text("\n".join(track) + "\n")
 
     def add(*runs, name="first", **more):
         options = [word for key, value in more.items() for word in (f"--{key}", value)]
@@ -94,8 +96,8 @@ def test_runs_are_filed_with_logs_tables_and_tuning_but_no_weights(ledger, tmp_p
 def test_code_that_is_of_no_commit_is_unknown(monkeypatch, commit, changes, content, words):
     ours = (ROOT / "train_gpt2.py").read_bytes()
     monkeypatch.setattr(records.subprocess, "run", lambda *args, **kwargs: Namespace(returncode=0, stdout=content or ours))
-    found = records.code_of(dict(machine=dict(git_commit=commit, git_changes=changes), code_sha256=records.hashlib.sha256(ours).hexdigest()))
-    assert found.startswith(words)
+    machine = dict(git_commit=commit, git_changes=changes)
+    assert records.code_of(dict(machine=machine, code_sha256=hashlib.sha256(ours).hexdigest())).startswith(words)
 
 
 def test_records_of_one_configuration_are_pooled(ledger):
@@ -103,7 +105,8 @@ def test_records_of_one_configuration_are_pooled(ledger):
     assert ledger.add(ledger.runs[0]).returncode == ledger.add(ledger.runs[1], name="second").returncode == 0
     with open(ledger.folder / "track.toml", "a") as file:
         for loss in (3.5, 3.25):
-            file.write(f'\n[[published]]\noptimizer = "X{loss}"\nhardware = "h"\nsteps = 9\nfinal_val_loss = {loss}\nseconds = 3\nsource = "|<s>"\n')
+            file.write(f'\n[[published]]\noptimizer = "X{loss}"\nhardware = "h"\nsteps = 9\nfinal_val_loss = {loss}\n'
+                       'seconds = 3\nsource = "|<s>"\n')
     ours, theirs = ledger.page().split("Published by others, not run here")
     losses = [round(json.loads((run / "run.json").read_text())["final_val_loss"], 4) for run in ledger.runs]
     assert "| muon | 2 | 10 |" in ours and f"{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}" in ours
@@ -232,7 +235,7 @@ def remove_evaluation(run):
     (edit("log.txt", "\nclass Muon", "\nclass  Muon"), "code in log.txt does not have the SHA-256"),
     (edit("log.txt", '"learning_rate": 0.01', '"learning_rate": 0.02'), "configuration in log.txt is not that of run.json"),
     (edit("log.txt", "\nstep:5/10 val_loss:", "\nstep:5/10 val_loss:0"), "metrics.jsonl and log.txt do not tell the same"),
-    (lambda run: (run / "metrics.jsonl").write_text("".join((run / "metrics.jsonl").read_text().splitlines(True)[:-1])), "do not tell the same"),
+    (lambda run: (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text()[:-1].rpartition("\n")[0]), "do not tell the same"),
     (edit("run.json", '"end"', '"ended"'), "did not come to its end"),
     (edit("run.json", '"final_val_loss": ', '"final_val_loss": 1'), "final_val_loss in run.json is not the last"),
     (edit("run.json", '"tokens_per_step": 192', '"tokens_per_step": 100'), "tokens_per_step is not batch_size x sequence_length"),
@@ -251,10 +254,10 @@ def test_a_run_that_is_damaged_or_contradicts_itself_is_refused(ledger, damage, 
     ("batch_size = 12", "batch_size = 24", "batch_size = 12, the track has 24"),
     ("val_tokens = 384", "val_tokens = 368", "val_tokens = 384, the track has 368"),
     ("tokens = 1000", "tokens = 999", "val_shards: val_000000.bin has tokens 1000, the track's val_000000.bin has 999"),
-    ('name = "train_000002.bin"', 'name = "other.bin"', "train_shards: train_000002.bin has name train_000002.bin, the track's other.bin has other.bin"),
+    ('name = "train_000002.bin"', 'name = "other.bin"', "train_000002.bin has name train_000002.bin, the track's other.bin has other.bin"),
     ('sha256_of_first_mebibyte = "', 'sha256_of_first_mebibyte = "0', "sha256_of_first_mebibyte"),
-    ("[config]", "[config", "not valid TOML"), ("target_val_loss = 5.0", "target_val_loss = nan", "it.target_val_loss is nan, not a finite number"),
-    ("title =", "name =", "it lacks title")])
+    ("[config]", "[config", "not valid TOML"), ("title =", "name =", "it lacks title"),
+    ("target_val_loss = 5.0", "target_val_loss = nan", "it.target_val_loss is nan, not a finite number")])
 def test_a_run_of_another_track_and_a_broken_track_are_refused(ledger, old, new, words):
     edit("track.toml", old, new)(ledger.folder)
     with pytest.raises(RunError) as raised:
@@ -272,8 +275,8 @@ def test_an_unknown_track_is_refused_with_the_known_ones():
 
 def test_tune_tries_every_combination_once_and_lists_the_best_first(monkeypatch, call, tmp_path):
     monkeypatch.chdir(ROOT)
-    arguments = ["configs/cpu_adamw.toml", "--num_iterations", 2, "--warmdown_iters", 1, "--val_loss_every", 0, "--val_tokens", 1024, "--n_layer", 1,
-                 "--learning_rate", "0.01,1e-9", "--log_dir", tmp_path]
+    arguments = ["configs/cpu_adamw.toml", "--num_iterations", 2, "--warmdown_iters", 1, "--val_loss_every", 0, "--val_tokens", 1024,
+                 "--n_layer", 1, "--learning_rate", "0.01,1e-9", "--log_dir", tmp_path]
     lines = call(tune, *arguments).stdout.splitlines()
     assert "learning_rate-0.01" in lines[-2] and "learning_rate-1e-9" in lines[-1] and len(list(tmp_path.iterdir())) == 2
     monkeypatch.setattr(tune.subprocess, "run", lambda *args, **kwargs: pytest.fail("trains again"))
