@@ -202,6 +202,8 @@ def notes(groups, target):
         found.append(f"the runs had different machines ({'; '.join(reading.machines(known))}): their seconds do not compare")
     if len({run.facts.get("code_sha256") for run in known}) > 1:
         found.append("the runs had different versions of train_gpt2.py")
+    if any(len({run.config.get("data_seed", 0) for run in group.runs}) == 1 < len(group.runs) for group in groups if group.optimizer):
+        found.append("all runs of a group saw the data in one order: intervals leave out what another order would change")
     if any(len(set(seeds)) < len(seeds) for group in groups if group.optimizer
            for seeds in [[(run.config.get("seed"), run.config.get("data_seed", 0)) for run in group.runs]]):
         found.append("a group has several runs of one seed: they are not independent, and its intervals are too narrow")

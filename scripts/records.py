@@ -251,6 +251,12 @@ def markdown(rows):
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"
 
 
+def crossing(curve, target):
+    """Where a published (label, points) first meets the target."""
+    met = curve and reading.Run(curve[0], {}, *map(list, zip(*curve[1]))).first_crossing(target)
+    return f"step {met[0]:.0f}, {met[1]:.0f} s" if met else ""
+
+
 def section(name, records=RECORDS):
     """The part of records/README.md on one track, and what its plot shows: (text, [compare.Summary, ...], published curves)."""
     track = read_track(name, records)
@@ -273,14 +279,14 @@ def section(name, records=RECORDS):
         of = sorted({home[run.origin["file"]][0] for run in s.runs})
         rows.append((cell(s.label), str(len(s.runs)), str(steps), seconds, compare.shown(".1f", s.step_ms.mean), loss,
                      cell(s.record.verdict), cell("; ".join(hardware)), ", ".join(links[path] for path in of)))
-    curves = [(f"published: {p['optimizer']}, {p['hardware']}", reading.read_curve(records / name / p["curve"]))
-              for p in published if "curve" in p]
+    curves = [(f"published: {p['optimizer']}, {p['hardware']}", reading.read_curve(records / name / p["curve"])) if "curve" in p else None
+              for p in published]
     if rows:
         text.append(markdown([("optimizer", "runs", "steps", "seconds (95 %)", "ms a step", "final loss, sd", "valid", "hardware",
                                "record"), *rows]))
     elif not superseded:
         text.append("Nobody has run this here yet.\n")
-    if rows or curves:
+    if rows or any(curves):
         text.append(f"![loss curves]({name}/curves.png)\n")
     studies = [link for path, link in links.items() if path.name.endswith("study") and path.name not in superseded]
     if studies:
@@ -288,11 +294,12 @@ def section(name, records=RECORDS):
     if superseded:
         text.append("Superseded:\n" + "".join(f"- [{cell(old)}]({name}/{old}/): {cell(reason)}\n" for old, reason in superseded.items()))
     if published:
-        text += ["Published by others, not run here:\n", markdown([
-            ("optimizer", "hardware", "steps", "final loss", "seconds", "source"),
-            *([cell(p[key]) for key in ("optimizer", "hardware", "steps", "final_val_loss", "seconds", "source")]
-              for p in sorted(published, key=lambda p: p["final_val_loss"]))])]
-    return "\n".join(text), plotted, curves
+        others = [("optimizer", "hardware", "steps", "final loss", "seconds", f"first {target:g}", "source")]
+        for p, curve in sorted(zip(published, curves), key=lambda pair: pair[0]["final_val_loss"]):
+            others.append((*(cell(p[key]) for key in ("optimizer", "hardware", "steps", "final_val_loss", "seconds")),
+                           crossing(curve, target), cell(p["source"])))
+        text += ["Published by others, not run here:\n", markdown(others)]
+    return "\n".join(text), plotted, list(filter(None, curves))
 
 
 def page(records=RECORDS):

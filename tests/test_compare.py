@@ -105,7 +105,7 @@ def test_what_makes_runs_less_comparable_is_noted(tmp_path, command):
     (tmp_path / "notes.txt").write_text("nothing\n")
     text = " ".join(command(tmp_path).stdout.split())
     for words in ("several runs of one seed", "different machines (1 x 1 threads of c; 1 x H100)", "1 of 3 runs have no run.json",
-                  "copies of runs left out: 1",
+                  "copies of runs left out: 1", "saw the data in one order",
                   "1 of 3 runs are at the target in their first evaluation", "without evaluations: 1 (notes.txt)"):
         assert words in text
 
