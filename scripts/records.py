@@ -65,6 +65,9 @@ def read_track(name, records=RECORDS):
     wrong = reading.mismatch(track, TRACK, "it", complete=True)
     if wrong:
         raise RunError(f"{path} cannot be used: {wrong}")
+    gone = [old for old in track.get("superseded", {}) if not (records / name / old).is_dir()]
+    if gone:
+        raise RunError(f"{path} says that {gone[0]} is superseded, but there is no such record")
     return track
 
 
@@ -211,6 +214,7 @@ def add(args):
     if target.exists():
         raise RunError(f"{target} is there already; choose another --name")
 
+    tuning = args.tuning and read_bytes(args.tuning)
     new = [read_run(run) for run in folders]
     filed = [] if args.name.endswith("study") else [read_run(run.parent) for record in counted_records(args.track, track, args.records)
                                                     for run in record.glob("*/run.json")]
@@ -231,7 +235,7 @@ def add(args):
             if (run / file).exists():
                 shutil.copyfile(run / file, partial / name / file)
     if args.tuning:
-        (partial / "tuning.csv").write_bytes(read_bytes(args.tuning))
+        (partial / "tuning.csv").write_bytes(tuning)
     (partial / "README.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     os.rename(partial, target)
     print(f"{target}: {len(folders)} runs filed; now run `python scripts/records.py page`, and commit both")
