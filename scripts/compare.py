@@ -101,7 +101,7 @@ def difference(new, old):
 
 
 def summarize(group, target):
-    runs, losses = group.runs, [run.losses[-1] for run in group.runs]
+    runs, losses = group.runs, [run.final for run in group.runs]
     crossings = [run.first_crossing(target) for run in runs]
     seconds, step_ms = estimate([run.seconds[-1] for run in runs]), estimate([run.step_ms for run in runs])
     if group.fault:
@@ -121,7 +121,7 @@ def compare(groups, baseline, target):
     for new in summaries:
         times = [[run.step_ms for run in s.runs] for s in (new, old)]
         if new is not old and not new.group.fault and not old.group.fault:
-            new.loss_change = difference(*([run.losses[-1] for run in s.runs] for s in (new, old)))
+            new.loss_change = difference(*([run.final for run in s.runs] for s in (new, old)))
             new.margin = track3_margin(*((s.loss.mean, s.steps, len(s.runs)) for s in (new, old)))
         if new is not old and all(map(math.isfinite, itertools.chain(*times))):
             new.step_change = ratio_change(*times)

@@ -142,6 +142,12 @@ class Run:
         return self.facts.get("config", {})
 
     @property
+    def final(self):
+        """The last loss; from run.json where that has it, as log.txt rounds."""
+        exact = self.facts.get("final_val_loss", math.inf)
+        return exact if abs(exact - self.losses[-1]) < 1e-4 and self.facts.get("steps") == self.steps[-1] else self.losses[-1]
+
+    @property
     def diverged(self):
         """A sentence, if a loss is not finite."""
         bad = next(((step, loss) for step, loss in zip(self.steps, self.losses) if not abs(loss) < DIVERGED), None)
@@ -342,7 +348,7 @@ def judged(label, optimizer, runs, at_step):
 
 
 def mean_loss(runs):
-    mean = float(np.mean([run.losses[-1] for run in runs]))
+    mean = float(np.mean([run.final for run in runs]))
     return mean if math.isfinite(mean) else math.inf
 
 

@@ -35,7 +35,7 @@ def published(tmp_path_factory):
 # logs of others
 
 
-def test_published_groups_are_what_is_expected(published):
+def test_published_groups(published):
     with open(published / "expected.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8
@@ -49,7 +49,7 @@ def test_published_groups_are_what_is_expected(published):
         assert {run.untimed for run in group.runs} == {10 if "10 steps" in row["note"] else 0}
 
 
-def test_all_published_logs_at_once_are_the_same_groups(published):
+def test_all_published_logs_at_once(published):
     found, left_out = find_runs(published)
     groups = {group.label: group for group in make_groups(without_copies(found))}
     assert {label: len(group.runs) for label, group in groups.items()} == {
@@ -62,7 +62,7 @@ def test_all_published_logs_at_once_are_the_same_groups(published):
     assert "A40_seed7" in early[1].fault and "ends at step 2765 of 2900" in early[1].fault
 
 
-def test_the_speedruns_rule_prefers_tuned_muon_to_newton_muon(published, call):
+def test_newton_muon_is_not_better_than_tuned_muon(published, call):
     paths = [published / name for name in ("20260505_newton_muon", "20260610_tuned_baseline_3250")]
     done = call(compare, *paths, "--at_step", f"{paths[0].name}=3275", "--baseline", paths[1].name)
     assert done.returncode == 0 and "-0.0024, not better" in done.stdout  # ((3.27866 - 3.27852) - 25 x 0.000045) / sqrt(1/15 + 1/10)
@@ -70,13 +70,13 @@ def test_the_speedruns_rule_prefers_tuned_muon_to_newton_muon(published, call):
 
 
 @pytest.mark.parametrize("group_by, sizes", [("folder", [5]), ("code", [1, 1, 1, 2]), ("file", [1] * 5)])
-def test_logs_are_grouped_by_folder_code_or_file(tmp_path, group_by, sizes):
+def test_group_by(tmp_path, group_by, sizes):
     for i, code in enumerate(("lr = 1", "lr = 1", "lr = 2", "", "")):  # without code nothing tells
         (tmp_path / f"{i}.txt").write_text(f"{code}\n{RULER}\nmachine {i}\n{RULER}\n" + lines([0, 100], [2.0, 0.9 + i / 100], [0, 10]))
     assert sorted(len(group.runs) for group in make_groups(find_runs(tmp_path)[0], group_by)) == sizes
 
 
-def test_numbers_are_read_as_python_prints_them(tmp_path):
+def test_numbers(tmp_path):
     log = tmp_path / "a.txt"
     log.write_text("step:0/9 val_loss:1.5e1 train_time:nanms step_avg:nanms\nstep:5/9 val_loss:3e-1 lr:0.1 train_time:2s\n"
                    "step:9/9 val_loss:NaN train_time:3s\n")
@@ -84,26 +84,24 @@ def test_numbers_are_read_as_python_prints_them(tmp_path):
     assert run.losses[:2] == [15, 0.3] and np.isnan(run.losses[2]) and run.seconds == [0, 2, 3] and "nan at step 9" in run.diverged
 
 
-def test_a_training_loss_that_is_no_number_is_divergence(tmp_path):
+def test_diverged_training_loss(tmp_path):
     (tmp_path / "a.txt").write_text(lines([0, 50], [2.0, 1.5], [0, 5], total=100) + "step:60/100 train_loss:nan train_time:6000ms\n")
     assert "nan at step 60" in read_log(tmp_path / "a.txt")[0].diverged
 
 
-def test_several_runs_in_a_file_and_repeated_steps(tmp_path):
+def test_several_runs_in_a_file(tmp_path):
     again, other = lines([50, 100], [1.5, 1.2], [5, 11]), lines([0, 100], [2, 1], [0, 9])
     (tmp_path / "a.txt").write_text(lines([0, 50, 100], [2.0, 1.5, 1.4], [0, 5, 10]) + again + other)
     first, second = read_log(tmp_path / "a.txt")
     assert (first.steps, first.losses, first.seconds) == ([0, 50, 100], [2.0, 1.5, 1.2], [0, 5, 11])
     assert (second.name, second.losses) == ("a 2", [2.0, 1.0])
-
-
-def test_an_example_in_the_code_is_no_run(tmp_path):
-    (tmp_path / "a.txt").write_text("step:50/100 val_loss:0.1000 train_time:1ms\n" + lines([0, 100], [2.0, 0.9], [0, 10]))
+    example = "step:50/100 val_loss:0.1000 train_time:1ms\n"  # in the code
+    (tmp_path / "a.txt").write_text(example + lines([0, 100], [2.0, 0.9], [0, 10]))
     assert [run.losses for run in read_log(tmp_path / "a.txt")] == [[2.0, 0.9]]
 
 
 @pytest.mark.parametrize("unit", ["ms", "s"])
-def test_record_4_crosses_the_target_where_it_was_published_to(tmp_path, unit):
+def test_crossing_of_record_4(tmp_path, unit):
     steps, losses, seconds = zip(*read_curve())
     (tmp_path / "log.txt").write_text(f"code\n{RULER}\n" + lines(steps, losses, seconds, unit))
     [run] = read_log(tmp_path / "log.txt")
@@ -111,7 +109,7 @@ def test_record_4_crosses_the_target_where_it_was_published_to(tmp_path, unit):
     assert len(run.steps) == 51 and run.losses[-1] == 3.2785 and run.planned == 6200
 
 
-def test_copies_count_once(tmp_path):
+def test_copies(tmp_path):
     run = write(tmp_path / "runs/a")
     text = (run / "log.txt").read_text()
     (tmp_path / "terminal.log").write_text(text)
@@ -134,7 +132,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "pipe"])
-def test_pipes_and_devices_are_not_opened(tmp_path, monkeypatch, path):
+def test_pipes_and_devices(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")
     with pytest.raises(RunError, match="not a regular file"):
@@ -144,17 +142,14 @@ def test_pipes_and_devices_are_not_opened(tmp_path, monkeypatch, path):
 # groups
 
 
-def test_seed_name_folder_and_machine_make_no_group():
+def test_settings_make_groups_and_seeds_do_not():
     same = [run_of(), run_of(seed=1, data_seed=1, run_name="b", log_dir="x"), run_of(device="cpu", device_batch_size=4, log_every=3)]
     assert [(group.label, len(group.runs)) for group in make_groups(same)] == [("muon", 3)]
-
-
-def test_a_setting_makes_a_group_and_names_it():
     found = make_groups([run_of(), run_of(0.8, hidden_learning_rate=0.02), run_of(0.95, optimizer="adamw", momentum=0.5)])
     assert [group.label for group in found] == ["muon hidden_learning_rate=0.02", "muon hidden_learning_rate=0.01", "adamw"]
 
 
-def test_runs_that_end_early_are_judged_where_it_was_declared():
+def test_runs_that_end_early():
     early = [run_of(0.9, planned=200), run_of(0.8, planned=200, seed=1)]
     [group] = make_groups(early)
     assert "r ends at step 100 of 200" in group.fault
@@ -167,7 +162,7 @@ def test_runs_that_end_early_are_judged_where_it_was_declared():
         make_groups(early, at_step={"x": 100})
 
 
-def test_a_run_that_diverged_leaves_its_group_without_result():
+def test_diverged_run():
     good, bad = make_groups([run_of(), run_of(np.nan, seed=1), run_of(0.95, optimizer="adamw")])
     assert (good.label, bad.label, len(bad.runs)) == ("adamw", "muon", 2) and "its loss is nan at step 100" in bad.fault
 
@@ -177,13 +172,13 @@ def test_a_run_that_diverged_leaves_its_group_without_result():
     (dict(val_tokens=128), "val_tokens (r: 64, o: 128)"),
     (dict(val={**SHARD, "sha256_of_header_and_size": "bb"}), "val shard 1 (r: train_1.bin aa cc, o: train_1.bin bb cc)"),
     (dict(val={**SHARD, "sha256_of_first_mebibyte": "dd"}), "val shard 1 (r: train_1.bin aa cc, o: train_1.bin aa dd)")])
-def test_runs_of_other_tracks_are_refused_and_what_differs_is_named(other, words):
+def test_other_tracks_are_refused(other, words):
     with pytest.raises(RunError) as error:
         make_groups([run_of(), run_of(name="o", **other)])
     assert words in str(error.value)
 
 
-def test_shards_that_no_run_reads_do_not_matter():
+def test_unread_shards():
     same = [run_of(seed=seed) for seed in range(3)]
     for run, name in zip(same[1:], ("train_2.bin", "train_3.bin")):
         run.facts["train_shards"] = [SHARD, {**SHARD, "name": name}]
@@ -198,7 +193,7 @@ def test_shards_that_no_run_reads_do_not_matter():
     ({"resumed": 5}, "it.resumed is 5, not a list"), ({"end": 5}, "it.end is 5, not a text"),
     ({"parameters": 10 ** 400}, "it.parameters is 1000"),
     ({"train_shards": [{"tokens": -1}]}, "it.train_shards[0].tokens is -1, not a whole number"), ("[" * 10 ** 5, "not valid JSON")])
-def test_run_json_of_wrong_types_is_refused_in_a_sentence(tmp_path, change, words):
+def test_wrong_types_in_run_json(tmp_path, change, words):
     run = write(tmp_path / "a")
     (run / "run.json").write_text(change if isinstance(change, str) else json.dumps({**facts(), **change}))
     with pytest.raises(RunError) as error:
@@ -224,7 +219,7 @@ def mutate(value, random, new):
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(edits=EDITS)
-def test_any_damage_gives_an_answer_or_a_sentence(tmp_path_factory, edits):
+def test_any_damage(tmp_path_factory, edits):
     folder = tmp_path_factory.mktemp("damaged", numbered=True)
     texts = {name: (RECORD / name).read_text() for name in records.FILES}
     for name, random, new in edits:
