@@ -10,7 +10,6 @@ import check_shards
 import shakespeare
 from shakespeare import FOLDER, SHARD_SHA256, plain_text
 from shards import UserError, write_manifest, write_shard
-from test_tokenize import gpt2  # noqa: F401 (a fixture)
 from train_gpt2 import open_shard
 
 
@@ -61,14 +60,15 @@ def test_another_wheel_is_refused(tmp_path, call):
 @pytest.fixture
 def shard(tmp_path):
     path = tmp_path / "mine_train_000001.bin"
-    write_manifest(tmp_path, "mine", "bytes", "a test", [write_shard(path, list(b"\xffaaab\x1b[31m\xffb\xc3\xb6c"))])
+    gone = dict(file="mine_train_000002.bin", tokens=1, sha256="")
+    write_manifest(tmp_path, "mine", "bytes", "a test", [write_shard(path, list(b"\xffaaab\x1b[31m\xffb\xc3\xb6c")), gone])
     return path
 
 
 def test_tokens_documents_and_text_are_shown(shard, call):
     done = call(check_shards, shard)
     assert done.returncode == 0 and f"{shard}: ok\n" in done.stdout
-    assert hashlib.sha256(shard.read_bytes()).hexdigest() in done.stdout
+    assert hashlib.sha256(shard.read_bytes()).hexdigest() in done.stdout and "also lists missing shards: mine_train_000002.bin\n" in done.stdout
     assert "15 tokens (bytes, according to mine.json); 2 documents start here, with 5 to 10 tokens" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines() if "%" in line]
     assert rows[0][:3] == ["97", "3", "20.00%"] and rows[0][-1] == "'a'" and [row[:2] for row in rows[1:3]] == [["98", "2"], ["255", "2"]]
@@ -79,12 +79,6 @@ def test_a_terminal_without_umlauts_gets_escapes(shard, launch):
     process = launch("data/check_shards.py", shard, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     stdout, stderr = process.communicate(timeout=100)
     assert process.returncode == 0 and "<|endoftext|>b\\xf6c" in stdout and not stderr
-
-
-def test_missing_shards_are_listed(shard, call):
-    write_manifest(shard.parent, "mine", "bytes", "a test", [write_shard(shard, [1]), dict(file="mine_train_000002.bin", tokens=1, sha256="")])
-    done = call(check_shards, shard)
-    assert done.returncode == 0 and "mine.json also lists missing shards: mine_train_000002.bin\n" in done.stdout
 
 
 def manifest_of(content):
@@ -108,15 +102,6 @@ def test_a_bad_shard_is_found_among_good_ones(shard, call, damage, words):
     done = call(check_shards, *shard.parent.glob("mine_*.bin"), shard.with_name("good.bin"))
     assert "good.bin: ok" in done.stdout and f"{2 - bool(words)} of 2 shards are ok" in done.stdout
     assert done.returncode == bool(words) and (words is None or "BAD: " in done.stdout and words in done.stdout), done.stdout
-
-
-def test_gpt2_tokens_are_decoded(tmp_path, gpt2, call):  # noqa: F811
-    check_shards.decoder.cache_clear()
-    write_shard(tmp_path / "a.bin", [50256, *gpt2.encode_ordinary("Hello there,\nworld of naïve 漢字")])
-    write_shard(tmp_path / "empty.bin", [])
-    done = call(check_shards, tmp_path / "a.bin", tmp_path / "empty.bin")
-    assert done.returncode == 0 and "(gpt2, a guess" in done.stdout and "no a.json" in done.stdout
-    assert "<|endoftext|>Hello there," in done.stdout and "world of naïve 漢字" in done.stdout and "' there'" in done.stdout
 
 
 def test_without_tiktokens_files_tokens_are_counted(tmp_path, call, monkeypatch):

@@ -109,31 +109,16 @@ def test_n_shards_are_fetched_and_listed(hub, fetch, out):
     assert manifest["tokenizer"] == "gpt2" and "kjj0/fineweb10B-gpt2" in manifest["source"]
 
 
-def test_a_second_run_only_verifies(hub, fetch, out):
-    fetch(2)
-    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    done = fetch(2)
-    assert done.error is None and "all 3 files are there and good, 15,003 tokens" in done.stdout
-    assert {request.method for request in hub.requests} == {"HEAD"}
-    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
-
-
-def test_a_larger_number_adds_shards(hub, fetch, out):
+def test_later_runs_fetch_only_what_is_missing(hub, fetch, out):
     fetch(1)
-    assert fetch(3).error is None
-    assert {request.name for request in hub.requests if request.method == "GET"} == {TWO, THREE}
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    done = fetch(1)
+    assert done.error is None and "all 2 files are there and good, 10,001 tokens" in done.stdout
+    assert {request.method for request in hub.requests} == {"HEAD"} and {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    (out / VAL).write_bytes(b"damaged")
+    assert fetch(3).error is None and whole_files(out) == only(hub, *NAMES)
+    assert {request.name for request in hub.requests if request.method == "GET"} == {VAL, TWO, THREE}
     assert [shard["file"] for shard in json.loads((out / "fineweb.json").read_text())["shards"]] == [ONE, TWO, THREE, VAL]
-
-
-@pytest.mark.parametrize("content", [GOOD[:-10], GOOD + b"more", b"x" + GOOD[1:], GOOD[:-1] + bytes([GOOD[-1] ^ 1]), b""],
-                         ids=["short", "long", "magic", "flipped", "empty"])
-def test_a_damaged_shard_is_replaced(hub, fetch, out, content):
-    fetch(2)
-    (out / ONE).write_bytes(content)
-    done = fetch(2)
-    assert done.error is None and whole_files(out) == only(hub, VAL, ONE, TWO)
-    assert re.search(f"{ONE}: (damaged|not a token shard).*; downloading it again", done.stderr)
-    assert [request.name for request in hub.requests if request.method == "GET"] == [ONE]
 
 
 @pytest.mark.parametrize("content", ['{"shards": [', "[1]", "[" * 100_000, '{"shards": [{"file": 5}, {"file": ["a"]}, {"file": "../out"}]}'])
@@ -179,33 +164,43 @@ def test_impossible_arguments_are_refused(fetch, hub, out, tmp_path, monkeypatch
         argument = "c.toml"
     done = fetch(argument)
     assert words in done.error and "\n" not in done.error and not hub.requests and not out.exists()
+    out.touch()
+    done = fetch(1)
+    assert done.error.startswith(f"{out}: cannot be used (File exists)") and "--out" in done.error and not hub.requests
 
 
 # faults of the hub and of the connection
 
 
-@pytest.mark.parametrize("left, faults, starts", [  # NAME.partial of an earlier process; faults of the downloads; where they start, or how many they are
-    pytest.param(b"", [dict(cut=6500), dict(cut=2500)], [None, 6000, 8000], id="cut"),
-    pytest.param(b"", [dict(stall=6500), dict(stall=2500)], [None, 6000, 8000], id="stall"),
-    pytest.param(b"", [dict(reset=6500)], 2, id="reset"),  # what was on its way is lost
-    pytest.param(b"", [dict(length=1000, cut=1000)] * 10, 11, id="little-by-little"),
-    pytest.param(b"", [dict(content=GOOD[:-1000])], 2, id="short"),
-    pytest.param(b"", [dict(content=GOOD + b"more")], 3, id="long"),
-    pytest.param(b"", [dict(content=GOOD[:-3] + b"???")], 2, id="changed"),
-    pytest.param(GOOD[:7000], [], [7000], id="part"),
-    pytest.param(GOOD, [], [], id="all-but-the-name"),
-    pytest.param(b"wrong" * 1000, [], [5000, None], id="wrong-part"),
-    pytest.param(GOOD * 2, [], [len(GOOD) * 2, None], id="too-long-part"),
+PART = f"{ONE}.partial"
+
+
+@pytest.mark.parametrize("name, left, faults, starts", [  # a file of an earlier process; faults of the downloads; their first bytes, or how many there are
+    pytest.param(ONE, GOOD[:-10], [], [None], id="short"),
+    pytest.param(ONE, GOOD + b"more", [], [None], id="long"),
+    pytest.param(ONE, b"x" + GOOD[1:], [], [None], id="magic"),
+    pytest.param(ONE, GOOD[:-1] + b"?", [], [None], id="last byte"),
+    pytest.param(ONE, b"", [], [None], id="empty"),
+    pytest.param(PART, GOOD[:7000], [], [7000], id="part"),
+    pytest.param(PART, GOOD, [], [], id="all but the name"),
+    pytest.param(PART, b"wrong" * 1000, [], [5000, None], id="wrong part"),
+    pytest.param(PART, GOOD * 2, [], [len(GOOD) * 2, None], id="too long a part"),
+    pytest.param(PART, b"", [dict(cut=6500), dict(cut=2500)], [None, 6000, 8000], id="cut"),
+    pytest.param(PART, b"", [dict(stall=6500), dict(stall=2500)], [None, 6000, 8000], id="stall"),
+    pytest.param(PART, b"", [dict(reset=6500)], 2, id="reset"),  # what was on its way is lost
+    pytest.param(PART, b"", [dict(length=1000, cut=1000)] * 10, 11, id="little by little"),
+    pytest.param(PART, b"", [dict(content=GOOD[:-1000])], 2, id="sent short"),
+    pytest.param(PART, b"", [dict(content=GOOD + b"more")], 3, id="sent long"),
+    pytest.param(PART, b"", [dict(content=GOOD[:-3] + b"???")], 2, id="sent changed"),
 ])
-def test_passing_faults_are_survived(hub, fetch, out, monkeypatch, left, faults, starts):
+def test_passing_faults_are_survived(hub, fetch, out, monkeypatch, name, left, faults, starts):
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     hub.faults[("GET", ONE)] = iter(faults)
-    if left:
-        (out / f"{ONE}.partial").write_bytes(left)
-    assert fetch(1).error is None
-    assert whole_files(out) == only(hub, VAL, ONE) and partials(out) == []
-    found = [request.start for request in hub.gets(ONE)]
-    assert starts in (found, len(found))
+    (out / name).write_bytes(left)
+    done = fetch(1)
+    assert done.error is None and whole_files(out) == only(hub, VAL, ONE) and partials(out) == []
+    assert name == PART or re.search(f"{ONE}: (damaged|not a token shard).*; downloading it again", done.stderr)
+    assert starts in ([request.start for request in hub.gets(ONE)], len(hub.gets(ONE)))
     assert starts != [7000] or hub.gets(ONE)[0].sent == len(GOOD) - 7000
 
 
@@ -291,21 +286,18 @@ def test_an_unreachable_hub_is_reported_once(fetch):
 
 
 def test_the_manifest_verifies_without_the_hub(hub, fetch, out):
-    fetch(2)
-    done = fetch(2, url=UNREACHABLE)
-    assert done.error is None and f"a request to {UNREACHABLE} failed" in done.stdout and "fineweb.json" in done.stdout
-    assert "all 3 files are there and good" in done.stdout and done.waits == []
-    (out / ONE).write_bytes(damaged := GOOD[:-1] + b"?")
-    done = fetch(1, url=UNREACHABLE)
-    assert done.error.startswith(f"{ONE}: damaged") and UNREACHABLE in done.error and (out / ONE).read_bytes() == damaged
-
-
-def test_unlisted_shards_are_not_called_verified(hub, fetch, out):
     for name in (VAL, ONE):
         (out / name).write_bytes(hub.files[name])
     done = fetch(1, url=UNREACHABLE)
     assert done.error is None and f"{ONE}: header and tokens are good; its SHA-256 is not known here" in done.stdout
     assert not (out / "fineweb.json").exists()
+    fetch(1)
+    done = fetch(1, url=UNREACHABLE)
+    assert f"a request to {UNREACHABLE} failed" in done.stdout and "fineweb.json" in done.stdout and done.waits == []
+    assert done.error is None and f"{ONE}: good\n" in done.stdout and "all 2 files are there and good" in done.stdout
+    (out / ONE).write_bytes(damaged := GOOD[:-1] + b"?")
+    done = fetch(1, url=UNREACHABLE)
+    assert done.error.startswith(f"{ONE}: damaged") and UNREACHABLE in done.error and (out / ONE).read_bytes() == damaged
 
 
 # the folder
@@ -344,13 +336,6 @@ def test_a_second_process_waits(hub, fetch, out, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     done = fetch(1)
     assert done.error is None and "another process" in done.stdout and requests == [] and whole_files(out) == only(hub, VAL, ONE)
-
-
-def test_a_file_as_folder_is_named(hub, fetch, out):
-    out.rmdir()
-    out.write_text("a file")
-    done = fetch(1)
-    assert done.error.startswith(f"{out}: ") and "--out" in done.error and not hub.requests
 
 
 # as a script

@@ -132,13 +132,6 @@ change = st.one_of(  # (start, stop, the bytes that replace those)
 place = st.sampled_from(["file"] * 12 + ["directory", "loop", "dangling", "forbidden", "pipe", "device", "link", "gone"])
 
 
-def apply(content, changes):
-    content = bytearray(content)
-    for start, stop, new in changes:
-        content[start:stop] = new
-    return bytes(content)
-
-
 def meaning(content):
     """The tokens of a shard with these bytes, by its definition; None if it is none."""
     magic, version, n = struct.unpack_from("<3i", content) if len(content) >= 1024 else (0, 0, 0)
@@ -150,16 +143,14 @@ def put(path, where, content):
     """Puts `content` at `path` as `where` says. Returns what a reader may get: tokens, or None."""
     if where == "directory":
         path.mkdir()
-    elif where in ("loop", "dangling", "device"):
-        path.symlink_to(dict(loop=path, dangling=path.with_name("nowhere"), device="/dev/zero")[where])
     elif where == "pipe":
         os.mkfifo(path)
-    elif where == "link":
-        path.with_name("target").write_bytes(content)
-        path.symlink_to(path.with_name("target"))
-    elif where != "gone":
+    elif where in ("file", "forbidden"):
         path.write_bytes(content)
         path.chmod(0 if where == "forbidden" else 0o644)
+    elif where != "gone":
+        path.with_name("target").write_bytes(content)
+        path.symlink_to(dict(link=path.with_name("target"), loop=path, dangling=path.with_name("nowhere"), device="/dev/zero")[where])
     return meaning(content) if where in ("file", "link") else None
 
 
@@ -194,7 +185,10 @@ def test_a_damaged_shard_is_one_error(folder, cases):
     def check(where, changes, damaged_first):
         path, other = folder / ("a.bin" if damaged_first else "c.bin"), folder / "b.bin"
         other.write_bytes(GOOD)
-        tokens = put(path, where, apply(GOOD, changes))
+        content = bytearray(GOOD)
+        for start, stop, new in changes:
+            content[start:stop] = new
+        tokens = put(path, where, content)
         try:
             with as_nobody():
                 got = open_shard(path).tolist()

@@ -1,4 +1,4 @@
-"""data/tokenize_text.py: text to shards."""
+"""data/tokenize_text.py: text to shards, and GPT-2's tokens back to text by data/check_shards.py."""
 import gzip
 import json
 import os
@@ -19,6 +19,7 @@ import tiktoken.registry
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import check_shards
 import tokenize_text
 from conftest import ROOT
 from faults import full_disk
@@ -173,6 +174,15 @@ def test_gpt2_tokens_are_tiktokens(tmp_path, out, gpt2, tokenize, monkeypatch):
     done = tokenize(inputs=["in.jsonl", "in.txt"], tokenizer="gpt2")
     assert " 9 documents (1 empty" in done.stdout
     assert tokens_of(out) == [t for text in [*documents, text] if text for t in [50256, *gpt2.encode_ordinary(text)]]
+
+
+def test_gpt2_tokens_are_decoded(tmp_path, gpt2, call):
+    check_shards.decoder.cache_clear()
+    write_shard(tmp_path / "a.bin", [50256, *gpt2.encode_ordinary("Hello there,\nworld of naïve 漢字")])
+    write_shard(tmp_path / "empty.bin", [])
+    done = call(check_shards, tmp_path / "a.bin", tmp_path / "empty.bin")
+    assert done.returncode == 0 and "(gpt2, a guess" in done.stdout and "no a.json" in done.stdout
+    assert "<|endoftext|>Hello there," in done.stdout and "world of naïve 漢字" in done.stdout and "' there'" in done.stdout
 
 
 @settings(max_examples=400, deadline=None, database=None, derandomize=True)
