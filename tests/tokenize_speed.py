@@ -26,5 +26,5 @@ for _ in range(7):
                        check=True, capture_output=True)
         ours = time.perf_counter() - start
     ratios.append(batch / ours)
-    print(f"tiktoken's batch {tokens / batch:,.0f} tokens/s, tokenize_text.py {tokens / ours:,.0f} including its start: {ratios[-1]:.2f} times")
+    print(f"tiktoken's batch {tokens / batch:,.0f} tokens/s, tokenize_text.py with its start {tokens / ours:,.0f}: {ratios[-1]:.2f} times")
 print(f"median {np.median(ratios):.2f} times, on {cores} cores")
