@@ -37,11 +37,8 @@ def tokenizer(vocab_size):
     if vocab_size == 256:
         return lambda text: list(text.encode()), lambda token: bytes([token]), 255
     if vocab_size == 50257:
-        from data.tokenize_text import InputError, gpt2_encoding
-        try:
-            encoding = gpt2_encoding()
-        except InputError as error:
-            raise UserError(str(error).replace(", or use --tokenizer bytes", "")) from None
+        from data.shards import gpt2_encoding
+        encoding = gpt2_encoding()
         return encoding.encode_ordinary, encoding.decode_single_token_bytes, encoding.eot_token
     raise UserError(f"vocab_size = {vocab_size}: neither bytes (256) nor GPT-2's BPE (50257), so its tokens have no known text")
 
