@@ -24,7 +24,6 @@ import itertools
 import json
 import math
 import re
-import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path

@@ -15,7 +15,6 @@ training loss that the configuration asks for is there; metrics.jsonl and log.tx
 """
 import argparse
 import hashlib
-import json
 import math
 import os
 import re

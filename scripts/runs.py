@@ -135,7 +135,7 @@ class Run:
     seconds: list
     planned: int = 0  # steps of its schedule
     untimed: int = 0  # steps at the start that its seconds leave out
-    origin: dict = field(default_factory=dict)  # without a run.json: its folder, code (a hash) and file, see groups()
+    origin: dict = field(default_factory=dict)  # without a run.json: its folder, code (a hash) and file, see make_groups()
 
     @property
     def config(self):
@@ -185,18 +185,15 @@ def number(text, unit=""):
     return float(found[1]) / (1000 if found[2] else 1) if found else None
 
 
-def read_log(path, loss="val_loss", folder=None):
-    """The Runs in a log, or in the folder of a run: evaluations with the loss of that name. `folder` is what makes logs a group."""
-    path = Path(path)
-    log = path / "log.txt" if path.is_dir() else path
-    text, runs, others = read_text(log), [], set()
+def evaluations(text, loss):
+    """Of each run in a log's `text` the evaluations with the loss of that name: [[(step, loss, seconds, planned, step_avg), ...], ...]."""
+    runs = []
     for step, planned, rest in LINE.findall(text):
         step, fields = int(step), dict(re.findall(r"(\w+):(\S+)", rest))
         value, training = number(fields.get(loss)), number(fields.get("train_loss"))
         if value is None and training is not None and not math.isfinite(training):  # the last that a run says before it ends
             value = training
         if value is None:
-            others |= {name for name in fields if name.endswith("loss")} - {"train_loss"}
             continue
         time, average = (number(fields.get(name), "s") for name in ("train_time", "step_avg"))
         time = time if time is not None and abs(time) < 1e12 else 0.0 if step <= 10 else math.nan
@@ -206,24 +203,33 @@ def read_log(path, loss="val_loss", folder=None):
             runs[-1].pop()
         runs[-1].append((step, value, time, int(planned), average))
     # a single early evaluation before others is an example in the code
-    runs = [rows for i, rows in enumerate(runs) if rows[1:] or rows[0][0] == rows[0][3] or i == len(runs) - 1]
-    if not runs:
+    return [rows for i, rows in enumerate(runs) if rows[1:] or rows[0][0] == rows[0][3] or i == len(runs) - 1]
+
+
+def read_log(path, loss="val_loss"):
+    """The Runs in a log, or in the folder of a run, with the loss of that name."""
+    path = Path(path)
+    log = path / "log.txt" if path.is_dir() else path
+    text, facts = read_text(log), read_facts(log.parent)
+    found = evaluations(text, loss)
+    if not found:
+        others = sorted({name for _, _, rest in LINE.findall(text) for name in re.findall(r"(\w+loss):", rest)} - {"train_loss"})
         raise RunError(f"{log} has no line such as 'step:125/6200 {loss}:5.2017 train_time:24564ms'"
-                       + (f"; --loss could be {', '.join(sorted(others))}" if others else "; is it the log of a run?"))
+                       + (f"; --loss could be {', '.join(others)}" if others else "; is it the log of a run?"))
     parts = [part.strip() for part in RULER.split(text)]
     code = next(filter(None, parts[:-1]), "") if parts[1:] else text[:LINE.search(text).start()].strip()
     name = log.resolve().parent.name if log.name == "log.txt" else log.stem
-    origin = dict(folder=str(folder or log.resolve().parent), file=str(log.resolve()),
+    origin = dict(folder=str(log.resolve().parent), file=str(log.resolve()),
                   code=hashlib.sha256(code.encode()).hexdigest() if code else str(log.resolve()))
-    found = []
-    for i, rows in enumerate(runs):
+    runs = []
+    for i, rows in enumerate(found):
         steps, losses, seconds, planned, averages = map(list, zip(*rows))
         # Old logs do not time the first 10 steps. The first average tells; later ones may be of the steps since the last evaluation only.
         step, time, average = next(((s, t, a) for s, t, a in zip(steps, seconds, averages) if s > 10), (0, 0, 0))
         untimed = 10 if average and abs(time / average - (step - 10)) < 0.4 else 0
-        found.append(Run(printable(name + f" {i + 1}" * (len(runs) > 1)), read_facts(log.parent), steps, losses, seconds, planned[-1],
-                         untimed, dict(origin)))
-    return found
+        numbered = printable(name + f" {i + 1}" * (len(found) > 1))
+        runs.append(Run(numbered, facts, steps, losses, seconds, planned[-1], untimed, dict(origin)))
+    return runs
 
 
 def read_run(folder):
@@ -399,10 +405,9 @@ def finished(folder, config):
 
     from train_gpt2 import FREE_FIELDS, code_sha256
     facts = read_facts(folder)
+    config_there = facts.get("config", {})
     if not facts:
         return False
-
-    config_there = facts.get("config", {})
 
     def refuse(what):
         raise RunError(f"{folder} {what}; choose another --log_dir, or delete it")

@@ -12,7 +12,6 @@ import pytest
 import torch
 from scipy import stats
 
-import compare
 import records
 import runs
 import sample
