@@ -1,55 +1,49 @@
-"""Fetch FineWeb, tokenised with GPT-2's BPE for the speedrun, from the public data set kjj0/fineweb10B-gpt2.
+"""Download FineWeb, tokenized with GPT-2's BPE for the speedrun, from the public data set kjj0/fineweb10B-gpt2.
 
     python data/fineweb.py 33                                 the validation shard and the first 33 training shards
     python data/fineweb.py configs/speedrun_muon.toml         as many as this configuration needs
 
-A shard holds 100 million tokens in 200 MB; there are 103 of them. Each is downloaded as NAME.partial, compared with the hub
-(size, SHA-256), checked (header, tokens), and only then gets its name; fineweb.json, beside the shards, lists them. Run the
-script again to go on after an interruption, or to verify: what is there is compared with the hub or, without a connection,
-with fineweb.json, and only what is missing or damaged is fetched. HF_ENDPOINT, HF_HOME, HF_TOKEN and proxies work as everywhere
-in huggingface_hub.
+A shard holds 100 million tokens in 200 MB; there are 103 for training. Each is downloaded as NAME.partial, compared with the hub
+(size, SHA-256), checked (header, tokens), and only then renamed; fineweb.json, beside the shards, lists them. Run the script
+again to resume after an interruption, or to verify: shards that are there are compared with the hub or, without a connection,
+with fineweb.json, and only missing or damaged ones are downloaded. HF_ENDPOINT, HF_HOME, HF_TOKEN and proxies work as usual in
+huggingface_hub.
 """
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository instead of data/: train_gpt2 is there
-
 import argparse
-import contextlib
 import errno
-import fcntl
-import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatch
+from pathlib import Path
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers, tqdm
 
-from data.tokenize_text import write_manifest
+from shards import VOCABULARY, locked, manifest_entry, script, write_manifest
 from train_gpt2 import Config, UserError, check_config, open_shard, read_toml
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
-SHARD_TOKENS, SHARD_BYTES, SHARDS, VOCABULARY = 100_000_000, 200_001_024, 103, 50257
-ATTEMPTS = 5  # of one file, in a row, that bring nothing
-ADVICE = {
-    401: "log in by `hf auth login`, or set HF_TOKEN",
-    403: "log in by `hf auth login` with an account that may read the data set",
+SHARD_TOKENS, SHARD_BYTES, SHARDS = 100_000_000, 200_001_024, 103
+NAMES = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, SHARDS + 1))]
+ATTEMPTS = 5  # at one file: in a row without progress, or in all with a damaged result
+REMEDIES = {
+    401: "log in with `hf auth login`, or set HF_TOKEN",
+    403: "log in with `hf auth login` to an account that may read the data set",
     404: "check HF_ENDPOINT",
-    429: "wait some minutes, take fewer --jobs, or log in by `hf auth login` for a higher limit",
+    429: "wait a few minutes, use fewer --jobs, or log in with `hf auth login` for a higher limit",
 }
 
 
 class Bar(tqdm):
-    """The library's progress bar; it disappears with the end of its download, for which a line is printed."""
+    """The library's progress bar, except that it disappears after its download, for which a line is printed."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, leave=False, **kwargs)
@@ -62,15 +56,14 @@ def shards_needed(config):
 
 
 def file_names(argument):
-    """The shards, validation first, that N or CONFIG.toml stands for. Raises UserError where it stands for none."""
-    names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, SHARDS + 1))]
+    """The shards, validation first, that N or CONFIG.toml asks for. Raises UserError for an invalid argument."""
     if re.fullmatch(r"[+-]?\d+", argument):
-        number, remedy = int(argument), "give a number in between"
+        number, remedy = int(argument), "choose a number in that range"
     elif argument.endswith(".toml"):
         config = Config(**read_toml(argument))
         check_config(config)
-        if not fnmatch(names[1], os.path.basename(config.input_bin)):
-            raise UserError(f"{argument} does not read FineWeb, but '{config.input_bin}'; give a number of shards instead")
+        if not fnmatch(NAMES[1], os.path.basename(config.input_bin)):
+            raise UserError(f"{argument} reads '{config.input_bin}', not FineWeb; pass a number of shards instead")
         number, remedy = shards_needed(config), "lower num_iterations, or set allow_repeat = true"
         print(f"{argument} needs {number} training shards")
         number = min(number, SHARDS) if config.allow_repeat else number
@@ -78,26 +71,26 @@ def file_names(argument):
         raise UserError(f"'{argument}' is neither a number of training shards, 1 to {SHARDS}, nor a configuration, NAME.toml")
     if not 1 <= number <= SHARDS:
         raise UserError(f"{number} training shards: the data set has 1 to {SHARDS}; {remedy}")
-    return names[:1 + number]
+    return NAMES[:1 + number]
 
 
-def ask(name, retry=True):
-    """(bytes, SHA-256 or None if unknown) of the hub's file `name`, or the exception that kept it from saying so."""
+def query_hub(name, retry=True):
+    """(bytes, SHA-256 or None if unknown) of the hub's file `name`, or the exception that the request ended with."""
     try:
         metadata = get_hf_file_metadata(hf_hub_url(REPOSITORY, name, repo_type="dataset"), retry_on_errors=retry)
         if metadata.commit_hash is None:
-            return UserError(f"{constants.ENDPOINT} does not answer as the hub does")
+            return UserError(f"{constants.ENDPOINT} does not answer like the hub")
         return metadata.size, metadata.etag if re.fullmatch("[0-9a-f]{64}", metadata.etag or "") else None
     except Exception as error:  # the library and its transports raise many kinds
         return error
 
 
 def explain(error):
-    """What went wrong, and after a semicolon the remedy; without the name of the file."""
+    """What went wrong, without the name of the file, and after a semicolon the remedy."""
     if isinstance(error, HfHubHTTPError):
         response = error.response
         what = f"{response.url.host} answers {response.status_code} {response.reason_phrase}"
-        remedy = ADVICE.get(response.status_code, "wait some minutes")
+        remedy = REMEDIES.get(response.status_code, "wait a few minutes")
     elif isinstance(error, OSError) and error.errno:
         no_room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         what, remedy = error.strerror, "make room" if no_room else "move it away, or correct its permissions"
@@ -106,37 +99,37 @@ def explain(error):
     else:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         what, remedy = f"a request to {constants.ENDPOINT} failed ({reason})", "check the connection"
-    return f"{what}; {remedy}, then run the script again to go on"
+    return f"{what}; {remedy}, then run the script again to resume"
 
 
-def check(path, size=None, sha256=None):
-    """Entry in fineweb.json of the shard at `path`.
+def verify_shard(path, size=None, sha256=None):
+    """The manifest entry of the shard at `path`.
 
-    Raises UserError unless it has GPT-2's tokens and, where given, `size` bytes and this SHA-256; OSError if it cannot be read.
+    Raises UserError if it is damaged: not `size` bytes or not this SHA-256, where given, or not a shard of GPT-2 tokens.
+    Raises OSError if it cannot be read.
     """
     with open(path, "rb") as file:
         found = os.fstat(file.fileno()).st_size
-        if size is not None and found != size:
-            raise UserError(f"damaged: {found:,} bytes instead of {size:,}")
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256 and digest != sha256:
-        raise UserError(f"damaged: its SHA-256 is {digest} instead of {sha256}")
+    if size is not None and found != size:
+        raise UserError(f"damaged: {found:,} bytes instead of {size:,}")
     try:
-        tokens = open_shard(path)
+        entry, tokens = manifest_entry(path), open_shard(path)
     except UserError as error:
-        raise UserError(str(error).removeprefix(f"{path}: ").partition(";")[0]) from None  # its remedy is not for this script
-    if len(tokens) and tokens.max() >= VOCABULARY:
-        raise UserError(f"damaged: token {tokens.max()} is outside GPT-2's vocabulary of {VOCABULARY}")
-    return dict(file=path.name.removesuffix(".partial"), tokens=len(tokens), bytes=found, sha256=digest)
+        raise UserError(str(error).removeprefix(f"{path}: ").partition(";")[0]) from None  # without its remedy, another script's
+    if sha256 and entry["sha256"] != sha256:
+        raise UserError(f"damaged: SHA-256 {entry['sha256']} instead of {sha256}")
+    if len(tokens) and tokens.max() >= VOCABULARY["gpt2"]:
+        raise UserError(f"damaged: token {tokens.max()} is outside GPT-2's vocabulary of {VOCABULARY['gpt2']}")
+    return {**entry, "file": path.name.removesuffix(".partial")}
 
 
 def download(name, out, size, sha256):
-    """Puts the shard `name` into `out`, going on from NAME.partial there, and returns its entry in fineweb.json.
+    """Downloads the shard `name` into the folder `out`, resuming NAME.partial there. Returns its manifest entry.
 
-    By http_get, as hf_hub_download (and Xet) would start anew what another process left. It resumes after a cut connection and
-    waits as a 429 says; server errors, resets and damaged files are tried again here, until ATTEMPTS in a row brought nothing.
+    With http_get: hf_hub_download (and Xet) would start over where another process was stopped. http_get resumes after a cut
+    connection and waits as a 429 says; server errors, resets and damaged files are retried here.
     """
-    partial, failed = out / f"{name}.partial", 0
+    partial, failed, damaged = out / f"{name}.partial", 0, 0
     while True:
         before = partial.stat().st_size if partial.exists() else 0
         try:
@@ -145,7 +138,7 @@ def download(name, out, size, sha256):
                          resume_size=before, expected_size=size, displayed_filename=name, tqdm_class=Bar)
                 file.flush()
                 os.fsync(file.fileno())  # the content is on the disk before the name is
-            entry = check(partial, size, sha256)
+            entry = verify_shard(partial, size, sha256)
             os.replace(partial, out / name)
             return entry
         except Exception as error:
@@ -154,8 +147,9 @@ def download(name, out, size, sha256):
                 raise
             if isinstance(error, UserError) or status == 416:  # what is there cannot be completed
                 partial.unlink()
+                damaged += 1
             failed = 1 if partial.exists() and partial.stat().st_size > before else failed + 1
-            if failed == ATTEMPTS:
+            if ATTEMPTS in (failed, damaged):
                 raise
             after = error.response.headers.get("Retry-After", "") if status else ""
             wait = int(after) if after.isdecimal() else 2 ** failed
@@ -164,56 +158,35 @@ def download(name, out, size, sha256):
 
 
 def fetch(name, out, recorded, answer=None):
-    """Verifies or downloads the shard `name`. Returns its entry in fineweb.json, what was done, and if the hub vouches for it.
+    """Verifies or downloads the shard `name`. Returns its manifest entry, what was done, and whether the hub confirmed it.
 
-    `recorded` is the entry of an earlier run, or {}; `answer`, if given, stands for what `ask` would return. Raises whatever
-    keeps the shard from being there.
+    `recorded` is the entry of an earlier run, or {}; `answer`, if given, replaces that of query_hub. Raises whatever
+    prevents the shard from being there.
     """
-    answer = answer or ask(name)
+    answer = answer or query_hub(name)
     answered = isinstance(answer, tuple)
     size, sha256 = answer if answered else (None, None)
     try:
-        entry = check(out / name, size, sha256 or recorded.get("sha256"))
-        what = "good" if answered or recorded else "header and tokens are good, its SHA-256 is not known here"
+        entry = verify_shard(out / name, size, sha256 or recorded.get("sha256"))
+        what = "good" if answered or recorded else "header and tokens are good; its SHA-256 is not known here"
         return entry, what, answered
     except FileNotFoundError:
         pass
     except UserError as error:
         if not answered:
             raise UserError(f"{error}, and {explain(answer).partition(';')[0]}") from None
-        tqdm.write(f"{name}: {error}; fetching it again", file=sys.stderr)
+        tqdm.write(f"{name}: {error}; downloading it again", file=sys.stderr)
     if not answered:
         raise answer
-    return download(name, out, size, sha256), "fetched, good", True
+    return download(name, out, size, sha256), "downloaded, good", True
 
 
 def read_manifest(out):
-    """{file: entry} of out/fineweb.json; empty if there is none that can be read."""
+    """{file: entry} of the data set's shards in out/fineweb.json; empty if that cannot be read."""
     try:
-        return {entry["file"]: entry for entry in json.loads((out / "fineweb.json").read_text())["shards"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {entry["file"]: entry for entry in json.loads((out / "fineweb.json").read_text())["shards"] if entry["file"] in NAMES}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-
-
-@contextlib.contextmanager
-def locked(out):
-    """Makes the folder `out` and keeps other processes from fetching into it; waits for one that does. May raise UserError."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        folder = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be used ({error.strerror}); choose another folder by --out") from None
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"another process is fetching into {out}: waiting for its end")
-        fcntl.flock(folder, fcntl.LOCK_EX)
-    except OSError:
-        pass  # a file system without locks
-    try:
-        yield
-    finally:
-        os.close(folder)
 
 
 def check_room(names, out):
@@ -224,40 +197,40 @@ def check_room(names, out):
     free = shutil.disk_usage(out).free
     if need > free:
         raise UserError(f"{out}: {len(missing)} files need {need / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free; "
-                        "make room, or choose another folder by --out")
-    print(f"{out}: {len(names) - len(missing)} of {len(names)} files to verify, {len(missing)} to fetch ({need / 1e9:.1f} GB)")
+                        "make room, or choose another folder with --out")
+    print(f"{out}: {len(names) - len(missing)} of {len(names)} files to verify, {len(missing)} to download ({need / 1e9:.1f} GB)")
 
 
 def fetch_all(names, out, jobs):
     """Verifies or downloads the shards `names` in the folder `out`, `jobs` at a time, and lists them in out/fineweb.json.
 
-    Raises UserError if not all are there in the end, with a sentence for each reason.
+    Raises UserError, with a line for each reason, if any is missing in the end.
     """
     manifest, failures, done, tokens = read_manifest(out), {}, 0, 0
     present = sum((out / name).exists() for name in names)
-    answer = ask(names[0], retry=present < len(names))
+    answer = query_hub(names[0], retry=present < len(names))
     if isinstance(answer, (tuple, EntryNotFoundError)):
-        answer = None  # else it stands for all: the other files would only wait for the same
+        answer = None  # else it holds for all: the other files would only wait for the same
     elif present:
-        print(f"{explain(answer).partition(';')[0]}: comparing what is there with {out / 'fineweb.json'} only")
+        print(f"{explain(answer).partition(';')[0]}: comparing the files with {out / 'fineweb.json'} only")
     pool = ThreadPoolExecutor(jobs)  # no `with`: that would wait for the downloads after Ctrl-C
     futures = {pool.submit(fetch, name, out, manifest.get(name, {}), answer): name for name in names}
     for future in as_completed(futures):
         name = futures[future]
         try:
-            entry, what, vouched = future.result()
-        except Exception as error:  # see ask
+            entry, what, confirmed = future.result()
+        except Exception as error:  # see query_hub
             failures.setdefault(explain(error), []).append(name)
             continue
         done, tokens = done + 1, tokens + entry["tokens"]
         tqdm.write(f"[{done}/{len(names)}] {name}: {what}")
-        if vouched and manifest.get(name) != entry:
+        if confirmed:
             manifest[name] = entry
             shards = [manifest[file] for file in sorted(manifest) if (out / file).exists()]
             try:
                 write_manifest(out, "fineweb", "gpt2", f"data set {REPOSITORY} of the Hugging Face hub", shards)
-            except UserError as error:
-                tqdm.write(f"note: {error}; the shards are there all the same", file=sys.stderr)
+            except (UserError, OSError) as error:
+                tqdm.write(f"note: {error}; the shards themselves are good", file=sys.stderr)
     if failures:
         raise UserError("\n".join(
             f"{', '.join(sorted(failed)[:3])}{f' and {len(failed) - 3} more' if len(failed) > 3 else ''}: {reason}"
@@ -265,25 +238,23 @@ def fetch_all(names, out, jobs):
     print(f"{out}: all {len(names)} files are there and good, {tokens:,} tokens")
 
 
+@script
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", metavar="N|CONFIG.toml", help=f"training shards, 1 to {SHARDS}, or a configuration file")
+    parser.add_argument("shards", metavar="N|CONFIG.toml", help=f"number of training shards, 1 to {SHARDS}, or a configuration file")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "fineweb10B",
-                        help="folder (default: data/fineweb10B)")
-    parser.add_argument("--jobs", type=int, choices=range(1, 33), default=4, metavar="N", help="files at a time (default: 4)")
+                        help="folder of the shards (default: data/fineweb10B)")
+    parser.add_argument("--jobs", type=int, choices=range(1, 33), default=4, metavar="N", help="downloads at a time, 1 to 32 (default: 4)")
     args = parser.parse_args()
     names = file_names(args.shards)
-    with locked(args.out):
-        check_room(names, args.out)
-        fetch_all(names, args.out, args.jobs)
+    try:
+        with locked(args.out):
+            check_room(names, args.out)
+            fetch_all(names, args.out, args.jobs)
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the script again to resume", file=sys.stderr, flush=True)
+        os._exit(1)  # at once: sys.exit would wait for the downloads; their parts are kept
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # lines as they come, into a file or a pipe too
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\ninterrupted; run the script again to go on", file=sys.stderr, flush=True)
-        os._exit(1)  # at once: sys.exit would wait for the downloads; what they have written is kept
+    main()

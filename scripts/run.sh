@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Train Muon, Newton-Muon and AdamW, compare them, and say whether Newton-Muon saves what it is said to save.
+# Train Muon, Newton-Muon and AdamW, compare their final losses, and say what that makes of the claim that Newton-Muon needs fewer steps.
 #
-#   scripts/run.sh                       Shakespeare's plays, on the CPU, one run of each: 3 to 5 minutes on 2 cores
-#   scripts/run.sh --seeds 3             three runs of each; those that are there already are not run again
+#   scripts/run.sh                       Shakespeare's plays, on the CPU, one run of each: 4 to 5 minutes on 2 cores
+#   scripts/run.sh --seeds 5             five runs of each, and a verdict; those that are there already are not run again
 #   scripts/run.sh --track speedrun      the GPT-2 speedrun on all GPUs of this machine; downloads FineWeb first
 #
-# Arguments are those of scripts/replicate.py (--help lists them). Run it again to go on after an interruption.
+# Arguments are those of scripts/replicate.py (--help lists them). Run it again to continue after an interruption.
 set -euo pipefail
 case "${1:-}" in -h|--help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit ;; esac  # without an installation
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-exec $python scripts/replicate.py --seeds 1 "$@"
+exec $python scripts/replicate.py "$@"

@@ -2,7 +2,7 @@
 
     python scripts/sample.py logs/cpu/muon_seed-0 --prompt "ROMEO"
 
-Tokens are bytes for a vocabulary of 256 and GPT-2's BPE for one of 50257; whoever trained on others cannot sample here. Each next token is drawn
+Tokens are bytes for a vocabulary of 256 and GPT-2's BPE for one of 50257; runs on other tokens cannot be sampled. Each next token is drawn
 from softmax(logits / temperature) over the --top_k most likely ones, until --tokens are there or the document ends.
 """
 import argparse
@@ -11,10 +11,9 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 
+import runs  # noqa: F401: puts the repository on the path
 from train_gpt2 import GPT, Config, UserError
 
 
@@ -30,7 +29,7 @@ def load_model(path):
         model.load_state_dict(checkpoint["model"])
         return model.eval(), config, checkpoint["progress"]["step"]
     except Exception as error:  # torch.load raises whatever the bytes make it raise
-        raise UserError(f"{files[-1]} is no checkpoint of this train_gpt2.py ({type(error).__name__})") from None
+        raise UserError(f"{files[-1]} is not a checkpoint of this train_gpt2.py ({type(error).__name__})") from None
 
 
 def tokenizer(vocab_size):
@@ -38,11 +37,8 @@ def tokenizer(vocab_size):
     if vocab_size == 256:
         return lambda text: list(text.encode()), lambda token: bytes([token]), 255
     if vocab_size == 50257:
-        from data.tokenize_text import InputError, gpt2_encoding
-        try:
-            encoding = gpt2_encoding()
-        except InputError as error:
-            raise UserError(str(error).replace(", or use --tokenizer bytes", "")) from None
+        from data.shards import gpt2_encoding
+        encoding = gpt2_encoding()
         return encoding.encode_ordinary, encoding.decode_single_token_bytes, encoding.eot_token
     raise UserError(f"vocab_size = {vocab_size}: neither bytes (256) nor GPT-2's BPE (50257), so its tokens have no known text")
 
@@ -69,14 +65,15 @@ def generate(model, tokens, number, sequence_length, temperature=1.0, top_k=None
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run, or a checkpoint")
-    parser.add_argument("--prompt", default="", help="text to go on from (default: the start of a document)")
+    parser.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
     parser.add_argument("--tokens", type=int, default=300, help="(default: 300)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token (default: 0.8)")
     parser.add_argument("--top_k", type=int, help="choose among that many (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if args.tokens < 0 or not 0 <= args.temperature < float("inf") or (args.top_k is not None and args.top_k < 1) or not 0 <= args.seed < 2 ** 63:
+    if (args.tokens < 0 or not 0 <= args.temperature < float("inf") or (args.top_k is not None and args.top_k < 1)
+            or not 0 <= args.seed < 2 ** 63):
         raise UserError(f"--tokens {args.tokens} --temperature {args.temperature} --top_k {args.top_k} --seed {args.seed}: "
                         "must be 0 or more, top_k at least 1, seed below 2^63")
     prompt = os.fsencode(args.prompt).decode(errors="replace")
@@ -99,7 +96,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except BrokenPipeError:  # what reads the text has enough of it
+    except BrokenPipeError:  # the reader of the text has enough of it
         os._exit(0)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -6,7 +6,7 @@
 The protocol varies learning_rate and hidden_learning_rate of each configuration, all else as it stands there, and takes the pair
 with the lowest mean final loss over the tuning seeds: 100, 101, ..., which no result may use (seed and data_seed alike).
 Every configuration gets the same number of pairs: first 3 x 3, a factor of 2 apart, with the configuration's own in the middle;
-then one after the other, the untried neighbour of the best pair so far, at a factor of 2 and, once these are tried, of the square
+then, one at a time, the untried neighbours of the best pair so far, at a factor of 2 and, once these are tried, of the square
 root of 2. It ends after --points pairs, or later, when no best pair lies at an edge of what was tried. All pairs and losses are
 written to LOG_DIR/tuning.csv.
 
@@ -27,11 +27,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from scripts.compare import read_facts
-from scripts.replicate import finished
+from runs import ROOT, finished, read_facts  # the first: it puts the repository on the path
 from train_gpt2 import Config, UserError, load_config
 
 RATES = ("learning_rate", "hidden_learning_rate")
@@ -47,7 +43,7 @@ def train(arguments, folder, threads):
     if result.returncode:
         print(f"{folder.name}: {result.stderr.strip()}", file=sys.stderr, flush=True)
         return None
-    return read_facts(folder)["final_val_loss"]
+    return read_facts(folder).get("final_val_loss")
 
 
 def train_all(settings, log_dir, jobs):
@@ -63,7 +59,7 @@ def train_all(settings, log_dir, jobs):
 
     def one(folder):
         arguments, done = runs[folder]
-        losses[folder.name] = read_facts(folder)["final_val_loss"] if done else train(arguments, folder, threads)
+        losses[folder.name] = read_facts(folder).get("final_val_loss") if done else train(arguments, folder, threads)
         print(f"{len(losses)}/{len(runs)} {folder.name}: {losses[folder.name] or 'failed'}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -113,7 +109,8 @@ def protocol(configs, fields, points, seeds, log_dir, jobs):
     best = {path: min(tried[path], key=tried[path].get) for path in configs}
     print(f"\n{len(tried[configs[0]])} pairs of each, {seeds} seeds; all losses: {log_dir / 'tuning.csv'}")
     for path, pair in best.items():
-        print(f"{path}: {', '.join(f'{rate} = {value:g}' for rate, value in rates(path, pair).items())}  (mean final loss {tried[path][pair]:.4f})")
+        found = ", ".join(f"{rate} = {value:g}" for rate, value in rates(path, pair).items())
+        print(f"{path}: {found}  (mean final loss {tried[path][pair]:.4f})")
     return {path: tuple(rates(path, pair).values()) for path, pair in best.items()}
 
 
@@ -137,8 +134,9 @@ def main():
     if by_protocol:
         taken = [name for name in grid if name in (*RATES, "seed", "data_seed")]
         if seeds < 2 or points < 1 or taken or len(set(configs)) < len(configs):
-            raise UserError(f"--protocol takes different configurations, 2 seeds or more (--seeds {seeds}), 1 point or more (--points {points}), and "
-                            f"chooses {', '.join((*RATES, 'seed'))} and data_seed itself" + (f": leave out {', '.join(taken)}" if taken else ""))
+            raise UserError(f"--protocol takes different configurations, 2 seeds or more (--seeds {seeds}), 1 point or more "
+                            f"(--points {points}), and chooses {', '.join((*RATES, 'seed'))} and data_seed itself"
+                            + (f": leave out {', '.join(taken)}" if taken else ""))
         protocol(configs, grid, points, seeds, log_dir, jobs)
         return
     if len(configs) > 1:

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels then run on the CPU, slowly
 
 import train_gpt2
-from data.tokenize_text import write_shard
+from shards import write_shard
 from train_gpt2 import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,6 +61,20 @@ def call(monkeypatch, capfd):
             return SimpleNamespace(returncode=1, stdout=captured.out, stderr=captured.err + code)
         return SimpleNamespace(returncode=int(code), stdout=captured.out, stderr=captured.err)
     return call
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """launch("data/NAME.py", *arguments, **Popen's) starts a script in a process of its own, outside the repository."""
+    with contextlib.ExitStack() as stack:
+        def launch(script, *arguments, **options):
+            options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) | options
+            process = subprocess.Popen([sys.executable, ROOT / script, *map(str, arguments)],  # Ctrl-C works, even if it is ignored here
+                                       preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            return process
+        yield launch
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""Optimizers that break a run on purpose: --optimizer faults:Dies and so on, in step 5 of process 1 (of 0 if it is alone)."""
+"""Faults on purpose: a full disk, and optimizers (--optimizer faults:Dies ...) that fail in step 5 of process 1 (of 0 if it is alone)."""
+import contextlib
 import os
 import resource
 import signal
@@ -8,6 +9,17 @@ from pathlib import Path
 import torch
 
 from train_gpt2 import Muon
+
+
+@contextlib.contextmanager
+def full_disk(limit):
+    """In this process no file can grow beyond `limit` bytes: writes fail as on a full disk, with another errno."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 class Faulty(Muon):
@@ -45,7 +57,7 @@ class TurnsNaN(Faulty):
 
 
 class FillsDisk(Faulty):
-    """No file may grow beyond FAULT_BYTES from here on; writes then fail as on a full disk, with another errno."""
+    """From here on as in full_disk(FAULT_BYTES), to the end of the process."""
 
     def fault(self):
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["FAULT_BYTES"]), resource.RLIM_INFINITY))

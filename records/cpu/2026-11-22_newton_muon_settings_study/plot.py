@@ -4,26 +4,27 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2]))
+sys.path.insert(0, str(HERE.parents[2] / "scripts"))
 
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from scipy import stats
 
-from scripts.compare import read_log
+from runs import read_run
 
 CENTRE = dict(refresh_interval=32, ridge=0.2, power=1.0)  # the paper's settings; one of them varies in each panel
 TARGET = 1.75
 
-runs = [read_log(log.parent) for log in sorted(HERE.glob("*/log.txt"))]
+runs = [read_run(log.parent) for log in sorted(HERE.glob("*/log.txt"))]
 muon = [run for run in runs if run.config["optimizer"] == "muon"]
 figure, axes = plt.subplots(2, 3, figsize=(11, 6), sharey="row", layout="constrained")
 print(f"{'setting':>24}  final loss: mean (sd)   steps to {TARGET}: mean (sd)")
 
 
 def measured(group):
-    losses, steps = [run.losses[-1] for run in group], [run.to_target(TARGET)[0] for run in group]
+    losses = [run.facts["final_val_loss"] for run in group]  # not rounded, as those of log.txt are
+    steps = [run.first_crossing(TARGET)[0] for run in group]
     return [(statistics.mean(values), statistics.stdev(values)) for values in (losses, steps)]
 
 
@@ -50,7 +51,7 @@ for column, (name, centre) in enumerate(CENTRE.items()):
             axis.set_xscale("log", base=2 if name == "refresh_interval" else 10)
         axis.grid(alpha=0.2)
 centre = [run for run in runs if run.config["optimizer"] == "newton_muon" and all(run.config[name] == value for name, value in CENTRE.items())]
-p = stats.ttest_ind(*([run.losses[-1] for run in group] for group in (centre, muon)), equal_var=False, alternative="less").pvalue
+p = stats.ttest_ind(*([run.facts["final_val_loss"] for run in group] for group in (centre, muon)), equal_var=False, alternative="less").pvalue
 print(f"the paper's settings end below Muon: p = {p:.3f} (Welch's t-test, one-sided)")
 axes[0, 0].legend()
 figure.savefig(HERE / "settings.png", dpi=120)

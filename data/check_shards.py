@@ -1,42 +1,35 @@
 """Verify token shards and show what is in them.
 
-    python data/inspect.py SHARD...
+    python data/check_shards.py SHARD...
 
-For each shard: whether its header and size are right, whether its SHA-256 is that in the manifest (NAME.json beside it), how many
+For each shard: whether its header and size are right, whether its SHA-256 is the one in the manifest (NAME.json beside it), how many
 documents and tokens it has, the most frequent tokens, and how its text begins. Exits with 1 if any shard is bad. Takes a second
-for a shard of 200 MB, after 2 for the start.
+for a shard of 200 MB, after 2 seconds to start.
 """
+import argparse
+import functools
+import json
+import re
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository instead of data/: this file is not Python's inspect
-
-import argparse
-import functools
-import hashlib
-import json
-import os
-import re
-
 import numpy as np
 
-from data.tokenize_text import END_OF_TEXT, InputError, gpt2_encoding
+from shards import END_OF_TEXT, VOCABULARY, gpt2_encoding, manifest_entry, script
 from train_gpt2 import UserError, open_shard
 
-VOCABULARY = {"gpt2": 50257, "bytes": 256}
 BLOCK = 1 << 22  # tokens counted at once
 ROWS, LINES, COLUMNS = 10, 5, 100  # of the histogram; of the text
 
 
 @functools.cache
 def decoder(tokenizer):
-    """decode(tokens) -> text; it says so, and returns None, if tiktoken cannot get its files."""
+    """decode(tokens) -> text; None, after a note, if tiktoken cannot get its files."""
     if tokenizer == "bytes":
         return lambda tokens: b"<|endoftext|>".join(bytes(tokens.astype(np.uint8)).split(b"\xff")).decode(errors="replace")
     try:
         encoding = gpt2_encoding()
-    except InputError as error:
+    except UserError as error:
         print(f"tokens are not decoded: {error}")
         return None
     return lambda tokens: encoding.decode(tokens.tolist())
@@ -47,11 +40,11 @@ def find_manifest(path):
     file = path.with_name(re.sub(r"_(val|train)_\d+\.bin$|\.bin$", "", path.name) + ".json")
     try:
         manifest = json.loads(file.read_text())
-        shards = {shard["file"]: (shard["tokens"], shard["sha256"]) for shard in manifest["shards"]}
-        return file, dict(tokenizer=manifest["tokenizer"], source=manifest["source"], shards=shards)
+        shards = {str(shard["file"]): (shard["tokens"], shard["sha256"]) for shard in manifest["shards"]}
+        return file, dict(tokenizer=str(manifest["tokenizer"]), source=manifest["source"], shards=shards)
     except FileNotFoundError:
         return file, None
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"its manifest {file.name} cannot be read ({error!r}); make the data set again") from None
 
 
@@ -64,42 +57,41 @@ def count(tokens, start):
     return counts, np.concatenate(starts)
 
 
-def inspect(path, tokenizer):
-    """Prints what the shard `path` holds, of which `tokenizer` made it if no manifest says so. Raises UserError if it is bad."""
-    tokens = open_shard(path)
+def show(path, tokenizer):
+    """Prints what the shard `path` holds; `tokenizer` applies if no manifest names one. Raises UserError if the shard is bad."""
+    entry, tokens = manifest_entry(path), open_shard(path)
     file, manifest = find_manifest(path)
-    with open(path, "rb") as content:
-        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
     if manifest:
         if path.name not in manifest["shards"]:
-            raise UserError(f"{file.name} does not list it: another run left it here; delete it, or make the data set again")
-        if manifest["shards"][path.name] != (len(tokens), sha256):
-            raise UserError(f"not as it was written: SHA-256 {sha256}, but {manifest['shards'][path.name][1]} in {file.name}; "
-                            "make it again")
-        tokenizer, told = manifest["tokenizer"], f"says {file.name}"
+            raise UserError(f"{file.name} does not list it: it is left from another run; delete it, or make the data set again")
+        if manifest["shards"][path.name] != (entry["tokens"], entry["sha256"]):
+            raise UserError(f"changed since it was written: SHA-256 {entry['sha256']} instead of {manifest['shards'][path.name][1]} "
+                            f"in {file.name}; make it again")
+        tokenizer, told = manifest["tokenizer"], f"according to {file.name}"
     else:
-        told = "says --tokenizer" if tokenizer else "a guess; --tokenizer can say otherwise"
+        told = "as --tokenizer says" if tokenizer else "a guess; set it with --tokenizer"
         tokenizer = tokenizer or ("bytes" if len(tokens) and tokens.max() == END_OF_TEXT["bytes"] else "gpt2")
     if tokenizer not in VOCABULARY:
-        raise UserError(f"{file.name} names the tokenizer '{tokenizer}', which is none of {', '.join(VOCABULARY)}")
+        raise UserError(f"{file.name} names the tokenizer '{tokenizer}', not {' or '.join(VOCABULARY)}; make the data set again")
     counts, starts = count(tokens, END_OF_TEXT[tokenizer])
     used = np.flatnonzero(counts)
     if len(used) and used[-1] >= VOCABULARY[tokenizer]:
-        raise UserError(f"token {used[-1]} is outside the {VOCABULARY[tokenizer]} of {tokenizer} ({told}); make it again")
+        raise UserError(f"token {used[-1]} is outside the {VOCABULARY[tokenizer]} tokens of {tokenizer} ({told}); make it again")
     decode = decoder(tokenizer)
-    print(f"{path}: ok" + ("" if manifest else f", as far as its header tells: there is no {file.name} to compare SHA-256 with"))
-    print(f"  SHA-256 {sha256}" + (f", as in {file.name}" if manifest else ""))
+    print(f"{path}: ok" + ("" if manifest else f" by its header; there is no {file.name} to compare its SHA-256 with"))
+    print(f"  SHA-256 {entry['sha256']}" + (f", as in {file.name}" if manifest else ""))
     if manifest:
         print(f"  made from {manifest['source']}"[:3 * COLUMNS])
-        missing = [name for name in manifest["shards"] if not path.with_name(name).exists()]
+        missing = [name for name in manifest["shards"] if not (path.parent / name).exists()]
         if missing:
-            print(f"  {file.name} also lists what is not here: {', '.join(missing[:3])}{f' and {len(missing) - 3} more' * (len(missing) > 3)}")
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            print(f"  {file.name} also lists missing shards: {', '.join(missing[:3])}{more}")
     lengths = np.diff(starts, append=len(tokens))
-    print(f"  {len(tokens):,} tokens ({tokenizer}, {told}); {len(starts):,} documents begin"
-          + (f", of {lengths.min():,} to {lengths.max():,} tokens, median {np.median(lengths):,.0f}" if len(starts) else ""))
+    print(f"  {len(tokens):,} tokens ({tokenizer}, {told}); {len(starts):,} documents start here"
+          + (f", with {lengths.min():,} to {lengths.max():,} tokens, median {np.median(lengths):,.0f}" if len(starts) else ""))
     if not len(tokens):
         return
-    print(f"  {len(used):,} of {VOCABULARY[tokenizer]:,} tokens occur, from {used[0]} to {used[-1]}; the most frequent:")
+    print(f"  {len(used):,} of the vocabulary's {VOCABULARY[tokenizer]:,} tokens occur, from {used[0]} to {used[-1]}; the most frequent:")
     top = np.argsort(-counts, kind="stable")[:min(ROWS, len(used))]
     for token in top:
         bar = "#" * round(30 * counts[token] / counts[top[0]])
@@ -112,15 +104,16 @@ def inspect(path, tokenizer):
             print("    " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in line[:COLUMNS]))  # no control characters
 
 
+@script
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shard", nargs="+", type=Path, help="NAME_train_000001.bin and the like")
-    parser.add_argument("--tokenizer", choices=VOCABULARY, help="of shards without a manifest (default: a guess)")
+    parser.add_argument("shard", nargs="+", type=Path, help="such as NAME_train_000001.bin")
+    parser.add_argument("--tokenizer", choices=VOCABULARY, help="of shards without a manifest (default: guessed)")
     args = parser.parse_args()
     bad = 0
     for path in args.shard:
         try:
-            inspect(path, args.tokenizer)
+            show(path, args.tokenizer)
         except UserError as error:
             bad += 1
             print(f"{path}: BAD: {str(error).removeprefix(f'{path}: ')}")
@@ -130,7 +123,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # what reads the lines has enough of them
-        os._exit(0)
+    main()

@@ -1,0 +1,104 @@
+"""What the scripts in data/ share: the two tokenizers, writing shards, and how a script starts and ends.
+
+It puts the repository on the path, so `from train_gpt2 import ...` works in a script after `from shards import ...`.
+"""
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from train_gpt2 import MAGIC, VERSION, UserError, open_shard, write_atomically
+
+VOCABULARY = {"gpt2": 50257, "bytes": 256}
+END_OF_TEXT = {"gpt2": 50256, "bytes": 255}  # the token before each document; no UTF-8 text contains the byte 255
+
+
+def gpt2_encoding():
+    """tiktoken's GPT-2 encoding. Raises UserError if tiktoken cannot get its files."""
+    import tiktoken
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # from requests, the file system, or a wrong SHA-256
+        raise UserError(f"tiktoken cannot download GPT-2's tokenizer ({type(error).__name__}); check the connection, or set "
+                        "TIKTOKEN_CACHE_DIR to a folder that already holds its files") from None
+
+
+def shard_header(n):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = MAGIC, VERSION, n
+    return header.tobytes()
+
+
+def write_shard(path, tokens):
+    """Writes `tokens`, n integers below 2^16, to the shard `path` and returns its manifest entry.
+
+    Raises UserError if the file cannot be written, ValueError for a token that a shard cannot hold.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < 2 ** 16:
+        raise ValueError(f"{path}: tokens from {tokens.min()} to {tokens.max()}; a shard holds 0 to {2 ** 16 - 1}")
+    write_atomically(Path(path), shard_header(len(tokens)) + tokens.astype("<u2").tobytes())
+    return manifest_entry(path)
+
+
+def manifest_entry(path):
+    """Name, tokens, bytes and SHA-256 of the shard `path`. Raises UserError if it is damaged."""
+    n = len(open_shard(path))
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return dict(file=Path(path).name, tokens=n, bytes=os.path.getsize(path), sha256=sha256)
+
+
+def write_manifest(folder, name, tokenizer, source, shards):
+    """Writes NAME.json: tokenizer, source and the entries of the shards. Leaves it alone if it says that already."""
+    path = Path(folder, f"{name}.json")
+    content = (json.dumps(dict(name=name, tokenizer=tokenizer, source=source, shards=shards), indent=1) + "\n").encode()
+    if not path.is_file() or path.read_bytes() != content:
+        write_atomically(path, content)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Makes `folder` and holds its lock: one process at a time writes there, others wait. Raises UserError if it cannot be used."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be used ({error.strerror}); choose another folder with --out") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"another process is writing to {folder}; waiting for it to finish", flush=True)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def script(main):
+    """Decorates a script's main(): errors that the user can correct end it with one sentence and exit code 1."""
+    @functools.wraps(main)
+    def run():
+        # show lines at once, in a file or a pipe too, whatever their characters
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+        try:
+            main()
+        except KeyboardInterrupt:
+            sys.exit("interrupted; run the same command again to resume")
+        except BrokenPipeError:  # `| head` has seen enough
+            os._exit(1)
+        except ImportError as error:
+            sys.exit(f"error: {error}; install requirements.txt")
+        except (UserError, OSError) as error:
+            sys.exit(f"error: {error}")
+    return run

@@ -1,0 +1,155 @@
+"""scripts/bench.py, where a step goes (scripts/kernels.py), and scripts/gpu_check.sh, on a CPU."""
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+
+import pytest
+from scipy import stats
+
+import bench
+from conftest import ROOT, TINY, toml
+from kernels import GROUPS, group, where_it_goes
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "tiny.toml").write_text("".join(f"{key} = {toml(value)}\n" for key, value in TINY.items()))
+    return tmp_path / "tiny.toml"
+
+
+def test_mean_steps_and_ratios_follow_from_the_measured_steps(call, config, tmp_path):
+    done = call(bench, config, "--sides", "plain,muon,newton_muon,torch.optim:SGD", "--rounds", 6, "--steps", 3, "--refresh_interval", 4,
+                "--json", tmp_path / "bench.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "bench.json").read_text())
+    means = {}
+    for name, side in result["sides"].items():
+        assert [len(steps) for steps in side["rounds_ms"]] == [3] * 6 and len(side["refreshes_ms"]) == (6 if name == "newton_muon" else 0)
+        means[name] = [sorted(steps)[1] for steps in side["rounds_ms"]]
+        if name == "newton_muon":
+            means[name] = [0.75 * ms + 0.25 * refresh for ms, refresh in zip(means[name], side["refreshes_ms"])]
+        assert side["mean_step_ms"] == pytest.approx(statistics.median(means[name]))
+        assert side["tokens_per_second"] == pytest.approx(12 * 16 / (side["mean_step_ms"] / 1000))
+        assert side["micro_batch"] == 12 and side["mfu"] is None and side["peak_memory_gib"] is None
+    assert set(result["ratios"]) == {"muon/plain", "newton_muon/plain", "torch.optim:SGD/plain", "newton_muon/muon"}
+    ratio = result["ratios"]["newton_muon/muon"]
+    assert ratio["rounds"] == pytest.approx([a / b for a, b in zip(means["newton_muon"], means["muon"])])
+    assert ratio["mean_step"] == pytest.approx(statistics.median(ratio["rounds"]))
+    assert (ratio["low"], ratio["high"]) == (min(ratio["rounds"]), max(ratio["rounds"]))  # of six values
+    assert result["parameters"] == 2 * 12 * 16 ** 2 + 64 * 16 and result["flops_per_token"] == 6 * result["parameters"] + 12 * 2 * 16 * 16
+    for name, side in result["sides"].items():
+        assert f"{side['mean_step_ms']:.2f}" in done.stdout and name in done.stdout
+    assert f"newton_muon/muon: mean step {ratio['mean_step']:.4f} (95 %: {ratio['low']:.4f} to {ratio['high']:.4f})" in done.stdout
+
+
+@pytest.mark.parametrize("n", [1, 5, 6, 9, 15, 40])
+def test_interval_holds_the_median_in_95_percent(n):
+    found = bench.interval([float(i) for i in range(n, 0, -1)])
+    if n < 6:
+        assert found == dict(low=None, high=None)  # not even the smallest and the largest do
+        return
+    k = found["low"]
+    assert found["high"] == n + 1 - k
+    missed = [2 * stats.binom.cdf(i - 1, n, 0.5) for i in (k, k + 1)]
+    assert missed[0] <= 0.05 < missed[1]
+
+
+@pytest.mark.parametrize("arguments, words", [(["--rounds", 0], "--rounds 0"), (["--roundz", 3], "--roundz")])
+def test_a_wrong_option_is_named(call, arguments, words):
+    done = call(bench, *arguments)
+    assert done.returncode and words in done.stderr
+
+
+def test_an_unknown_side_is_named(config):
+    done = subprocess.run([sys.executable, ROOT / "scripts/bench.py", config, "--sides", "muon,mun"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: optimizer = 'mun'") and done.stderr.count("\n") == 1
+
+
+# where a step goes
+
+
+def test_the_groups_of_a_profile_add_up_to_the_step(call, config, tmp_path):
+    done = call(bench, config, "--sides", "adamw,newton_muon", "--rounds", 1, "--steps", 1, "--profile", "--json", tmp_path / "bench.json")
+    assert done.returncode == 0, done.stderr
+    sides = json.loads((tmp_path / "bench.json").read_text())["sides"]
+    step, refresh = (sides["newton_muon"]["profile"][kind] for kind in ("step", "refresh"))
+    for profile in (step, refresh, sides["adamw"]["profile"]["step"]):
+        groups = profile["groups"]
+        assert sum(ms for name, ms in groups.items() if name != "wall") == pytest.approx(groups["wall"], rel=0.02)
+        assert sum(kernel["ms"] for kernel in profile["kernels"]) == pytest.approx(groups["wall"] - groups["idle"], rel=0.02)
+        assert all(groups[name] > 0 for name in ("matrix products", "attention", "loss", "norms and elementwise", "optimizer"))
+    assert step["groups"]["statistics"] == 0 < refresh["groups"]["statistics"]
+    # 4 products a layer and the head: one forward, two backward each; Newton-Schulz counts with the optimizer
+    assert {k["launches"] for k in step["kernels"] if k["group"] == "matrix products"} == {3 * (4 * 2 + 1)}
+    assert "where a step goes" in done.stdout and "newton_muon refresh" in done.stdout
+
+
+@pytest.mark.parametrize("name, operations, phase, expected", [
+    ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTT", "aten::mm", "", "matrix products"),
+    ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize64x64x64_cublas", "aten::mm", "", "matrix products"),
+    ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTT", "aten::baddbmm", "optimizer", "optimizer"),
+    ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "", "optimizer", "communication"),
+    ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4> >(Flash_fwd_params)", "", "", "attention"),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_7_64x128x64_4x1x1_kernel0_0", "", "", "attention"),
+    ("void at::native::elementwise_kernel<128, 4>", "aten::_scaled_dot_product_cudnn_attention aten::copy_", "", "attention"),
+    ("triton_poi_fused__scaled_dot_product_flash_attention_cat_3", "", "", "norms and elementwise"),
+    ("triton_per_fused_add_mm_mean_mul_rsqrt_5", "", "", "norms and elementwise"),
+    ("triton_red_fused__log_softmax__to_copy_nll_loss_forward_9", "", "", "loss"),
+    ("void (anonymous namespace)::softMaxBackward<float>", "NllLossBackward0 aten::_log_softmax_backward_data", "", "loss"),
+    ("potrf_batched_cta_64x32", "aten::linalg_cholesky_ex", "statistics", "statistics"),
+    ("Memcpy DtoD (Device -> Device)", "aten::copy_", "", "norms and elementwise"),
+])
+def test_kernels_are_told_apart(name, operations, phase, expected):
+    assert group(name, operations, phase) == expected
+
+
+def test_a_gpu_trace_is_added_up_by_launch():
+    """Two steps of 1000 us: a product, a reduction that overlaps half of it, an update of the optimizer's phase; and a kernel outside."""
+    def event(cat, name, ts, dur, tid=1, **args):
+        return dict(ph="X", cat=cat, name=name, ts=ts, dur=dur, pid=0, tid=tid, args=args)
+    events = [dict(ph="M", name="process_name", pid=0), event("cuda_runtime", "cudaLaunchKernel", 40, 5, correlation=99),
+              event("kernel", "gemm", 50, 20, tid="stream 7", correlation=99)]
+    for i, start in enumerate((1000, 3000)):
+        events += [
+            event("user_annotation", "bench:step", start, 1000), event("user_annotation", "bench:optimizer", start + 300, 100),
+            event("gpu_user_annotation", "bench:optimizer", start + 600, 300, tid="stream 7"),
+            event("cpu_op", "aten::mm", start + 10, 50), event("cuda_runtime", "cudaLaunchKernel", start + 20, 10, correlation=10 * i),
+            event("cuda_driver", "cuLaunchKernelEx", start + 100, 10, correlation=10 * i + 1),
+            event("cuda_runtime", "cudaLaunchKernel", start + 310, 10, correlation=10 * i + 2),
+            event("kernel", "nvjet_tst", start + 100, 200, tid="stream 7", correlation=10 * i),
+            event("kernel", "ncclDevKernel_AllReduce", start + 200, 200, tid="stream 20", correlation=10 * i + 1),
+            event("kernel", "multi_tensor_apply_kernel", start + 600, 300, tid="stream 7", correlation=10 * i + 2)]
+    profile = where_it_goes(events)
+    expected = dict.fromkeys(GROUPS, 0) | {"matrix products": 0.2, "communication": 0.2, "optimizer": 0.3, "idle": 0.4, "wall": 1.0}
+    assert profile["groups"] == pytest.approx(expected)
+    assert [(k["kernel"], k["launches"]) for k in profile["kernels"]][0] == ("multi_tensor_apply_kernel", 1)
+
+
+# gpu_check.sh
+
+
+def check(*arguments, **env):
+    return subprocess.run([ROOT / "scripts/gpu_check.sh", *arguments], capture_output=True, text=True, cwd="/",
+                          env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **env})
+
+
+def test_gpu_check_without_a_gpu_says_so(tmp_path):
+    done = check(CUDA_VISIBLE_DEVICES="", OUT=str(tmp_path / "out"))
+    assert done.returncode == 1 and "finds no GPU" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpu_check_leaves_all_it_measured_in_one_archive(tmp_path):
+    done = check("--cpu", CUDA_VISIBLE_DEVICES="", OUT=str(tmp_path / "out"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    listing = subprocess.run(["tar", "-tzf", tmp_path / "out/gpu_check.tar.gz"], capture_output=True, text=True).stdout.split()
+    texts, run = ("environment", "tests", "bench", "train_newton_muon", "summary"), ("log.txt", "metrics.jsonl", "run.json")
+    files = {"bench.json", *(f"{name}.txt" for name in texts), *(f"runs/newton_muon/{name}" for name in run)}
+    assert {f"out/{name}" for name in files} <= set(listing) and not any(name.endswith(".pt") for name in listing)
+    summary = (tmp_path / "out/summary.txt").read_text()
+    assert [line.split()[-1] for line in summary.splitlines()[1:5]] == ["done"] * 4
+    assert "skipped" in summary and "newton_muon/muon: mean step" in summary and "newton_muon: step:4/4 val_loss:" in summary
+    assert math.isfinite(json.loads((tmp_path / "out/runs/newton_muon/run.json").read_text())["final_val_loss"])

@@ -1,0 +1,246 @@
+"""The statistics of scripts/estimates.py, against scipy's tests inverted on a grid, and by simulation."""
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from estimates import (Estimate, Saved, fieller, mean_interval, noise, ratio_change, record, runs_needed, saved_text, steps_saved, time_saved,
+                       track3_margin, verdict)
+
+F = 0.06
+
+
+def arms(saving, n, rho=0.0, sd=0.0013, slope=0.0045 * 62, rng=np.random.default_rng(0)):
+    """Final losses {seed: loss} of baseline, candidate and candidate with 6 % fewer steps; rho is the arms' correlation over seeds."""
+    shared = rng.normal(0, sd * math.sqrt(rho), n)
+    return [dict(enumerate(3.28 + slope * gain + shared + rng.normal(0, sd * math.sqrt(1 - rho), n))) for gain in (0, -saving, F - saving)]
+
+
+def apart(arms):
+    """The same arms without common seeds."""
+    return [{(i, seed): loss for seed, loss in arm.items()} for i, arm in enumerate(arms)]
+
+
+# means and records
+
+
+def test_mean_interval():
+    values = [3.1, 3.3, 3.2, 3.6]
+    found = mean_interval(values)
+    assert found[:3] == pytest.approx((3.3, *stats.t.interval(0.95, 3, 3.3, stats.sem(values))))
+    means = np.random.default_rng(1).choice(values, (100000, 4)).mean(1)
+    assert found[3:] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.02)
+    assert mean_interval([2.0]) == mean_interval([2.0, 2.0]) == Estimate(2.0)
+
+
+def test_ratio_change():
+    new, old = [94, 97, 95], [101, 99, 100, 103]
+    saved = ratio_change(new, old, -1)
+    test = stats.ttest_ind(np.log(new), np.log(old), equal_var=False)
+    low, high = 1 - np.exp(test.confidence_interval(0.95)[::-1])
+    assert saved[:3] == pytest.approx((1 - stats.gmean(new) / stats.gmean(old), low, high)) and saved.p == pytest.approx(test.pvalue / 2)
+    assert ratio_change([90], [100], -1)[:2] == (pytest.approx(0.1), None) and ratio_change([0, 1], [1, 2]).mean is None
+
+
+def test_record_by_t_test():
+    good = [1.62, 1.63, 1.61, 1.64]
+    for target, valid, word in ((1.66, True, "yes (t-test)"), (1.63, False, "not yet: about")):
+        found = record(good, target)
+        assert found.valid == valid and word in found.verdict
+        assert found.p == pytest.approx(stats.ttest_1samp(good, target, alternative="less").pvalue)
+    assert record(good, 1.6).more is None and "above the target" in record(good, 1.6).verdict
+    assert record([1.0], 1.65).more == 1 and not record([1.0, 1.0], 1.65).valid
+
+
+def test_record_with_a_diverged_run_is_invalid():
+    for bad in (math.nan, math.inf):
+        assert record([1.0, 1.1, bad], 1.65) == (False, "no: 1 of 3 runs diverged", None, None)
+
+
+def test_record_of_the_speedrun_needs_the_margin():
+    assert record([3.276], 3.28, speedrun=True).valid and not record([3.276], 3.28).valid
+    close = record([3.2765], 3.28, speedrun=True)  # z = 2.7, but the margin is 0.0035
+    assert close.p < 0.01 and not close.valid and close.more == 1
+    many = [3.2785 + 1e-4 * i for i in (-2, -1, 0, 1, 2)]  # p = 2e-5, margin 0.0034
+    assert record(many, 3.28).valid and not record(many, 3.28, speedrun=True).valid and record(many, 3.28, speedrun=True).more == 3
+    assert record(many + many, 3.28, speedrun=True).valid
+
+
+@pytest.mark.parametrize("speedrun", [False, True])
+def test_runs_that_a_record_still_needs_suffice(speedrun):
+    start = 3.28 + np.array([-0.0016, -0.0006, -0.0011])
+    n = 3 + record(start, 3.28, speedrun).more
+
+    def more(n):  # n runs with the same mean and sd
+        values = np.linspace(-1, 1, n)
+        return start.mean() + values / values.std(ddof=1) * start.std(ddof=1)
+    assert record(more(n), 3.28, speedrun).valid and not record(more(n - 1), 3.28, speedrun).valid
+
+
+def test_runs_needed_is_the_smallest_number():
+    for distance in (0.3, 0.9, 2.5):
+        n = runs_needed(distance, 1, 0.025)
+        half = [stats.t.ppf(0.975, k - 1) / math.sqrt(k) for k in (n, max(2, n - 1))]
+        assert half[0] < distance and (half[1] >= distance or n == 2)
+    assert runs_needed(0, 1) is None
+
+
+def test_track_3_rule_on_published_means():
+    margin = track3_margin((3.27852, 3275, 15), (3.27866, 3250, 10))  # Newton-Muon, tuned Muon
+    assert margin == pytest.approx(-0.0024, abs=5e-5)
+    assert track3_margin((3.279, 3150, 10), (3.279, 3250, 10)) == pytest.approx(0.0045 / math.sqrt(0.2))
+
+
+def test_noise_is_what_pairs_of_runs_differ_by():
+    rng = np.random.default_rng(0)
+    runs = rng.normal(0, 0.0013, (2, 10**5))
+    assert np.quantile(abs(runs[0] - runs[1]), 0.95) == pytest.approx(noise(0.0013), rel=0.02)
+    assert noise(1, df=4) == pytest.approx(math.sqrt(2) * stats.t.ppf(0.975, 4))
+
+
+# steps saved
+
+
+@pytest.mark.parametrize("n, saving, sd, way", [(6, 0.03, 0.001, "paired"), (20, 0.05, 0.004, "paired"), (4, 0.03, 0.0013, "unpaired"),
+                                               (12, -0.02, 0.003, "unpaired")])
+def test_interval_is_the_t_test_inverted(n, saving, sd, way):
+    losses = arms(saving, n, 0.9 * (way == "paired"), sd, rng=np.random.default_rng(n))
+    if way == "unpaired":
+        losses = apart(losses)
+        losses[0].update(more=3.281, most=3.283)  # unequal numbers
+    saved = steps_saved(*losses, F)
+    B, C, D = (np.array(list(arm.values())) for arm in losses)
+    grid = np.linspace(-F, 2 * F, 18001)
+    if way == "paired":
+        kept = grid[stats.ttest_rel((B - C)[:, None], np.outer(D - C, grid / F)).pvalue >= 0.05]
+    else:  # the contrast B - (1 - r) C - r D in a one-way analysis of variance
+        df = B.size + C.size + D.size - 3
+        mse = sum(arm.var() * arm.size for arm in (B, C, D)) / df
+        r = grid / F
+        kept = grid[abs(B.mean() - (1 - r) * C.mean() - r * D.mean()) <= stats.t.ppf(0.975, df) * np.sqrt(
+            mse * (1 / B.size + (1 - r) ** 2 / C.size + r ** 2 / D.size))]
+    assert saved.way == way and (saved.low, saved.high) == pytest.approx((min(kept), max(kept)), abs=2e-5)
+    assert saved.mean == pytest.approx(F * (B.mean() - C.mean()) / (D.mean() - C.mean()))
+
+
+def test_pairs_are_used_where_seeds_matter_and_only_seeds_of_all_arms():
+    B, C, D = arms(0.03, 8, 0.95, rng=np.random.default_rng(3))
+    assert steps_saved(B, C, D, F).way == "paired"
+    assert steps_saved({seed + 1: loss for seed, loss in B.items()}, C, D, F).way == "unpaired"  # wrong partners
+    C[8], D[9] = 3.0, 3.5  # without a partner, and far out
+    assert steps_saved(B, C, D, F)[:4] == steps_saved(B, {seed: C[seed] for seed in B}, {seed: D[seed] for seed in B}, F)[:4]
+
+
+def test_unbounded_sets_are_bounds_or_undecided():
+    def plain(x, y, cov=((1, 0.5), (0.5, 1)), t=2):
+        grid = np.linspace(-200, 200, 400001)
+        kept = grid[abs(x - grid * y) <= t * np.sqrt(cov[0][0] - 2 * grid * cov[0][1] + grid ** 2 * cov[1][1])]
+        return fieller(x, y, np.array(cov), t), kept
+    (low, high), kept = plain(5, 1)  # the candidate is better at N, the slope is not clear
+    assert low == pytest.approx(min(kept[kept > 0]), abs=2e-3) and high == math.inf and max(kept[kept < 0]) < -1
+    assert plain(-5, 1)[0] == (-math.inf, pytest.approx(max(plain(-5, 1)[1][plain(-5, 1)[1] < 0]), abs=2e-3))
+    for x, y in ((1, 1), (0.1, -1), (5, -9), (1, -9)):  # all of the line, or nothing that is known of the slope
+        assert plain(x, y)[0] == (-math.inf, math.inf)
+    assert plain(2.5, 1.9, ((1, 0.99), (0.99, 1)))[0][0] > 0
+
+
+@pytest.mark.parametrize("saving, low, high", [(0.2, 0.12, math.inf), (-0.2, -math.inf, -0.06)])
+def test_beyond_the_lengths_there_are_only_bounds(saving, low, high):
+    saved = steps_saved(*arms(saving, 5, rng=np.random.default_rng(0)), F)
+    assert saved[:3] == (None, low, high)
+    assert saved_text(saved).startswith("more than 12.0%" if saving > 0 else "less than -6.0%")
+    assert verdict(saved).word == ("reproduced" if saving > 0 else "not reproduced")
+
+
+def test_what_gives_no_interval_says_why():
+    B, C, D = arms(0.06, 3)
+    assert steps_saved(B, C | {2: math.nan}, D, F).fault == "1 of 9 runs diverged"
+    for losses in ([{0: arm[0]} for arm in (B, C, D)], [B, C, {}], [{0: 3.28, 1: 3.28}, {0: 3.27, 1: 3.27}, {0: 3.28, 1: 3.28}]):
+        saved = steps_saved(*losses, F)
+        assert saved.mean is None and "2 or more seeds" in saved_text(saved)
+        assert verdict(saved) == ("undecided", ("undecided", None), ("undecided", None))
+    saved = steps_saved(*apart([B, C, {seed: loss - 0.03 for seed, loss in D.items()}]), F)  # fewer steps end lower
+    assert saved[:3] == (None, -math.inf, math.inf) and "too little" in saved_text(saved) and verdict(saved).word == "undecided"
+
+
+def test_two_seeds_of_one_arm_and_one_of_the_others_suffice():
+    assert steps_saved({0: 3.28, 1: 3.2801}, {0: 3.27}, {0: 3.2868}, F).way == "unpaired"
+
+
+# time
+
+
+def test_time_saved_is_known_where_one_part_is_exact():
+    steps = Saved(0.06, 0.05, 0.08)
+    assert time_saved(steps, Estimate(0.02, 0.02, 0.02))[:3] == pytest.approx((1 - 0.94 * 1.02, 1 - 0.95 * 1.02, 1 - 0.92 * 1.02))
+    assert time_saved(steps, Estimate(0.02)).mean is None and time_saved(Saved(fault="why"), Estimate(0.02, 0.01, 0.03)).fault == "why"
+
+
+def test_interval_of_time_saved_is_that_of_a_simulation():
+    rng = np.random.default_rng(0)
+    steps, overhead = rng.normal(0.06, 0.005, 10**6), rng.normal(0.02, 0.008, 10**6)
+    expected = np.quantile(1 - (1 - steps) * (1 + overhead), [0.5, 0.025, 0.975])
+    half = [1.96 * sd for sd in (0.005, 0.008)]
+    found = time_saved(Saved(0.06, 0.06 - half[0], 0.06 + half[0]), Estimate(0.02, 0.02 - half[1], 0.02 + half[1]))
+    assert found[:3] == pytest.approx(expected, abs=2e-4)
+
+
+# the verdict
+
+
+@pytest.mark.parametrize("percent, word, fewer, as_claimed", [
+    ((2, 0.05, 6.05), "undecided", "yes", "undecided"),  # a wide interval is no merit
+    ((5.5, 5.2, 5.99), "reproduced", "yes", "yes"),
+    ((6.2, 3.1, 9.3), "reproduced", "yes", "yes"),
+    ((8, 7, 9), "reproduced", "yes", "yes"),  # even more
+    ((3, 2, 4), "partly", "yes", "no"),
+    ((0.3, -0.5, 1.1), "not reproduced", "undecided", "no"),
+    ((-2, -3, -1), "not reproduced", "no", "no"),
+    ((4, -2, 10), "undecided", "undecided", "undecided"),
+    ((None, 3.1, math.inf), "reproduced", "yes", "yes"),
+    ((None, -math.inf, 5), "not reproduced", "undecided", "no"),
+    ((None, -math.inf, 6), "undecided", "undecided", "undecided"),
+])
+def test_verdict(percent, word, fewer, as_claimed):
+    found = verdict(Saved(*(None if value is None else value / 100 for value in percent), gain=0.03, slope=1, cov=np.eye(2), df=1))
+    assert (found.word, found.fewer.word, found.as_claimed.word) == (word, fewer, as_claimed)
+    assert all((answer.runs is None) == (answer.word != "undecided") for answer in found[1:])
+
+
+@pytest.mark.parametrize("rho", [0, 0.95])
+@pytest.mark.parametrize("saving", [0.004, 0.025, 0.04])
+def test_runs_that_an_undecided_verdict_names_decide(rho, saving):
+    rng, sd = np.random.default_rng(0), 0.006 / math.sqrt(1 - rho)
+
+    def exact(n):
+        """Arms with exactly this mean and covariance."""
+        noise = rng.normal(size=(n, 3))
+        noise = np.linalg.qr(noise - noise.mean(0))[0] * math.sqrt(n - 1) @ np.linalg.cholesky(rho + (1 - rho) * np.eye(3)).T
+        losses = [dict(enumerate(3.28 + sd * column + 0.28 * gain)) for column, gain in zip(noise.T, (0, -saving, F - saving))]
+        return losses if rho else apart(losses)
+    first = verdict(steps_saved(*exact(4), F))
+    open_questions = [i for i in (1, 2) if first[i].word == "undecided"]
+    assert open_questions
+    for i in open_questions:
+        n = first[i].runs
+        assert n > 4 and verdict(steps_saved(*exact(n), F))[i].word != "undecided" == verdict(steps_saved(*exact(n - 1), F))[i].word
+
+
+WRONG = {0: ("reproduced", "partly"), 0.03: ("reproduced", "not reproduced"), 0.06: ("partly", "not reproduced")}
+
+
+@pytest.mark.parametrize("rho", [0, 0.7])
+def test_replications_at_the_speedruns_spread_get_the_right_word(rho):
+    """2,000 replications of 6200 steps with each true saving, 3 and 5 seeds; rho is the correlation of the arms over seeds."""
+    rng = np.random.default_rng(0)
+    covered = []
+    for n in (3, 5):
+        for saving, wrong in WRONG.items():
+            found = [steps_saved(*arms(saving, n, rho, rng=rng), F) for _ in range(2000)]
+            words = [verdict(saved).word for saved in found]
+            assert sum(word in wrong for word in words) <= 0.05 * 2000
+            if (n, saving) == (5, 0.06):
+                assert words.count("reproduced") >= 0.9 * 2000
+            covered += [saved.low <= saving <= saved.high for saved in found]
+    assert np.mean(covered) > 0.94

@@ -1,0 +1,79 @@
+"""scripts/slurm.sbatch and scripts/launch_multinode.sh, with stubs for Slurm's commands and for Python."""
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+RECORD = f'''#!{sys.executable}
+import json, os, sys
+print(json.dumps(dict(arguments=sys.argv[1:], job=os.environ.get("JOB"), folder=os.getcwd())))
+'''
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """stub(name, text) puts a command on the PATH; by default one that prints its arguments, JOB and folder as JSON."""
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    def stub(name, text=RECORD):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+        return tmp_path / name
+    return stub
+
+
+def run(*command, **env):
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, **env}, timeout=60)
+
+
+def test_slurm_starts_the_launcher_on_each_node_with_its_cpus(stub, tmp_path):
+    stub("srun")
+    stub("scontrol", '#!/bin/sh\n[ "$*" = "show hostnames node[7-8]" ] && yes node7 | head -n 99999\n')  # more than a pipe holds
+    script = tmp_path / "slurm_script"  # Slurm runs a copy
+    script.write_bytes((ROOT / "scripts/slurm.sbatch").read_bytes())
+    done = run("bash", script, "configs/speedrun_muon.toml", "--save_every", 500, SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_NODELIST="node[7-8]",
+               SLURM_JOB_ID="40123", SLURM_JOB_NUM_NODES="2", SLURM_CPUS_PER_TASK="48")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == dict(job="speedrun_muon_40123", folder=str(ROOT), arguments=[
+        "--kill-on-bad-exit=0", "--cpus-per-task=48", "scripts/launch_multinode.sh", "2", "node7:20123", "configs/speedrun_muon.toml",
+        "--save_every", "500"])
+
+
+def test_slurm_writes_its_output_into_a_folder_that_a_clone_has():
+    output, = re.findall(r"^#SBATCH --output=(.*)$", (ROOT / "scripts/slurm.sbatch").read_text(), re.MULTILINE)
+    assert Path(output).parent == Path(".")
+    assert subprocess.run(["git", "check-ignore", "-q", output.replace("%j", "1")], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("arguments, env, code, words", [
+    ([], {}, 2, "usage: sbatch"), (["a.toml"], {}, 1, "start this with sbatch"),
+    (["a.toml"], {"SLURM_SUBMIT_DIR": "/"}, 1, "start sbatch in the repository"),
+])
+def test_slurm_script_says_how_to_start_it(arguments, env, code, words, monkeypatch):
+    monkeypatch.delenv("SLURM_SUBMIT_DIR", raising=False)
+    done = run("bash", ROOT / "scripts/slurm.sbatch", *arguments, **env)
+    assert (done.returncode, words in done.stderr) == (code, True), done.stderr
+
+
+def test_launcher_starts_torchrun_with_the_nodes_rendezvous(stub):
+    config = str(ROOT / "configs/cpu_muon.toml")
+    done = run(ROOT / "scripts/launch_multinode.sh", 2, "node7", config, "--save_every", 5, PYTHON=str(stub("python")), NPROC="4")
+    assert json.loads(done.stdout)["arguments"] == [
+        "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "4", "--max_restarts", "3", "--rdzv_backend", "c10d",
+        "--rdzv_endpoint", "node7:29400", "--rdzv_id", "cpu_muon", str(ROOT / "train_gpt2.py"), config, "--run_name", "cpu_muon", "--resume", "auto",
+        "--save_every", "5"]
+
+
+@pytest.mark.parametrize("arguments, code, words", [
+    (["2", "node7"], 2, "HEAD is the name or address"), (["two", "node7", "a.toml"], 2, "NODES HEAD CONFIG"),
+    (["2", "node7", "no.toml"], 1, "no configuration no.toml; name one relative to"),
+])
+def test_launcher_refuses(arguments, code, words):
+    done = run(ROOT / "scripts/launch_multinode.sh", *arguments)
+    assert (done.returncode, words in done.stderr) == (code, True), done.stderr

@@ -1,0 +1,248 @@
+"""Reading runs and logs: what others published, what our trainer writes, and what is damaged or hostile.
+
+published_logs.tar.xz has the evaluation lines of published runs (github.com/KellerJordan/modded-nanogpt, MIT licence; all other lines are
+replaced by a count and a hash), and expected.csv, which says what must be found in them.
+"""
+import csv
+import json
+import os
+import tarfile
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import compare
+import records
+import runs
+from conftest import ROOT
+from runs import RunError, find_runs, make_groups, read_curve, read_log, without_copies
+from sample_runs import RULER, SHARD, facts, lines, run_of, write
+
+RECORD = ROOT / "records/cpu/2026-11-22_adamw_muon_newton_muon/muon_seed-0"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published")
+    with tarfile.open(ROOT / "tests/published_logs.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "published_logs"
+
+
+# logs of others
+
+
+def test_published_groups(published):
+    with open(published / "expected.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    for row in rows:
+        found, _ = find_runs(published / row["folder"], "val_ema_loss" if "val_ema_loss" in row["note"] else "val_loss")
+        [group] = make_groups(without_copies(found), at_step={None: int(row["published_steps"])})
+        mean = np.mean([run.losses[-1] for run in group.runs])
+        assert (group.label, len(group.runs), group.fault) == (row["folder"], int(row["n"]), "")
+        expected = float(row["mean_loss_at_those_steps"] or 3.27779)  # where there is none: added up by hand
+        assert mean == pytest.approx(expected, abs=6e-6), row
+        assert {run.untimed for run in group.runs} == {10 if "10 steps" in row["note"] else 0}
+
+
+def test_all_published_logs_at_once(published):
+    found, left_out = find_runs(published)
+    groups = {group.label: group for group in make_groups(without_copies(found))}
+    assert {label: len(group.runs) for label, group in groups.items()} == {
+        "2024-11-24_WindowWarmup": 7, "20260503_normuon": 20, "20260505_newton_muon": 15, "20260515_contranormuown": 20,
+        "20260518_soda_fade_3000_n9": 9, "20260610_tuned_baseline_3250": 10, "20260611_tailema_2720_submission": 10,
+        "20260619_cwd_rowfloor_tailema": 8}
+    assert "2 (20260518_soda_fade_3000_n9/remote_manifest.txt, expected.csv)" in left_out[0]
+    early = groups["20260611_tailema_2720_submission"], groups["20260619_cwd_rowfloor_tailema"]
+    assert "judged at step 2720 of 2900" in early[0].remark and not early[0].fault
+    assert "A40_seed7" in early[1].fault and "ends at step 2765 of 2900" in early[1].fault
+
+
+def test_newton_muon_is_not_better_than_tuned_muon(published, call):
+    paths = [published / name for name in ("20260505_newton_muon", "20260610_tuned_baseline_3250")]
+    done = call(compare, *paths, "--at_step", f"{paths[0].name}=3275", "--baseline", paths[1].name)
+    assert done.returncode == 0 and "-0.0024, not better" in done.stdout  # ((3.27866 - 3.27852) - 25 x 0.000045) / sqrt(1/15 + 1/10)
+    assert "0.0042" in done.stdout  # (3.28 - 3.278659) sqrt(10)
+
+
+@pytest.mark.parametrize("group_by, sizes", [("folder", [5]), ("code", [1, 1, 1, 2]), ("file", [1] * 5)])
+def test_group_by(tmp_path, group_by, sizes):
+    for i, code in enumerate(("lr = 1", "lr = 1", "lr = 2", "", "")):  # without code nothing tells
+        (tmp_path / f"{i}.txt").write_text(f"{code}\n{RULER}\nmachine {i}\n{RULER}\n" + lines([0, 100], [2.0, 0.9 + i / 100], [0, 10]))
+    assert sorted(len(group.runs) for group in make_groups(find_runs(tmp_path)[0], group_by)) == sizes
+
+
+def test_numbers(tmp_path):
+    log = tmp_path / "a.txt"
+    log.write_text("step:0/9 val_loss:1.5e1 train_time:nanms step_avg:nanms\nstep:5/9 val_loss:3e-1 lr:0.1 train_time:2s\n"
+                   "step:9/9 val_loss:NaN train_time:3s\n")
+    [run] = read_log(log)
+    assert run.losses[:2] == [15, 0.3] and np.isnan(run.losses[2]) and run.seconds == [0, 2, 3] and "nan at step 9" in run.diverged
+
+
+def test_diverged_training_loss(tmp_path):
+    (tmp_path / "a.txt").write_text(lines([0, 50], [2.0, 1.5], [0, 5], total=100) + "step:60/100 train_loss:nan train_time:6000ms\n")
+    assert "nan at step 60" in read_log(tmp_path / "a.txt")[0].diverged
+
+
+def test_several_runs_in_a_file(tmp_path):
+    again, other = lines([50, 100], [1.5, 1.2], [5, 11]), lines([0, 100], [2, 1], [0, 9])
+    (tmp_path / "a.txt").write_text(lines([0, 50, 100], [2.0, 1.5, 1.4], [0, 5, 10]) + again + other)
+    first, second = read_log(tmp_path / "a.txt")
+    assert (first.steps, first.losses, first.seconds) == ([0, 50, 100], [2.0, 1.5, 1.2], [0, 5, 11])
+    assert (second.name, second.losses) == ("a 2", [2.0, 1.0])
+    example = "step:50/100 val_loss:0.1000 train_time:1ms\n"  # in the code
+    (tmp_path / "a.txt").write_text(example + lines([0, 100], [2.0, 0.9], [0, 10]))
+    assert [run.losses for run in read_log(tmp_path / "a.txt")] == [[2.0, 0.9]]
+
+
+@pytest.mark.parametrize("unit", ["ms", "s"])
+def test_crossing_of_record_4(tmp_path, unit):
+    steps, losses, seconds = zip(*read_curve())
+    (tmp_path / "log.txt").write_text(f"code\n{RULER}\n" + lines(steps, losses, seconds, unit))
+    [run] = read_log(tmp_path / "log.txt")
+    assert tuple(map(round, run.first_crossing(3.28))) == (6134, 1325) and run.first_crossing(3.27) is None
+    assert len(run.steps) == 51 and run.losses[-1] == 3.2785 and run.planned == 6200
+
+
+def test_copies(tmp_path):
+    run = write(tmp_path / "runs/a")
+    text = (run / "log.txt").read_text()
+    (tmp_path / "terminal.log").write_text(text)
+    (tmp_path / "tail.out").write_text(text.splitlines()[-1] + "\n")
+    write(tmp_path / "runs/b", seed=1)  # as good, but another run
+    kept = without_copies(find_runs(tmp_path)[0])
+    assert sorted(run.name for run in kept) == ["a", "b"] and all(run.facts for run in kept)
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    write(tmp_path / "a")
+    (write(tmp_path / "broken") / "run.json").write_text("{")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "other.txt").write_text("step:1/1 val_loss_2:3 train_time:1s\n")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    found, left_out = find_runs(tmp_path)
+    assert [run.name for run in found] == ["a"] and len(left_out) == 3
+    for words in ("pipe.txt cannot be read: it is not a regular", "run.json cannot be read: it is not valid JSON", "other.txt has no line"):
+        assert any(words in sentence for sentence in left_out)
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "pipe"])
+def test_pipes_and_devices(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    with pytest.raises(RunError, match="not a regular file"):
+        find_runs(path)
+
+
+# groups
+
+
+def test_settings_make_groups_and_seeds_do_not():
+    same = [run_of(), run_of(seed=1, data_seed=1, run_name="b", log_dir="x"), run_of(device="cpu", device_batch_size=4, log_every=3)]
+    assert [(group.label, len(group.runs)) for group in make_groups(same)] == [("muon", 3)]
+    found = make_groups([run_of(), run_of(0.8, hidden_learning_rate=0.02), run_of(0.95, optimizer="adamw", momentum=0.5)])
+    assert [group.label for group in found] == ["muon hidden_learning_rate=0.02", "muon hidden_learning_rate=0.01", "adamw"]
+
+
+def test_runs_that_end_early():
+    early = [run_of(0.9, planned=200), run_of(0.8, planned=200, seed=1)]
+    [group] = make_groups(early)
+    assert "r ends at step 100 of 200" in group.fault
+    assert not make_groups(early, at_step={None: 100})[0].fault
+    assert "no evaluation at step 50" in make_groups(early, at_step={"muon": 50})[0].fault
+    [published] = make_groups([run_of(0.9, planned=200, without_json=True), run_of(0.8, planned=200, without_json=True)])
+    assert not published.fault and "judged at step 100 of 200" in published.remark
+    assert make_groups([run_of(planned=200, without_json=True)])[0].fault  # alone it may have been broken off
+    with pytest.raises(RunError, match="no group 'x'; the groups are muon"):
+        make_groups(early, at_step={"x": 100})
+
+
+def test_diverged_run():
+    good, bad = make_groups([run_of(), run_of(np.nan, seed=1), run_of(0.95, optimizer="adamw")])
+    assert (good.label, bad.label, len(bad.runs)) == ("adamw", "muon", 2) and "its loss is nan at step 100" in bad.fault
+
+
+@pytest.mark.parametrize("other, words", [
+    (dict(n_layer=3), "n_layer (r: 2, o: 3)"), (dict(batch_size=64), "batch_size (r: 32, o: 64)"),
+    (dict(val_tokens=128), "val_tokens (r: 64, o: 128)"),
+    (dict(val={**SHARD, "sha256_of_header_and_size": "bb"}), "val shard 1 (r: train_1.bin aa cc, o: train_1.bin bb cc)"),
+    (dict(val={**SHARD, "sha256_of_first_mebibyte": "dd"}), "val shard 1 (r: train_1.bin aa cc, o: train_1.bin aa dd)")])
+def test_other_tracks_are_refused(other, words):
+    with pytest.raises(RunError) as error:
+        make_groups([run_of(), run_of(name="o", **other)])
+    assert words in str(error.value)
+
+
+def test_unread_shards():
+    same = [run_of(seed=seed) for seed in range(3)]
+    for run, name in zip(same[1:], ("train_2.bin", "train_3.bin")):
+        run.facts["train_shards"] = [SHARD, {**SHARD, "name": name}]
+    assert len(make_groups(same)) == 1
+
+
+# damage
+
+
+@pytest.mark.parametrize("change, words", [
+    ("[]", "it is a list, not an object"), ({"config": 5}, "it.config is 5, not an object"), ({"machine": None}, "it.machine is None"),
+    ({"resumed": 5}, "it.resumed is 5, not a list"), ({"end": 5}, "it.end is 5, not a text"),
+    ({"parameters": 10 ** 400}, "it.parameters is 1000"),
+    ({"train_shards": [{"tokens": -1}]}, "it.train_shards[0].tokens is -1, not a whole number"), ("[" * 10 ** 5, "not valid JSON")])
+def test_wrong_types_in_run_json(tmp_path, change, words):
+    run = write(tmp_path / "a")
+    (run / "run.json").write_text(change if isinstance(change, str) else json.dumps({**facts(), **change}))
+    with pytest.raises(RunError) as error:
+        runs.read_facts(run)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+VALUES = st.sampled_from([None, True, 0, -1, 5, 10 ** 400, 1e308, float("nan"), float("inf"), "", "x|<b>\n", [], [[]], {}, {"a": None}])
+EDITS = st.lists(st.tuples(st.sampled_from(records.FILES), st.integers(0, 2 ** 32).map(Random), VALUES), min_size=1, max_size=3)
+
+
+def mutate(value, random, new):
+    """`value` with one part of it, at random, replaced by `new` or removed."""
+    if not isinstance(value, (dict, list)) or not value or random.random() < 0.1:
+        return new
+    key = random.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    if random.random() < 0.2:
+        del value[key]
+    else:
+        value[key] = mutate(value[key], random, new)
+    return value
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(edits=EDITS)
+def test_any_damage(tmp_path_factory, edits):
+    folder = tmp_path_factory.mktemp("damaged", numbered=True)
+    texts = {name: (RECORD / name).read_text() for name in records.FILES}
+    for name, random, new in edits:
+        if name == "run.json" and texts[name].startswith("{"):
+            texts[name] = json.dumps(mutate(json.loads(texts[name]), random, new))
+        else:
+            rows = texts[name].splitlines(True) or [""]
+            i = random.randrange(max(0, len(rows) - 80), len(rows))
+            words = rows[i].split(":")
+            words[random.randrange(len(words))] = str(new)
+            rows[i] = random.choice(["", ":".join(words), rows[i] * 2, rows[i][:9]])
+            texts[name] = "".join(rows)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    for work in (lambda: records.check_run(folder, records.read_track("cpu")), lambda: compared(folder)):
+        try:
+            work()
+        except RunError as error:
+            assert len(error.sentence) > 20 and "\n" not in error.sentence
+
+
+def compared(folder):
+    groups = make_groups(find_runs(folder)[0])
+    summaries = compare.compare(groups, None, 1.75)
+    compare.tables(summaries, summaries[0].label, 1.75)
+    compare.notes(groups, 1.75)
