@@ -215,8 +215,8 @@ def show(result):
         print(f"{name:{width}} {side['micro_batch']:11} {side['step_ms']:10.2f} {refresh:>10} {side['mean_step_ms']:10.2f} "
               f"{side['tokens_per_second']:10,.0f} {mfu:>6} {memory:>8}")
     for pair, ratio in result["ratios"].items():
-        interval = "95 %: {low:.4f} to {high:.4f}" if ratio["low"] else "6 or more rounds give an interval"
-        print(f"{pair}: mean step {ratio['mean_step']:.4f} ({interval.format(**ratio)})")
+        bounds = "95 %: {low:.4f} to {high:.4f}" if ratio["low"] else "6 or more rounds give an interval"
+        print(f"{pair}: mean step {ratio['mean_step']:.4f} ({bounds.format(**ratio)})")
 
 
 def main():
@@ -233,6 +233,8 @@ def main():
     args = parser.parse_args()
     if args.rounds < 1 or args.steps < 1:
         sys.exit(f"error: --rounds {args.rounds} --steps {args.steps}: must be at least 1")
+    if args.json and not Path(args.json).resolve().parent.is_dir():
+        sys.exit(f"error: --json {args.json}: there is no such folder; make it first")
 
     names = list(dict.fromkeys(args.sides.split(",")))
     given = [text for name in fields if name in args for text in (f"--{name}", getattr(args, name))]

@@ -36,21 +36,21 @@ part() {  # part NAME SECONDS COMMAND...: runs the command; its output goes to t
     local name=$1 limit=$2 start=$SECONDS result
     shift 2
     echo "== $name, at most $limit s"
-    timeout --signal INT --kill-after 10 "$limit" "$@" 2>&1 | tee "$folder/$name.txt"
+    timeout --signal INT --kill-after 5 "$limit" "$@" 2>&1 | tee "$folder/$name.txt"
     case ${PIPESTATUS[0]} in 0) result="done" ;; 124 | 137) result="ended by its time limit" ;; *) result="FAILED" ;; esac
     summary+="$(printf '%-18s %4d s  %s' "$name" $((SECONDS - start)) "$result")"$'\n'
 }
 
-part environment 20 bash -c 'command -v nvidia-smi > /dev/null && nvidia-smi
+part environment 15 bash -c 'command -v nvidia-smi > /dev/null && nvidia-smi
     git log -1 --format="commit %H" 2> /dev/null && git status --short
     "$0" -m torch.utils.collect_env' "$PYTHON"
 
 if ! "$PYTHON" -c "import pytest" 2> /dev/null; then
-    timeout 20 "$PYTHON" -m pip install --quiet --retries 0 --target "$folder/packages" pytest > /dev/null 2>&1
+    timeout 10 "$PYTHON" -m pip install --quiet --retries 0 --target "$folder/packages" pytest > /dev/null 2>&1
     export PYTHONPATH="$folder/packages${PYTHONPATH:+:$PYTHONPATH}"
 fi
 if "$PYTHON" -c "import pytest" 2> /dev/null; then
-    part tests 130 "$PYTHON" -m pytest -o addopts= -v -rs --durations 10 -p no:cacheprovider tests/test_cuda.py
+    part tests 125 "$PYTHON" -m pytest -o addopts= -v -rs --durations 10 -p no:cacheprovider tests/test_cuda.py
 else
     summary+="tests: not run, since $PYTHON has no pytest and pip could not install it (is there a network?)"$'\n'
 fi
