@@ -1145,6 +1145,15 @@ def compiled(model, config, device):
         torch.compile(model, dynamic=False, options=options), "")
 
 
+def parallel(model, device):
+    """The model in DDP, if there are several processes."""
+    if world_size() == 1:
+        return model
+    new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # since torch 2.13
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True,
+                                   **{"forward_sync_buffers" if new else "broadcast_buffers": False})
+
+
 def choose_micro_batch(config, device, per_process, is_compiled=True):
     """Sequences in one forward pass: device_batch_size or, without one, the largest power of two that divides per_process and fits.
 
@@ -1271,10 +1280,7 @@ def run(config):
     optimizers = table, hidden = build_optimizers(raw_model, config)
     dtype, no_bf16 = choose_dtype(config, device)
     model, not_compiled = compiled(raw_model, config, device)
-    if world_size() > 1:
-        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # since torch 2.13
-        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True,
-                                        **{"forward_sync_buffers" if new else "broadcast_buffers": False})
+    model = parallel(model, device)
     micro_batch = choose_micro_batch(config, device, per_process, config.compile and not not_compiled)
     q = torch.empty(1, config.n_head, T, config.n_embd // config.n_head, dtype=dtype, device=device, requires_grad=True)
     source = inspect.getsourcefile(type(hidden)) if ":" in config.optimizer else None

@@ -32,7 +32,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # not by `import runs`, which needs more than torch
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports that it starts and stops
 
 import torch
@@ -44,11 +44,8 @@ from torch.profiler import record_function
 
 import kernels
 import train_gpt2
-from train_gpt2 import GPT, accumulate, build_optimizers, load_config, start_processes, synchronized_time
-
-# dense bf16 matrix products, FLOP/s, from NVIDIA's data sheets; the first that is part of the device's name
-PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
-        "RTX 4090": 165e12}
+from train_gpt2 import (GPT, PEAK_FLOPS, accumulate, build_optimizers, choose_dtype, choose_micro_batch, compiled, load_config, parallel,
+                        start_processes, synchronized_time)
 
 
 class PlainGPT(nn.Module):
@@ -85,13 +82,6 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
 
 
-def parallel(model, device):
-    """The model, in DDP if there are several processes, as in a run."""
-    if not dist.is_initialized():
-        return model
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-
-
 def plain_side(config, device, dtype):
     """(step(batches, refresh), whether it has refreshes) of the plain loop."""
     model = parallel(PlainGPT(config).to(device), device)
@@ -111,7 +101,7 @@ def plain_side(config, device, dtype):
 def trainer_side(config, device, dtype):
     """(step(batches, refresh), whether it has refreshes) of train_gpt2.py with the configuration's optimizer."""
     raw = GPT(config).to(device)
-    model = parallel(torch.compile(raw, dynamic=False) if config.compile else raw, device)
+    model = parallel(compiled(raw, config, device)[0], device)
     optimizers = build_optimizers(raw, config)
 
     def step(batches, refresh):
@@ -123,7 +113,7 @@ def trainer_side(config, device, dtype):
             for optimizer in optimizers:
                 optimizer.step()
             raw.zero_grad(set_to_none=True)
-    return step, config.optimizer == "newton_muon"
+    return step, hasattr(optimizers[1], "refresh")
 
 
 def interval(values):
@@ -133,18 +123,10 @@ def interval(values):
     return dict(low=sorted(values)[k - 1] if k else None, high=sorted(values)[n - k] if k else None)
 
 
-def micro_batch(config, device):
-    """What a run would choose."""
-    per_process = config.batch_size // train_gpt2.world_size()
-    if hasattr(train_gpt2, "choose_micro_batch"):  # MERGE: only this line; what follows is for the time before it
-        return train_gpt2.choose_micro_batch(config, device, per_process)
-    return config.device_batch_size or max(1, min(per_process, 16384 // config.sequence_length))
-
-
 def build(name, config, device, dtype, idx):
     """One side, warmed up: both kinds of steps have run, and graphs, memory pools and the optimizer's state are there."""
     side = SimpleNamespace(times=[], refreshes=[], peak=0, profile={})
-    side.micro_batch = max(1, min(len(idx), 16384 // config.sequence_length)) if name == "plain" else micro_batch(config, device)
+    side.micro_batch = max(1, min(len(idx), 16384 // config.sequence_length)) if name == "plain" else choose_micro_batch(config, device, len(idx))
     side.batches = [(part, part.roll(-1, 1)) for part in idx.split(side.micro_batch)]
     before = allocated(device)
     torch.manual_seed(0)
@@ -175,10 +157,10 @@ def timed(side, device, refresh):
 def report(args, config, sides, device, dtype):
     """Everything measured, as --json has it."""
     rounds = min(len(side.times) for side in sides.values())  # complete ones
-    tokens, world, parameters = config.batch_size * config.sequence_length, train_gpt2.world_size(), GPT(config).num_parameters()
-    flops = 6 * parameters + 12 * config.n_layer * config.n_embd * config.sequence_length
+    tokens, world, model = config.batch_size * config.sequence_length, train_gpt2.world_size(), GPT(config)
+    parameters, flops = model.num_parameters(), model.flops_per_token()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    peak = next((value for key, value in PEAK.items() if gpu and key in gpu), None)
+    peak = next((value for key, value in PEAK_FLOPS.items() if gpu and key in gpu), None)
     means, measured, ratios = {}, {}, {}  # means: the mean step in each round of each side
     for name, side in sides.items():
         times, refreshes = side.times[:rounds], side.refreshes[:rounds]
@@ -242,7 +224,7 @@ def main():
     config = configs[names[0]]
     per_process = train_gpt2.sequences_per_process(config, int(os.environ.get("WORLD_SIZE", 1)))
     device = start_processes(config)
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda" else torch.float32
+    dtype, _ = choose_dtype(config, device)
     torch.set_float32_matmul_precision("high")
     generator = torch.Generator().manual_seed(train_gpt2.rank())
     idx = torch.randint(config.vocab_size, (per_process, config.sequence_length), generator=generator).to(device)

@@ -403,7 +403,7 @@ def finished(folder, config):
     import dataclasses
     import importlib.util
 
-    from train_gpt2 import FREE_FIELDS, code_sha256
+    from train_gpt2 import MAY_CHANGE_ON_RESUME, code_sha256
     facts = read_facts(folder)
     config_there = facts.get("config", {})
     if not facts:
@@ -415,7 +415,7 @@ def finished(folder, config):
     if facts.get("code_sha256") != code_sha256():
         refuse("is from another version of train_gpt2.py")
     for name, value in dataclasses.asdict(config).items():
-        if name not in FREE_FIELDS - {"stop_at_target"} and config_there.get(name) != value:
+        if name not in MAY_CHANGE_ON_RESUME - {"stop_at_target"} and config_there.get(name) != value:
             refuse(f"has {name} = {config_there.get(name)!r}, this run {value!r}")
     if ":" in config.optimizer:
         module = importlib.util.find_spec(config.optimizer.split(":")[0])

@@ -66,6 +66,8 @@ def test_the_next_batch_is_read_while_this_one_is_used():
     reading = {i: threading.Event() for i in range(5)}
 
     class Recorder:
+        waited = 0.0
+
         def batch(self, i):
             reading[i].set()
             return ()
@@ -84,7 +86,6 @@ def test_errors_come_with_their_batch(tmp_path):
     next(batches), next(batches)
     with pytest.raises(UserError, match="token 84 after position 80 is outside vocab_size = 50") as raised:
         next(batches)
-    assert raised.value.local  # one process may see it alone
 
 
 @pytest.mark.parametrize("change, words", [

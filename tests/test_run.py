@@ -10,7 +10,7 @@ import torch
 
 import train_gpt2
 from conftest import ROOT
-from scripts.compare import read_log
+from runs import read_run
 from train_gpt2 import HEADER_BYTES, Config, UserError, learning_rate_scale, load_config
 
 PLAYS = dict(input_bin=str(ROOT / "data/shakespeare/shakespeare_train_*.bin"), input_val_bin=str(ROOT / "data/shakespeare/shakespeare_val_*.bin"))
@@ -28,7 +28,7 @@ def test_a_run_can_be_read_back_from_what_it_wrote(start, shards, tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "logs" / "a"
     assert {path.name for path in folder.iterdir()} == {"log.txt", "metrics.jsonl", "run.json", "train_gpt2.py", "checkpoints"}
-    run = read_log(folder)
+    run = read_run(folder)
     assert run.steps == [0, 5, 10] and run.seconds[0] == 0 and run.seconds == sorted(run.seconds)
     assert [(s, round(loss, 4)) for s, loss in losses(folder)] == list(zip(run.steps, run.losses))
     log = (folder / "log.txt").read_text()
