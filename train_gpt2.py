@@ -1,16 +1,13 @@
 """Trains GPT-2 124M to a loss of 3.28 on FineWeb (published: 22 minutes on 8 H100s, 2 hours on one), or a small model on a laptop in a minute.
 
-    python train_gpt2.py configs/cpu_muon.toml                          one process, CPU or GPU
-    python train_gpt2.py configs/cpu_muon.toml --num_iterations 300     any field of the file can be overridden
+    python train_gpt2.py configs/cpu_muon.toml --num_iterations 300     one process, CPU or GPU; any field can be overridden
     torchrun --nproc_per_node 8 train_gpt2.py configs/speedrun_newton_muon.toml
     python train_gpt2.py --help                                         every field: type, default, meaning
 
 The optimizer is AdamW, Muon, Newton-Muon, SGD or your own. A run writes LOG_DIR/RUN_NAME/: log.txt (this code, the machine, the
 losses), metrics.jsonl (the losses as JSON), run.json (configuration, versions, hashes, results), train_gpt2.py and checkpoints/.
 The times it reports are training time: validation, checkpoints and the warm-up that compiles the model do not count.
-
 Model and defaults are those of record 4 of the Modded-NanoGPT speedrun (2024-10-10). Newton-Muon is arXiv:2604.01472.
-Sections: configuration, token shards, model, loss, optimizers, distributed helpers, checkpoints, logging, main().
 """
 import argparse
 import contextlib
@@ -22,6 +19,7 @@ import hashlib
 import importlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -126,25 +124,25 @@ def field_help():
 
 
 def boolean(text):
-    if text.lower() not in ("true", "false"):
-        raise ValueError
-    return text.lower() == "true"
+    return ("false", "true").index(text.lower()) == 1
+
+
+def nearest(name, names):
+    return f"'{name}'; the nearest valid one is '{difflib.get_close_matches(name, names, n=1, cutoff=0)[0]}' (--help lists all)"
 
 
 def read_toml(path):
     """Fields of the TOML file at `path`. Raises UserError for an unknown key or a value of the wrong type."""
     try:
-        with open(path, "rb") as file:
-            values = tomllib.load(file)
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}; configs/ has some to start from") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError
         raise UserError(f"{path} is not valid TOML: {error}") from None
     types = {field.name: field.type for field in dataclasses.fields(Config)}
     for key, value in values.items():
         if key not in types:
-            near = difflib.get_close_matches(key, types, n=1, cutoff=0)[0]
-            raise UserError(f"{path}: unknown key '{key}'; the nearest valid one is '{near}' (--help lists all)")
+            raise UserError(f"{path}: unknown key {nearest(key, types)}")
         if types[key] is float and type(value) is int:
             values[key] = float(value)
         elif type(value) is not types[key]:
@@ -160,14 +158,11 @@ def load_config(argv):
     parser.add_argument("config", metavar="CONFIG.toml", help="configuration file, for example configs/cpu_muon.toml")
     comments = field_help()
     for field in dataclasses.fields(Config):
-        text = f"{comments[field.name]} (default: {json.dumps(field.default)})"
         parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type, metavar=field.type.__name__,
-                            default=argparse.SUPPRESS, help=text)
+                            default=argparse.SUPPRESS, help=f"{comments[field.name]} (default: {json.dumps(field.default)})")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name, [f"--{key}" for key in comments], n=1, cutoff=0)[0]
-        parser.error(f"unknown argument '{name}'; the nearest valid one is '{near}' (--help lists all)")
+        parser.error(f"unknown argument {nearest(unknown[0].split('=')[0], [f'--{key}' for key in comments])}")
     given = vars(args)
     config = Config(**{**read_toml(given.pop("config")), **given})
     check_config(config)
@@ -181,28 +176,27 @@ def check_config(config):
         arguments = json.loads(c.optimizer_args)
     except json.JSONDecodeError as error:
         raise UserError(f"optimizer_args = {c.optimizer_args!r} is not JSON: {error}") from None
-    rules = [(getattr(c, name) >= 1, name, "at least 1") for name in (
-        "batch_size", "sequence_length", "num_iterations", "val_tokens", "n_layer", "n_head", "n_embd", "ns_steps", "vocab_size",
-        "refresh_interval", "collective_timeout", "log_every")]
-    rules += [(0 <= getattr(c, name) < math.inf, name, "0 or more, and finite") for name in (
-        "device_batch_size", "warmup_iters", "warmdown_iters", "val_loss_every", "save_every", "learning_rate", "hidden_learning_rate",
-        "weight_decay", "seed", "data_seed")]
-    rules += [(0 <= getattr(c, name) < 1, name, "at least 0 and below 1") for name in ("beta1", "beta2", "momentum", "ewma")]
+    counts = ("batch_size sequence_length num_iterations val_tokens n_layer n_head n_embd ns_steps vocab_size refresh_interval "
+              "collective_timeout log_every").split()
+    rules = [(getattr(c, name) >= 1, name, "at least 1") for name in counts]
+    for names, end, must in (("device_batch_size warmup_iters warmdown_iters val_loss_every save_every seed data_seed", 2 ** 63, "0 or more, and below 2^63"),
+                             ("learning_rate hidden_learning_rate weight_decay", 1e9, "0 or more, and below 1e9"),
+                             ("beta1 beta2 momentum ewma", 1, "at least 0 and below 1")):
+        rules += [(0 <= getattr(c, name) < end, name, must) for name in names.split()]
     rules += [
         (0 < c.ridge < math.inf, "ridge", "positive and finite"),
         (c.warmup_iters + c.warmdown_iters <= c.num_iterations, "warmup_iters warmdown_iters num_iterations",
          "such that warm-up and warm-down fit into the run"),
-        (c.n_embd % max(1, 2 * c.n_head) == 0, "n_embd n_head", "such that n_embd / n_head is an even number (rotary embeddings turn pairs)"),
+        (c.n_embd % max(1, 2 * c.n_head) == 0, "n_embd n_head", "such that n_embd / n_head is even (rotary embeddings turn pairs)"),
         (c.val_tokens % max(1, c.sequence_length) == 0, "val_tokens sequence_length", "such that sequence_length divides val_tokens"),
         (c.vocab_size <= 65536, "vocab_size", "at most 65536 (shards hold 16-bit tokens)"),
         (c.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda"),
         (c.dtype in ("auto", "float32", "bfloat16"), "dtype", "auto, float32 or bfloat16"),
         (c.optimizer in OPTIMIZERS or re.fullmatch(r"[\w.]+:\w+", c.optimizer), "optimizer", f"{', '.join(OPTIMIZERS)} or module:Class"),
-        (not (c.optimizer == "sgd" and c.nesterov and c.momentum == 0), "nesterov momentum", "such that Nesterov's rule has a momentum above 0"),
+        (c.optimizer != "sgd" or c.momentum > 0 or not c.nesterov, "nesterov momentum", "such that Nesterov's rule has a momentum above 0"),
         (os.path.basename(c.run_name) == c.run_name and c.run_name not in (".", ".."), "run_name",
          "a folder name without a path; the folder above it is log_dir"),
         (c.weight_decay == 0 or ":" not in c.optimizer, "weight_decay optimizer", "0 for a module:Class; optimizer_args has its arguments"),
-        (c.seed < 2 ** 63, "seed", "below 2^63"),
         (c.data_seed < 2 ** 32, "data_seed", "below 2^32"),
         (c.resume != "auto" or c.run_name, "resume run_name", "given together: auto needs a run_name"),
         (isinstance(arguments, dict), "optimizer_args", "a JSON object")]
@@ -211,31 +205,25 @@ def check_config(config):
             raise UserError(", ".join(f"{name} = {getattr(c, name)!r}" for name in names.split()) + f": must be {must}")
 
 
-def divisors_near(n, wanted):
-    """The divisors of n, the one nearest to `wanted` first."""
-    return sorted((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))
-
-
 def sequences_per_process(config, world):
     """Sequences of one process in a step. Raises UserError unless the batch can be split over `world` processes and micro-batches."""
+    def divisors(n, wanted):
+        """The divisors of n, the one nearest to `wanted` first."""
+        return sorted((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))
+
     if config.batch_size % world:
-        near = sorted(divisors_near(config.batch_size, world)[:2])
-        raise UserError(f"batch_size = {config.batch_size} cannot be split over {world} processes; "
-                        f"the nearest numbers of processes that can are {' and '.join(map(str, near))}")
+        raise UserError(f"batch_size = {config.batch_size} cannot be split over {world} processes; the nearest numbers of processes that "
+                        f"can are {' and '.join(map(str, sorted(divisors(config.batch_size, world)[:2])))}")
     per_process = config.batch_size // world
     if config.device_batch_size and per_process % config.device_batch_size:
-        near = divisors_near(per_process, config.device_batch_size)[0]
-        raise UserError(f"device_batch_size = {config.device_batch_size} does not divide the {per_process} sequences that each "
-                        f"of {world} processes has in a step (batch_size = {config.batch_size}); the nearest that does is {near}")
+        raise UserError(f"device_batch_size = {config.device_batch_size} does not divide the {per_process} sequences that each of {world} processes has in "
+                        f"a step (batch_size = {config.batch_size}); the nearest that does is {divisors(per_process, config.device_batch_size)[0]}")
     return per_process
 
 
 def learning_rate_scale(config, step):
     """Factor on both learning rates in step `step` (from 0): linear rise, constant, linear fall to 0."""
-    if step < config.warmup_iters:
-        return (step + 1) / config.warmup_iters
-    left = config.num_iterations - step
-    return min(1.0, left / config.warmdown_iters) if config.warmdown_iters else 1.0
+    return min(1.0, (step + 1) / max(1, config.warmup_iters), (config.num_iterations - step) / max(1, config.warmdown_iters))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,8 +250,7 @@ def open_shard(path):
         raise UserError(f"{path}: shard version {header[1]}, this code reads version {VERSION}; {FIX}")
     n = int(header[2])
     if n < 0 or size != HEADER_BYTES + 2 * n:
-        raise UserError(f"{path}: damaged: {size:,} bytes, but its header says {n:,} tokens, "
-                        f"which is {HEADER_BYTES + 2 * n:,} bytes; {FIX}")
+        raise UserError(f"{path}: damaged: {size:,} bytes, but its header says {n:,} tokens, which is {HEADER_BYTES + 2 * n:,} bytes; {FIX}")
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n,)) if n else np.zeros(0, "<u2")
 
 
@@ -344,20 +331,15 @@ def prefetched(shards, batches, device):
             batch = [t.pin_memory() for t in batch]
         return batch
 
-    def finished(future):
-        start = time.perf_counter()
-        batch = future.result()
-        shards.waited += time.perf_counter() - start
-        return batch
-
+    batches = iter(batches)
     with ThreadPoolExecutor(1) as thread:
-        waiting = []
-        for sequences in batches:
-            waiting.append(thread.submit(read, sequences))
-            if len(waiting) == 2:
-                yield finished(waiting.pop(0))
-        for future in waiting:
-            yield finished(future)
+        waiting = [thread.submit(read, sequences) for sequences in itertools.islice(batches, 1)]
+        while waiting:
+            waiting += [thread.submit(read, sequences) for sequences in itertools.islice(batches, 1)]
+            start = time.perf_counter()
+            batch = waiting.pop(0).result()
+            shards.waited += time.perf_counter() - start
+            yield batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,7 +357,7 @@ def rotate(x, cos, sin):
 
 
 def on_gpu(x):
-    return x.is_cuda
+    return x.is_cuda  # a function, so that tests can send CPU tensors the way of a GPU
 
 
 def matmul_dtype(x):
@@ -403,9 +385,8 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, grams):
         B, T, C = x.size()
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C)
         if grams is not None:
             grams += [gram(x, C), gram(y, C)]
         return self.c_proj(y)
@@ -527,33 +508,19 @@ def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, voca
     """
     scale = 1 / (targets >= 0).sum()
     losses, dx = torch.empty(len(x), device=x.device), torch.empty_like(x)
-    dweight = torch.zeros(weight.shape, device=x.device)
-    weight = weight.to(x.dtype)
+    dweight, weight = torch.zeros(weight.shape, device=x.device), weight.to(x.dtype)
+    fp32_sums = {} if x.dtype == torch.float32 else dict(out_dtype=torch.float32)
     for x_, dx_, targets_, losses_ in zip(*(t.split(CHUNK) for t in (x, dx, targets, losses))):
         logits = x_ @ weight.mT
         cross_entropy_kernel[(len(logits),)](logits, targets_, losses_, scale, vocab_size, logits.stride(0), BLOCK=4096, num_warps=8)
         torch.mm(logits, weight, out=dx_)  # the kernel left their gradient there
-        if x.dtype == torch.float32:
-            dweight.addmm_(logits.mT, x_)
-        else:
-            torch.addmm(dweight, logits.mT, x_, out_dtype=torch.float32, out=dweight)
+        torch.addmm(dweight, logits.mT, x_, out=dweight, **fp32_sums)
     return losses.sum() * scale, dx, dweight
 
 
-@head_loss.register_fake
-def _(x, weight, targets, vocab_size):
-    return x.new_empty((), dtype=torch.float32), torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32)
-
-
-def keep_gradients(ctx, inputs, output):
-    ctx.save_for_backward(*output[1:])
-
-
-def scale_gradients(ctx, gradient, *_):
-    return *(gradient * t for t in ctx.saved_tensors), None, None
-
-
-head_loss.register_autograd(scale_gradients, setup_context=keep_gradients)
+head_loss.register_fake(lambda x, weight, *_: (x.new_empty((), dtype=torch.float32), torch.empty_like(x), torch.empty_like(weight)))
+head_loss.register_autograd(lambda ctx, gradient, *_: (*(gradient * t for t in ctx.saved_tensors), None, None),
+                            setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output[1:]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -569,20 +536,17 @@ def fast_dtype(device):
 def newton_schulz(U, steps=5):
     """Approximately the nearest orthogonal matrix, U V^T of the singular value decomposition, of each matrix in U (..., m, n).
 
-    X = U / (||U||_F + 1e-7), then `steps` times A = X X^T, X <- a X + (b A + c A A) X. The coefficients trade accuracy
-    for speed: singular values end between about 0.7 and 1.2 (K. Jordan et al., Muon, 2024). bf16 on GPUs that have it.
+    X = U / (||U||_F + 1e-7), then `steps` times A = X X^T, X <- a X + (b A + c A A) X. The coefficients trade accuracy for
+    speed: singular values end between about 0.7 and 1.2 (K. Jordan et al., Muon, 2024). bf16 on GPUs that have it.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = (U.to(fast_dtype(U.device)) if U.is_cuda else U).reshape(-1, *U.shape[-2:])
-    if U.size(-2) > U.size(-1):
-        X = X.mT
+    X, tall = (U.to(fast_dtype(U.device)) if U.is_cuda else U).reshape(-1, *U.shape[-2:]), U.size(-2) > U.size(-1)
+    X = X.mT if tall else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    if U.size(-2) > U.size(-1):
-        X = X.mT
-    return X.reshape(U.shape)
+    return (X.mT if tall else X).reshape(U.shape)
 
 
 def as_blocks(W):
@@ -617,11 +581,10 @@ class Muon(torch.optim.Optimizer):
             if p.ndim != 2:
                 raise ValueError(f"a parameter of shape {tuple(p.shape)}: {type(self).__name__} updates matrices only")
         self.owner = dict(zip(self.matrices, assign_owners([self.flops(p) for p in self.matrices], world_size())))
-        self.start, used = {}, [0] * world_size()  # where the update of a matrix begins in its owner's part of the all-gather
+        self.start, used = {}, [0] * world_size()  # where the update of a matrix begins in its owner's row of `updates`
         for p in self.matrices:
             self.start[p] = used[self.owner[p]]
             used[self.owner[p]] += p.numel()
-        p = self.matrices[0]
         self.updates = torch.zeros(world_size(), max(used), dtype=fast_dtype(p.device) if p.is_cuda else p.dtype, device=p.device)
 
     def flops(self, p):
@@ -641,8 +604,7 @@ class Muon(torch.optim.Optimizer):
             for p in mine:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            G = [self.precondition(p, p.grad) for p in mine]
-            M = [self.state[p]["momentum_buffer"] for p in mine]
+            G, M = [self.precondition(p, p.grad) for p in mine], [self.state[p]["momentum_buffer"] for p in mine]
             if mine:
                 torch._foreach_mul_(M, group["momentum"])
                 torch._foreach_add_(M, G)
@@ -718,7 +680,7 @@ class NewtonMuon(Muon):
         """(inverse of each A (..., n, n), whether it is one (...))."""
         L, info = torch.linalg.cholesky_ex(A)
         good = (info == 0) & L.isfinite().all(-1).all(-1)
-        return torch.cholesky_inverse(torch.where(good[:, None, None], L, torch.eye(A.size(-1), dtype=A.dtype, device=A.device))), good
+        return torch.cholesky_inverse(torch.where(good[:, None, None], L, torch.eye(A.size(-1), device=A.device))), good
 
     @torch.no_grad()
     def refresh(self, grams, tokens):
@@ -823,29 +785,25 @@ def start_processes(config):
     return device
 
 
-def job_store():
-    return dist.group.WORLD.get_group_store()
-
-
 def first_to_fail():
     """Whether this is the first process of the job that fails: the others end because of it, and need not say so."""
     try:
-        return job_store().add("failed", 1) == 1 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"
+        return dist.group.WORLD.get_group_store().add("failed", 1) == 1 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"
     except RuntimeError:  # the store's process is gone
         return True
 
 
 def lost_processes(error):
     """A sentence about the RuntimeError of a collective, that names the processes which do not answer within 5 seconds."""
-    missing = []
+    store, missing = dist.group.WORLD.get_group_store(), []
     for other in range(world_size()):
         try:
-            job_store().set(f"alive/{rank()}", "")
-            job_store().wait([f"alive/{other}"], timedelta(seconds=5))
+            store.set(f"alive/{rank()}", "")
+            store.wait([f"alive/{other}"], timedelta(seconds=5))
         except RuntimeError:
             missing.append(str(other))
     reason = f"process {', '.join(missing)} does not answer any more" if missing else "the processes lost each other"
-    return f"process {rank()}: {reason} ({str(error).splitlines()[0].split('. ')[0]}); what was saved stays, resume with --resume"
+    return f"process {rank()}: {reason} ({str(error).splitlines()[0].split('. ')[0]}); what was saved stays, continue with --resume"
 
 
 def catch_signals():
@@ -931,7 +889,7 @@ def save_checkpoint(log, config, model, optimizers, progress):
 
 
 def find_checkpoint(config):
-    """The loaded checkpoint that config.resume names and the folder of its run, or (None, None) where `auto` finds none.
+    """(loaded checkpoint that config.resume names, folder of its run), or (None, None) where `auto` finds none.
 
     Raises UserError, naming the difference, if this code with `config` would not have come to that checkpoint.
     """
@@ -947,12 +905,11 @@ def find_checkpoint(config):
         if not isinstance(checkpoint, dict) or "code_sha256" not in checkpoint or candidate.resolve().parent.name != "checkpoints":
             raise UserError(f"{candidate}: not a checkpoint of train_gpt2.py in the checkpoints/ of its run's folder")
         if checkpoint["code_sha256"] != code_sha256():
-            raise UserError(f"{candidate} was written by another version of train_gpt2.py (SHA-256 {checkpoint['code_sha256'][:12]}, this one "
-                            f"is {code_sha256()[:12]}); resume with the train_gpt2.py in the run's folder")
-        for name, value in dataclasses.asdict(config).items():
-            theirs = checkpoint["config"][name]
-            if name not in MAY_CHANGE_ON_RESUME and theirs != value:
-                raise UserError(f"{candidate} is from a run with {name} = {theirs!r}, this one has {value!r}; give it --{name} {theirs}")
+            raise UserError(f"{candidate} was written by another version of train_gpt2.py (SHA-256 {checkpoint['code_sha256'][:12]}, this one is "
+                            f"{code_sha256()[:12]}); resume with the train_gpt2.py in the run's folder")
+        for name, theirs in checkpoint["config"].items():
+            if name not in MAY_CHANGE_ON_RESUME and theirs != getattr(config, name):
+                raise UserError(f"{candidate} is from a run with {name} = {theirs!r}, this one has {getattr(config, name)!r}; give it --{name} {theirs}")
         if config.run_name not in ("", folder.name):
             raise UserError(f"resume = '{config.resume}' continues the run in {folder}, so run_name = '{config.run_name}' cannot be; leave it out")
         if not (folder / "run.json").is_file():
@@ -966,23 +923,22 @@ def find_checkpoint(config):
 # ---------------------------------------------------------------------------------------------------------------------
 # Logging
 
-# dense bf16 matrix products, FLOP/s, from NVIDIA's data sheets
+# dense bf16 matrix products, FLOP/s, from NVIDIA's data sheets; the first that is part of the device's name
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
               "RTX 4090": 165e12}
 WANDB_SECONDS = 60
-# a process of its own that follows metrics.jsonl, so that what wandb raises, or waits for, neither ends nor slows the run
+# a process of its own that follows metrics.jsonl: what wandb raises, or waits for, neither ends nor slows the run
 WANDB = """
 import json, os, select, sys
 project, folder = sys.argv[1:]
 try:
     import wandb
     config = json.load(open(folder + "/run.json"))["config"]
-    run, ended = wandb.init(project=project, name=os.path.basename(folder), config=config, dir=folder), False
-    with open(folder + "/metrics.jsonl") as file:
-        while not ended:
-            ended = bool(select.select([sys.stdin], [], [], 1)[0])  # the trainer has closed it, or is gone
-            for record in map(json.loads, file):
-                run.log(record, step=record["step"])
+    run, file, ended = wandb.init(project=project, name=os.path.basename(folder), config=config, dir=folder), open(folder + "/metrics.jsonl"), False
+    while not ended:
+        ended = bool(select.select([sys.stdin], [], [], 1)[0])  # the trainer has closed it, or is gone
+        for record in map(json.loads, file):
+            run.log(record, step=record["step"])
     run.finish()
 except Exception as error:
     print(f"warning: wandb failed ({type(error).__name__}: {error}); the run continues without it", file=sys.stderr)
@@ -992,19 +948,16 @@ except Exception as error:
 def describe_machine(device):
     """Facts about the software and hardware of this process."""
     def output(*command):
-        try:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=30).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
 
-    cpu = platform.processor() or platform.machine()
+    cpu, gpu = platform.processor() or platform.machine(), device.type == "cuda"
     with contextlib.suppress(OSError, AttributeError):  # other systems, other processors
         cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, cuda=torch.version.cuda,
                 triton=triton and triton.__version__, platform=platform.platform(), cpu=cpu, cpu_threads=torch.get_num_threads(),
-                gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-                git_commit=output("git", "rev-parse", "HEAD") or None, git_changes=bool(output("git", "status", "--porcelain", "-uno")),
-                nvidia_smi=output("nvidia-smi") if device.type == "cuda" else "")
+                gpu=torch.cuda.get_device_name(device) if gpu else None, nvidia_smi=output("nvidia-smi") if gpu else "",
+                git_commit=output("git", "rev-parse", "HEAD") or None, git_changes=bool(output("git", "status", "--porcelain", "-uno")))
 
 
 def now():
@@ -1012,13 +965,12 @@ def now():
 
 
 class Log:
-    """The folder of a run, its files and the terminal. On processes other than 0 nothing is written."""
+    """The folder of a run, its files and the terminal. Only process 0 writes."""
 
     def __init__(self, config, checkpoint, folder, facts, source):
         """Opens `folder` to continue from `checkpoint`, or a new folder with code and machine in log.txt; run.json gets the `facts`.
 
-        `source` is the file of an optimizer given as module:Class, or None; it is kept as optimizer.py. Raises UserError if the folder
-        cannot be written.
+        `source`, the file of an optimizer given as module:Class or None, is kept as optimizer.py. Raises UserError if it cannot write.
         """
         self.config, self.folder, self.files, self.live, self.wandb = config, folder, {}, sys.stdout.isatty(), None
         if rank() != 0:
@@ -1032,8 +984,7 @@ class Log:
             for name in ("log.txt", "metrics.jsonl"):
                 self.files[name] = open(self.folder / name, "a" if checkpoint else "w", buffering=1, encoding="utf-8")
                 if checkpoint:  # what was logged after the checkpoint will be logged again
-                    size = os.path.getsize(self.folder / name)
-                    self.files[name].truncate(min(size, checkpoint["progress"]["log_bytes"][name]))
+                    self.files[name].truncate(min(os.path.getsize(self.folder / name), checkpoint["progress"]["log_bytes"][name]))
             for path in self.folder.glob("checkpoints/step_*.pt") if checkpoint else ():  # and what was saved after it, saved again
                 if int(path.stem[5:]) > checkpoint["progress"]["step"]:
                     path.unlink()
@@ -1042,16 +993,15 @@ class Log:
                     shutil.copyfile(path, self.folder / name)
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another --log_dir") from None
-        self.facts = {**facts, "start": now(), "resumed": []}
+        self.facts = json.loads((self.folder / "run.json").read_text()) if checkpoint else {**facts, "start": now(), "resumed": []}
         if checkpoint:  # what the run started with stays, as in log.txt
-            self.facts = json.loads((self.folder / "run.json").read_text())
             self.facts["resumed"].append(dict(time=now(), **{name: facts[name] for name in ("config", "machine", "world_size")}))
         else:
             machine = {key: value for key, value in facts["machine"].items() if key != "nvidia_smi"}
             for part in (Path(__file__).read_text(), json.dumps(machine, indent=1) + "\n" + facts["machine"]["nvidia_smi"],
                          json.dumps(facts["config"], indent=1)):
                 self.write("log.txt", part.rstrip() + "\n" + "=" * 100)
-        self.write_facts()
+        write_atomically(self.folder / "run.json", json.dumps(self.facts, indent=1).encode())
         if config.wandb_project:
             self.wandb = subprocess.Popen([sys.executable, "-c", WANDB, config.wandb_project, str(self.folder)], stdin=subprocess.PIPE,
                                           start_new_session=True)
@@ -1059,8 +1009,7 @@ class Log:
     def end(self, **facts):
         """Adds `facts` of a finished run to run.json, and gives wandb WANDB_SECONDS to send what it has."""
         if facts and self.files:
-            self.facts.update(facts, end=now())
-            self.write_facts()
+            write_atomically(self.folder / "run.json", json.dumps({**self.facts, **facts, "end": now()}, indent=1).encode())
         if self.wandb:
             self.wandb.stdin.close()
             try:
@@ -1068,9 +1017,6 @@ class Log:
             except subprocess.TimeoutExpired:
                 self.wandb.kill()
                 print("warning: wandb does not finish; the run is complete without it", file=sys.stderr)
-
-    def write_facts(self):
-        write_atomically(self.folder / "run.json", json.dumps(self.facts, indent=1).encode())
 
     def write(self, name, text):
         try:
@@ -1085,9 +1031,9 @@ class Log:
             self.write("log.txt", text)
 
     def loss(self, name, step, train_time, losses, **more):
-        """Logs the mean of `losses`, one for each process, after `step` steps and train_time seconds of training; returns it.
+        """Logs the mean of `losses`, one for each process, as val_loss or train_loss after train_time seconds of training; returns it.
 
-        name: val_loss or train_loss. Raises UserError, on all processes, if one is not finite.
+        Raises UserError, on all processes, if one is not finite.
         """
         loss, N = sum(losses) / len(losses), self.config.num_iterations
         if self.files:
@@ -1099,13 +1045,12 @@ class Log:
                 self.write("log.txt", text)
                 if self.live:
                     print(f"\r\033[K{text} {train_time / step * (N - step):.0f} s left", end="", flush=True)
-            record = dict(step=step, **{name: loss}, **more, train_time_ms=round(1000 * train_time, 3),
-                          tokens=step * self.config.batch_size * self.config.sequence_length)
-            self.write("metrics.jsonl", json.dumps(record))
+            self.write("metrics.jsonl", json.dumps({"step": step, name: loss, **more, "train_time_ms": round(1000 * train_time, 3),
+                                                    "tokens": step * self.config.batch_size * self.config.sequence_length}))
         if not math.isfinite(loss):
-            bad = ", ".join(str(process) for process, value in enumerate(losses) if not math.isfinite(value))
-            raise UserError(f"the {'validation' if name == 'val_loss' else 'training'} loss is {loss} at step {step}"
-                            + (f" on process {bad}" if len(losses) > 1 else "") + "; lower learning_rate or hidden_learning_rate")
+            where = f" on process {', '.join(str(r) for r, value in enumerate(losses) if not math.isfinite(value))}" if len(losses) > 1 else ""
+            raise UserError(f"the {'validation' if name == 'val_loss' else 'training'} loss is {loss} at step {step}{where}; "
+                            "lower learning_rate or hidden_learning_rate")
         return loss
 
     def sizes(self):
@@ -1121,10 +1066,8 @@ class Log:
 
 def choose_dtype(config, device):
     """(type of matrix products, note on why it is not the usual one, or nothing)."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype), ""
-    dtype = fast_dtype(device)
-    slow = device.type == "cuda" and dtype == torch.float32
+    dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    slow = device.type == "cuda" and config.dtype == "auto" and dtype == torch.float32
     return dtype, f"{torch.cuda.get_device_name(device)} has no bfloat16: training in float32" if slow else ""
 
 
@@ -1133,16 +1076,16 @@ def compiled(model, config, device):
     if not config.compile:
         return model, ""
     from torch._inductor import config as inductor
-    # written to its place in the fused q, k, v each gradient takes half of the time that one kernel with three branches does
+    # each gradient written to its place in that of the fused q, k, v takes half of the time of one kernel with three branches
     options = {key: 2 for key in ("max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs") if hasattr(inductor, key)}
+    note = ""
     try:
         torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(8, device=device))
-        failed, note = 0, ""
     except Exception as error:  # no Triton, no C compiler, an old card: each has an exception of its own
-        failed, note = 1, f"torch.compile does not work here ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]}): training without it"
-    failed, = reduced("max", failed)
-    return (model, note or "torch.compile does not work on another process: training without it") if failed else (
-        torch.compile(model, dynamic=False, options=options), "")
+        note = f"torch.compile does not work here ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]}): training without it"
+    if reduced("max", bool(note)) == [0]:
+        return torch.compile(model, dynamic=False, options=options), ""
+    return model, note or "torch.compile does not work on another process: training without it"
 
 
 def parallel(model, device):
@@ -1157,22 +1100,17 @@ def parallel(model, device):
 def choose_micro_batch(config, device, per_process, is_compiled=True):
     """Sequences in one forward pass: device_batch_size or, without one, the largest power of two that divides per_process and fits.
 
-    On a GPU by its memory and by what the forward pass keeps for a token: 37 L C bytes compiled (measured, docs in records/codegen),
-    and twice that not compiled. On a CPU larger micro-batches than 16,384 tokens are no faster.
+    On a GPU by its memory: a compiled forward pass keeps 37 L C bytes for a token (read off the generated code, records/bench),
+    another about twice that. On a CPU more than 16,384 tokens at a time are no faster.
     """
-    if config.device_batch_size:
-        return config.device_batch_size
     tokens, rows = 16384, config.vocab_size + 128
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory * min(0.9, torch.cuda.get_per_process_memory_fraction(device))
-        parameters = 12 * config.n_layer * config.n_embd ** 2 + rows * config.n_embd
-        # weights, gradients, optimizer states and updates, statistics; and the logits of a chunk
-        memory -= 32 * parameters + 2 * CHUNK * rows
+        # for each parameter: weight, gradient, state, update, statistics; and the logits of a chunk
+        memory -= 32 * (12 * config.n_layer * config.n_embd ** 2 + rows * config.n_embd) + 2 * CHUNK * rows
         tokens = memory / (config.n_layer * config.n_embd * (40 if is_compiled else 80))
-    size = per_process & -per_process  # the largest power of two that divides it
-    while size > 1 and size * config.sequence_length > tokens:
-        size //= 2
-    return size
+    fitting = [2 ** i for i in range(32) if per_process % 2 ** i == 0 and 2 ** i * config.sequence_length <= tokens]
+    return config.device_batch_size or max(fitting, default=1)
 
 
 def accumulate(model, micro_batches, collect, dtype):
@@ -1197,14 +1135,14 @@ def accumulate(model, micro_batches, collect, dtype):
 def evaluate(model, shards, config, device, dtype, micro_batch, signals):
     """Mean loss over exactly val_tokens tokens, shared by all processes. None if `signals` came meanwhile."""
     total, mine = 0.0, range(rank(), config.val_tokens // config.sequence_length, world_size())
+    batches = [list(mine[i:i + micro_batch]) for i in range(0, len(mine), micro_batch)]
+    full = [numbers + [0] * (micro_batch - len(numbers)) for numbers in batches]  # the last batch is filled up
     # with torch.compile, use the graph of the training step: one without gradients would be a third to build
     with torch.set_grad_enabled(config.compile), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        batches = [list(mine[i:i + micro_batch]) for i in range(0, len(mine), micro_batch)]
-        full = [numbers + [0] * (micro_batch - len(numbers)) for numbers in batches]  # the last batch is filled up
         for numbers, (idx, targets) in zip(batches, prefetched(shards, full, device)):
             if signals:
                 break
-            targets[len(numbers):] = -1  # and what fills it does not count
+            targets[len(numbers):] = -1  # what fills the batch does not count
             loss = model(idx.to(device), targets.to(device))[0].detach()  # before the next pass: with a graph come its activations
             total += loss.double() * (len(numbers) * config.sequence_length)
     total, ended = reduced("sum", float(total), len(signals))
@@ -1215,8 +1153,7 @@ def warm_up(model, raw_model, config, device, dtype, micro_batch):
     """Builds the graphs and the memory pools with steps on dummy data, and leaves the weights as they were."""
     weights = {name: p.detach().cpu().clone() for name, p in raw_model.state_dict().items()}
     optimizers = build_optimizers(raw_model, config)  # a second pair, thrown away after this
-    generator = torch.Generator().manual_seed(0)
-    idx, targets = torch.randint(config.vocab_size, (2, micro_batch, config.sequence_length), generator=generator).to(device)
+    idx, targets = torch.randint(config.vocab_size, (2, micro_batch, config.sequence_length), generator=torch.Generator().manual_seed(0)).to(device)
     try:
         for collect in (False, False, True) if hasattr(optimizers[1], "refresh") else (False, False):  # DDP rearranges its buckets after the first
             _, grams = accumulate(model, [(idx, targets)] * 2, collect, dtype)
@@ -1226,8 +1163,8 @@ def warm_up(model, raw_model, config, device, dtype, micro_batch):
                 optimizer.step()
     except torch.OutOfMemoryError:
         smaller = f"device_batch_size = {micro_batch // 2}" if micro_batch > 1 else "a smaller sequence_length or model"
-        raise UserError(f"a step with {micro_batch} sequences of {config.sequence_length} tokens at a time does not fit into the memory of "
-                        f"the GPU; set {smaller}") from None
+        raise UserError(f"a step with {micro_batch} sequences of {config.sequence_length} tokens at a time does not fit into the memory of the "
+                        f"GPU; set {smaller}") from None
     raw_model.zero_grad(set_to_none=True)
     raw_model.load_state_dict(weights)
     if device.type == "cuda":
@@ -1240,24 +1177,21 @@ def synchronized_time(device):
     return time.perf_counter()
 
 
-def results(config, raw_model, device, steps, train_time, val_loss, best, reached):
-    """(facts for run.json, lines for the log) at the end of a run. reached: (step, seconds) of the first evaluation at the target, or None."""
-    speed = steps * config.batch_size * config.sequence_length / max(train_time, 1e-9)
+def results(config, model, device, steps, train_time, val_loss, best, reached):
+    """(facts for run.json, text for the log) at the end of a run. reached: (step, seconds) of the first evaluation at the target, or None."""
+    speed, world = steps * config.batch_size * config.sequence_length / max(train_time, 1e-9), world_size()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    memory = torch.cuda.max_memory_allocated(device) if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024)
-    memory, = reduced("max", memory)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory, = reduced("max", torch.cuda.max_memory_allocated(device) if gpu else resident)
     peak = next((value for name, value in PEAK_FLOPS.items() if name in gpu), None)
-    utilisation = raw_model.flops_per_token() * speed / (peak * world_size()) if peak else None
-    facts = dict(final_val_loss=val_loss, best_val_loss=best, train_time_ms=1000 * train_time, steps=steps, tokens_per_second=speed,
-                 target_reached=reached, peak_memory_bytes=int(memory), utilisation=utilisation)
+    utilisation = model.flops_per_token() * speed / (peak * world) if peak else None
     met = f"met at step {reached[0]}, {reached[1]:.1f} s" if reached else "not met"
-    lines = [f"final loss   {val_loss:.4f}; target {config.target_val_loss:g} {met}",
-             f"training     {train_time:.1f} s, {1000 * train_time / max(1, steps):.1f} ms a step, {speed:,.0f} tokens/s",
-             f"memory       {memory / 2 ** 30:.2f} GiB at most on {'a GPU' if gpu else 'a process'}"]
-    if peak:
-        lines.append(f"utilisation  {utilisation:.1%} of {world_size()} x {peak / 1e12:.0f} TFLOP/s")
-    return facts, lines
+    return dict(final_val_loss=val_loss, best_val_loss=best, train_time_ms=1000 * train_time, steps=steps, tokens_per_second=speed,
+                target_reached=reached, peak_memory_bytes=int(memory), utilisation=utilisation), (
+        f"final loss   {val_loss:.4f}; target {config.target_val_loss:g} {met}\n"
+        f"training     {train_time:.1f} s, {1000 * train_time / max(1, steps):.1f} ms a step, {speed:,.0f} tokens/s\n"
+        f"memory       {memory / 2 ** 30:.2f} GiB at most on a {'GPU' if gpu else 'process'}"
+        + (f"\nutilisation  {utilisation:.1%} of {world} x {peak / 1e12:.0f} TFLOP/s" if peak else ""))
 
 
 def run(config):
@@ -1365,9 +1299,8 @@ def run(config):
         log.print(f"stopped by {signal.Signals(stop).name} after step {step}" + (f"; continue with --resume {log.folder}" if step else ""))
         log.end()
     else:
-        facts, lines = results(config, raw_model, device, step, train_time, val_loss, best, reached)
-        for line in lines:
-            log.print(line)
+        facts, text = results(config, raw_model, device, step, train_time, val_loss, best, reached)
+        log.print(text)
         log.end(**facts)
     reduced("max", 0)  # no process leaves before all have come here
     return 128 + stop if stop else 0

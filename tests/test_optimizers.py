@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import golden
 from optimizers.power_newton_muon import PowerNewtonMuon
@@ -147,3 +148,27 @@ def test_owners_share_the_work_evenly():
     assert assign_owners(costs, 1) == [0] * 12
 
 
+class CountLaunches(TorchDispatchMode):
+    """Counts the operations that start a kernel on a GPU: all but views and allocations."""
+    launches = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        schema = operation._schema
+        view = any(r.alias_info and not r.alias_info.is_write for r in schema.returns)
+        self.launches += not view and "empty" not in operation.name() and "unsafe_view" not in operation.name()
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind, most", [(Muon, 90), (NewtonMuon, 150)])
+def test_launches_of_a_step(kind, most):
+    model = GPT(Config(n_embd=24, vocab_size=128, sequence_length=8))  # 12 layers: 48 matrices, as in the speedrun's model
+    matrices = list(model.hidden_matrices().values())
+    optimizer = kind(matrices)
+    if kind is NewtonMuon:
+        optimizer.refresh([torch.eye(24).repeat(optimizer.gram_shape(p)[0], 1, 1) for p in matrices], 1)
+    for p in matrices:
+        p.grad = torch.randn_like(p)
+    optimizer.step()  # makes the buffers
+    with CountLaunches() as count:
+        optimizer.step()
+    assert count.launches <= most
