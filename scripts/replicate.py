@@ -144,7 +144,7 @@ def read_overhead(path):
 
 
 def filed_spread(track, configs):
-    """(sd, degrees of freedom) of final losses in records/TRACK, of runs like those of `configs` but for the seeds; None if there are none."""
+    """(sd, degrees of freedom) of final losses in records/TRACK, of runs like those of `configs` but for the seeds; None without any."""
     groups = {}
     for path in runs.ROOT.glob(f"records/{track}/*/*/run.json"):
         facts = runs.read_facts(path.parent)
@@ -162,8 +162,8 @@ def conclude(baseline, candidate, shorter, fraction, overhead, spread=None):
     if len(baseline) == 1:
         lines.append("one seed gives no verdict; --seeds 5 adds runs and gives one")
         if spread:
-            lines.append(f"two runs that differ in nothing but the seed have final losses up to {estimates.noise(*spread):.4f} apart (95 % of "
-                         f"pairs; standard deviation {spread[0]:.4f}): a smaller difference means nothing")
+            lines.append(f"two runs that differ in nothing but the seed have final losses up to {estimates.noise(*spread):.4f} apart "
+                         f"(95 % of pairs; standard deviation {spread[0]:.4f}): a smaller difference means nothing")
         else:
             lines.append("how large a difference means nothing is not known for this configuration: two or more seeds would tell")
         return lines
@@ -172,8 +172,9 @@ def conclude(baseline, candidate, shorter, fraction, overhead, spread=None):
     lines.append(f"steps saved: {estimates.saved_text(saved)}; {CLAIM['steps']:.0%} claimed")
     lines.append(f"time saved: {estimates.saved_text(estimates.time_saved(saved, overhead))}; about {CLAIM['time']:.0%} claimed")
     for question, answer in (("fewer steps than Muon", found.fewer), ("as many fewer as claimed", found.as_claimed)):
-        needed = f": about {answer.runs:,} runs of each arm, in all, would decide it, if means and spread stay the same" if answer.runs else ""
-        lines.append(f"{question}? {answer.word}{needed}")
+        lines.append(f"{question}? {answer.word}")
+        if answer.runs:
+            lines[-1] += f": about {answer.runs:,} runs of each arm in all would decide it, if means and spread stayed the same"
     return [*lines, f"verdict: {found.word}"]
 
 
@@ -185,7 +186,7 @@ def main():
     parser.add_argument("--optimizers", default="muon,newton_muon,adamw", metavar="NAME,...",
                         help="of the configurations TRACK_NAME.toml in configs/ (default: muon,newton_muon,adamw)")
     parser.add_argument("--gpus", type=int, help="processes, one on each GPU (default: all GPUs, but one process on the cpu track)")
-    parser.add_argument("--overhead", type=Path, metavar="FILE", help="what bench.py --json wrote, instead of measuring the overhead of a step")
+    parser.add_argument("--overhead", type=Path, metavar="FILE", help="what bench.py --json wrote, instead of measuring a step's overhead")
     parser.add_argument("--log_dir", type=Path, help="folder of the runs, from that of the repository (default: logs/TRACK)")
     parser.add_argument("--png", type=Path, help="plot (default: TRACK.png in the folder above the runs)")
     args, fields = parser.parse_known_args()
@@ -220,8 +221,8 @@ def main():
     if claim and not overhead.exists():
         logs.mkdir(parents=True, exist_ok=True)
         unfinished = overhead.with_suffix(".tmp")
-        start([*launcher, "scripts/bench.py", f"configs/{args.track}_newton_muon.toml", "--sides", "muon,newton_muon", "--json", str(unfinished),
-               *fields], "the overhead of a step was not measured; the same command continues")
+        start([*launcher, "scripts/bench.py", f"configs/{args.track}_newton_muon.toml", "--sides", "muon,newton_muon", "--json",
+               str(unfinished), *fields], "the overhead of a step was not measured; the same command continues")
         unfinished.rename(overhead)
     print(f"\n{len(planned) - len(missing)} of {len(planned)} runs in {logs} are finished", flush=True)
     curve = {step: loss for step, loss, _ in runs.read_curve()} if args.track == "speedrun" else None
@@ -241,8 +242,8 @@ def main():
     baseline = next((group.label for group in groups if group.optimizer == "muon"), None)
     compare.report(groups, baseline, targets.pop(), png=args.png or logs.parent / f"{logs.name}.png")
     if claim:
-        arms = {arm: {seed: math.nan if diverged(folder) else runs.read_facts(folder)["final_val_loss"] for seed, (folder, _, _) in of.items()}
-                for arm, of in plan.items()}
+        arms = {arm: {seed: math.nan if diverged(folder) else runs.read_facts(folder)["final_val_loss"]
+                      for seed, (folder, _, _) in seeds.items()} for arm, seeds in plan.items()}
         N, short = [steps for optimizer, steps in arms if optimizer == "newton_muon"]
         measured = read_overhead(overhead)
         print("\nThe claim" + ("" if args.track == "speedrun" else f", made for the speedrun, on the {args.track} track"))

@@ -37,8 +37,8 @@ def test_slurm_starts_the_launcher_on_each_node_with_its_cpus(stub, tmp_path):
     stub("scontrol", '#!/bin/sh\n[ "$*" = "show hostnames node[7-8]" ] && yes node7 | head -n 99999\n')  # more than a pipe holds
     script = tmp_path / "slurm_script"  # Slurm runs a copy
     script.write_bytes((ROOT / "scripts/slurm.sbatch").read_bytes())
-    done = run("bash", script, "configs/speedrun_muon.toml", "--save_every", 500, SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_NODELIST="node[7-8]",
-               SLURM_JOB_ID="40123", SLURM_JOB_NUM_NODES="2", SLURM_CPUS_PER_TASK="48")
+    done = run("bash", script, "configs/speedrun_muon.toml", "--save_every", 500, SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="40123",
+               SLURM_JOB_NODELIST="node[7-8]", SLURM_JOB_NUM_NODES="2", SLURM_CPUS_PER_TASK="48")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == dict(job="speedrun_muon_40123", folder=str(ROOT), arguments=[
         "--kill-on-bad-exit=0", "--cpus-per-task=48", "scripts/launch_multinode.sh", "2", "node7:20123", "configs/speedrun_muon.toml",
@@ -66,8 +66,8 @@ def test_launcher_starts_torchrun_with_the_nodes_rendezvous(stub):
     done = run(ROOT / "scripts/launch_multinode.sh", 2, "node7", config, "--save_every", 5, PYTHON=str(stub("python")), NPROC="4")
     assert json.loads(done.stdout)["arguments"] == [
         "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "4", "--max_restarts", "3", "--rdzv_backend", "c10d",
-        "--rdzv_endpoint", "node7:29400", "--rdzv_id", "cpu_muon", str(ROOT / "train_gpt2.py"), config, "--run_name", "cpu_muon", "--resume", "auto",
-        "--save_every", "5"]
+        "--rdzv_endpoint", "node7:29400", "--rdzv_id", "cpu_muon", str(ROOT / "train_gpt2.py"), config, "--run_name", "cpu_muon",
+        "--resume", "auto", "--save_every", "5"]
 
 
 @pytest.mark.parametrize("arguments, code, words", [

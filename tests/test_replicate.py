@@ -1,0 +1,238 @@
+"""scripts/replicate.py: the arms that it trains, what it prints while they run, and what it makes of them."""
+import dataclasses
+import io
+import json
+import math
+import os
+import pty
+import signal
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+import replicate
+import train_gpt2
+from conftest import ROOT
+from estimates import Estimate
+from train_gpt2 import UserError, load_config
+
+TINY = ["--n_layer", "1", "--n_embd", "16", "--num_iterations", "20", "--warmdown_iters", "6", "--val_loss_every", "10",
+        "--val_tokens", "4096", "--target_val_loss", "5", "--log_every", "1"]
+
+
+def losses(*gains, n=5, seed=0):
+    """Final losses {seed: loss} of an arm for each of `gains`, with the speedrun's spread."""
+    rng = np.random.default_rng(seed)
+    return [dict(enumerate(3.28 - gain + rng.normal(0, 0.0013, n))) for gain in gains]
+
+
+# the arms
+
+
+@pytest.mark.parametrize("track, steps, warmdown", [("cpu", {600, 564}, 169), ("speedrun", {6200, 5828}, 1692)])
+def test_arms(track, steps, warmdown, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    plan = replicate.plan_runs(track, ["newton_muon", "adamw", "muon"], 3, tmp_path, [])
+    N, short = max(steps), min(steps)
+    assert set(plan) == {("muon", N), ("newton_muon", N), ("newton_muon", short), ("adamw", N)}
+    for (optimizer, length), seeds in plan.items():
+        for seed, (folder, arguments, config) in seeds.items():
+            asked = load_config([f"configs/{track}_{optimizer}.toml"])
+            same = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) == getattr(asked, field.name)}
+            assert (config.seed, config.data_seed, config.num_iterations, config.run_name) == (seed, seed, length, folder.name)
+            changed = {"seed", "data_seed"} if seed else set()
+            changed |= {"num_iterations", "warmdown_iters"} if length == short else set()
+            assert {field.name for field in dataclasses.fields(config)} - same == changed | {"run_name", "log_dir", "resume", "save_every"}
+    assert plan["newton_muon", short][0][2].warmdown_iters == warmdown
+    assert len({folder for seeds in plan.values() for folder, _, _ in seeds.values()}) == 12
+
+
+def test_without_muon_there_is_no_shorter_arm(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    assert set(replicate.plan_runs("cpu", ["newton_muon"], 1, tmp_path, ["--num_iterations", "450"])) == {("newton_muon", 450)}
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--seed", "3"], "--seed: every run here has its own"), (["--optimizer=adamw"], "--seeds and --optimizers say"),
+    (["--data_seed", "3"], "--data_seed: every run"), (["--stop_at_target", "true"], "to its end"),
+    (["--seeds", "0"], "seeds must be at least 1"), (["--optimizers", "muon,muon"], "each optimizer named once"),
+    (["--optimizers", "muon,lion"], "cpu_lion.toml"), (["--val_tokens", "100"], "val_tokens = 100"), (["--track", "mini"], "needs a GPU"),
+    (["--num_iterations", "8", "--warmdown_iters", "2"], "num_iterations = 8 of Newton-Muon"),
+    (["--overhead", "nowhere.json"], "nowhere.json is not what bench.py"),
+])
+def test_what_cannot_be_run_is_refused_before_the_first_run(call, tmp_path, arguments, words, monkeypatch):
+    if torch.cuda.is_available() and "mini" in arguments:
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(replicate, "start", lambda *_: pytest.fail("starts"))
+    with pytest.raises(UserError) as raised:
+        call(replicate, "--log_dir", tmp_path / "runs", *arguments)
+    assert words in str(raised.value) and not (tmp_path / "runs").exists()
+
+
+# running them
+
+
+def follow(output):
+    """What echo() prints of `output`, bytes in the pieces in which they are written."""
+    reader, writer = os.pipe()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", io.StringIO())
+        thread = threading.Thread(target=replicate.echo, args=(reader, {125: 5.2017, 6200: 3.2785}))
+        thread.start()
+        for piece in output:
+            os.write(writer, piece)
+        os.close(writer)
+        thread.join(30)
+        return sys.stdout.getvalue()
+
+
+def test_the_published_loss_stands_beside_ours():
+    text = follow([b"Muon\nstep:0/6200 val_loss:10.9", b"3 train_time:0ms\nstep:125/6200 val_loss:5.2117 tr",
+                   b"ain_time:9ms\nstep:126/6200 val_loss:5.1 x\nend"])
+    assert text.splitlines() == ["Muon", "step:0/6200 val_loss:10.93 train_time:0ms", "step:125/6200 val_loss:5.2117 train_time:9ms  "
+                                 "published: 5.2017 (+0.0100)", "step:126/6200 val_loss:5.1 x", "end"]
+    assert follow([]) == "" and "(+nan)" in follow([b"step:125/6200 val_loss:nan\n"])
+
+
+def test_a_terminals_progress_line_passes_at_once(monkeypatch):
+    reader, writer = pty.openpty()
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    thread = threading.Thread(target=replicate.echo, args=(reader, {125: 5.2017}))
+    thread.start()
+    try:
+        os.write(writer, b"\r\033[Kstep:10/6200 train_loss:7.1")
+        while "train_loss:7.1" not in sys.stdout.getvalue():  # shown although its line has no end
+            assert thread.is_alive()
+        os.write(writer, b"\r\033[Kstep:125/6200 val_loss:5.2017 train_time:9ms\n")
+    finally:
+        os.close(writer)
+        thread.join(30)
+    assert sys.stdout.getvalue().endswith("val_loss:5.2017 train_time:9ms  published: 5.2017 (+0.0000)\n")
+
+
+def test_a_run_that_is_stopped_ends_by_itself(tmp_path):
+    handler, saved = signal.signal(signal.SIGTERM, signal.SIG_IGN), tmp_path / "saved"
+    code = f"""
+import os, signal, sys
+def stop(*_):
+    open({str(saved)!r}, "w").close()  # as a run writes its checkpoint
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+os.kill(os.getppid(), signal.SIGTERM)
+signal.pause()
+"""
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            replicate.start(["-c", code], "it failed")
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # as before
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert saved.exists()
+    with pytest.raises(UserError, match="code 3: it failed"):
+        replicate.start(["-c", "raise SystemExit(3)"], "it failed")
+
+
+@pytest.fixture
+def replicated(call, tmp_path, monkeypatch):
+    """replicated(*arguments) runs it with a tiny model, its commands in this process; .started lists them."""
+    def start(arguments, otherwise, published=None):
+        replicated.started.append(arguments[0])
+        if arguments[0] == "scripts/bench.py":
+            ratio = dict(mean_step=1.02, low=1.01, high=1.03)
+            (tmp_path / "runs/overhead.tmp").write_text(json.dumps({"ratios": {"newton_muon/muon": ratio}}))
+        elif arguments[0] == "train_gpt2.py":
+            try:
+                train_gpt2.run(load_config(arguments[1:]))
+            except UserError as error:
+                raise UserError(f"that command ended with code 1: {otherwise}") from error
+
+    def replicated(*arguments):
+        replicated.started = []
+        done = call(replicate, "--log_dir", tmp_path / "runs", "--optimizers", "muon,newton_muon", *TINY, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    monkeypatch.setattr(replicate, "start", start)
+    monkeypatch.chdir(ROOT)
+    return replicated
+
+
+def test_it_trains_compares_and_judges_and_repeats_nothing(replicated, tmp_path):
+    text = replicated()
+    assert replicated.started == ["data/shakespeare.py", "scripts/bench.py", *["train_gpt2.py"] * 3]
+    assert "one seed gives no verdict" in text and "verdict:" not in text and "not known for this configuration" in text
+    assert (tmp_path / "runs.png").exists()
+    text = replicated("--seeds", 2)
+    assert replicated.started == ["data/shakespeare.py", *["train_gpt2.py"] * 3] and "3 of 6 runs" in text
+    assert "overhead of Newton-Muon's step: +2.0% (95 %: +1.0% to +3.0%)" in text and text.splitlines()[-1].startswith("verdict: ")
+    finals = [json.loads((tmp_path / f"runs/newton_muon_19_seed-{seed}/run.json").read_text())["final_val_loss"] for seed in (0, 1)]
+    assert f"final loss of newton_muon after 19 steps: {np.mean(finals):.4f}" in text
+    text = replicated("--seeds", 2, "--target_val_loss", "5.2")
+    assert replicated.started == [] and "first 5.2: step" in text  # another target needs no other runs
+
+
+def test_a_run_that_diverges_counts_and_is_not_repeated(replicated):
+    text = replicated("--seeds", 2, "--hidden_learning_rate", "1e14")
+    assert replicated.started.count("train_gpt2.py") == 6 and "muon_20_seed-0 diverged: its arm has no result" in text
+    assert "6 of 6 runs diverged" in text and text.splitlines()[-1] == "verdict: undecided"
+    replicated("--seeds", 2, "--hidden_learning_rate", "1e14")
+    assert replicated.started == []
+
+
+def test_the_overhead_is_what_bench_writes(tmp_path, call, monkeypatch):
+    file = tmp_path / "overhead.json"
+    monkeypatch.chdir(ROOT)
+    done = call(bench, "configs/cpu_newton_muon.toml", "--sides", "muon,newton_muon", "--rounds", 6, "--steps", 1, "--n_layer", 1,
+                "--n_embd", 16, "--batch_size", 2, "--json", file)
+    assert done.returncode == 0, done.stderr
+    rounds = np.array(json.loads(file.read_text())["ratios"]["newton_muon/muon"]["rounds"]) - 1
+    found = replicate.read_overhead(file)
+    assert found[:3] == pytest.approx((np.median(rounds), rounds.min(), rounds.max()))
+    file.write_text("[]")
+    with pytest.raises(UserError, match="is not what bench.py"):
+        replicate.read_overhead(file)
+
+
+# judging them
+
+
+@pytest.mark.parametrize("saving, word, fewer, as_claimed", [
+    (0.06, "reproduced", "yes", "yes"), (0.03, "partly", "yes", "no"), (-0.03, "not reproduced", "no", "no"),
+])
+def test_the_verdict_in_words(saving, word, fewer, as_claimed):
+    slope = 0.0045 * 62
+    lines = replicate.conclude(*losses(0, saving * slope, (saving - 0.06) * slope), 0.06, Estimate(0.01, 0.01, 0.01))
+    steps, time = (float(line.split()[2].rstrip("%")) / 100 for line in lines[:2])
+    assert steps == pytest.approx(saving, abs=0.007) and time == pytest.approx(1 - (1 - steps) * 1.01, abs=0.001)
+    assert lines[2:] == [f"fewer steps than Muon? {fewer}", f"as many fewer as claimed? {as_claimed}", f"verdict: {word}"]
+
+
+def test_an_undecided_question_names_a_number_of_runs():
+    arms = {0: 3.281, 1: 3.279}, {0: 3.275, 1: 3.277}, {0: 3.281, 1: 3.283}  # 4 %, on two seeds
+    lines = replicate.conclude(*arms, 0.06, Estimate(0.01))
+    assert lines[0].startswith("steps saved: 4.0% (95 %: ") and "time saved: unknown" in lines[1]  # without an interval for the overhead
+    assert lines[3].startswith("as many fewer as claimed? undecided: about ") and lines[-1] == "verdict: undecided"
+
+
+def test_one_seed_says_what_difference_means_nothing():
+    arms = losses(0, 0.01, 0.02, n=1)
+    text = "\n".join(replicate.conclude(*arms, 0.06, Estimate(0.01), (0.0013, math.inf)))
+    assert "final losses up to 0.0036 apart" in text and "%" in text and "verdict:" not in text and "saved" not in text
+    assert "not known" in "\n".join(replicate.conclude(*arms, 0.06, Estimate(0.01)))
+
+
+def test_the_spread_is_that_of_filed_runs_of_the_same_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(replicate.runs, "ROOT", tmp_path)
+    monkeypatch.chdir(ROOT)
+    config = load_config(["configs/cpu_muon.toml"])
+    other = {"learning_rate": 0.1}
+    for i, (loss, changed) in enumerate([(1.60, {}), (1.64, {"device": "cuda"}), (1.62, {}), (9.0, other), (8.0, other)]):
+        folder = tmp_path / f"records/cpu/first/run_{i}"
+        folder.mkdir(parents=True)
+        facts = dict(config={**dataclasses.asdict(config), **changed, "seed": i}, final_val_loss=loss)
+        (folder / "run.json").write_text(json.dumps(facts))
+    assert replicate.filed_spread("cpu", [config]) == (pytest.approx(np.std([1.60, 1.64, 1.62], ddof=1)), 2)
+    assert replicate.filed_spread("mini", [config]) is None
