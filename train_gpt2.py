@@ -1,8 +1,7 @@
 """Trains GPT-2 124M to a loss of 3.28 on FineWeb (published: 22 minutes on 8 H100s, 2 hours on one), or a small model on a laptop in a minute.
 
-    python train_gpt2.py configs/cpu_muon.toml --num_iterations 300     one process, CPU or GPU; any field can be overridden
+    python train_gpt2.py configs/cpu_muon.toml --num_iterations 300     one process, CPU or GPU; --help lists all fields to override
     torchrun --nproc_per_node 8 train_gpt2.py configs/speedrun_newton_muon.toml
-    python train_gpt2.py --help                                         every field: type, default, meaning
 
 The optimizer is AdamW, Muon, Newton-Muon, SGD or your own. A run writes LOG_DIR/RUN_NAME/: log.txt (this code, the machine, the
 losses), metrics.jsonl (the losses as JSON), run.json (configuration, versions, hashes, results), train_gpt2.py and checkpoints/.
@@ -33,7 +32,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -53,15 +51,13 @@ try:  # comes with torch's CUDA build
 except ImportError:
     triton = None
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration
+# ---- Configuration --------------------------------------------------------------------------------------------------
+
+OPTIMIZERS = ("adamw", "muon", "newton_muon", "sgd")
 
 
 class UserError(Exception):
     """Something the user can fix: one sentence, which main() prints before it exits with 1."""
-
-
-OPTIMIZERS = ("adamw", "muon", "newton_muon", "sgd")
 
 
 @dataclass
@@ -118,17 +114,8 @@ class Config:
     wandb_project: str = ""  # also log to this Weights & Biases project
 
 
-def field_help():
-    """{field: comment} of Config, read from this file."""
-    return dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
-
-
 def boolean(text):
     return ("false", "true").index(text.lower()) == 1
-
-
-def nearest(name, names):
-    return f"'{name}'; the nearest valid one is '{difflib.get_close_matches(name, names, n=1, cutoff=0)[0]}' (--help lists all)"
 
 
 def read_toml(path):
@@ -142,7 +129,7 @@ def read_toml(path):
     types = {field.name: field.type for field in dataclasses.fields(Config)}
     for key, value in values.items():
         if key not in types:
-            raise UserError(f"{path}: unknown key {nearest(key, types)}")
+            raise UserError(f"{path}: unknown key '{key}'; the nearest valid one is '{difflib.get_close_matches(key, types, n=1, cutoff=0)[0]}' (--help lists all)")
         if types[key] is float and type(value) is int:
             values[key] = float(value)
         elif type(value) is not types[key]:
@@ -152,37 +139,34 @@ def read_toml(path):
 
 def load_config(argv):
     """Config from the command line `argv`: CONFIG.toml [--field value ...]. Usage errors exit with 2."""
-    parser = argparse.ArgumentParser(prog="train_gpt2.py", description=__doc__, allow_abbrev=False,
-                                     usage="[torchrun ...] train_gpt2.py CONFIG.toml [--field value ...]",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage="[torchrun ...] train_gpt2.py CONFIG.toml [--field value ...]", description=__doc__,
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG.toml", help="configuration file, for example configs/cpu_muon.toml")
-    comments = field_help()
+    comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for field in dataclasses.fields(Config):
         parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type, metavar=field.type.__name__,
                             default=argparse.SUPPRESS, help=f"{comments[field.name]} (default: {json.dumps(field.default)})")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        parser.error(f"unknown argument {nearest(unknown[0].split('=')[0], [f'--{key}' for key in comments])}")
-    given = vars(args)
-    config = Config(**{**read_toml(given.pop("config")), **given})
+        near = difflib.get_close_matches(unknown[0], [f"--{key}" for key in comments], n=1, cutoff=0)[0]
+        parser.error(f"unknown argument '{unknown[0]}'; the nearest valid one is '{near}' (--help lists all)")
+    config = Config(**{**read_toml(args.config), **{key: value for key, value in vars(args).items() if key != "config"}})
     check_config(config)
     return config
 
 
 def check_config(config):
     """Raises UserError for a value that is out of range, whatever the data and the machine."""
-    c = config
-    try:
+    c, arguments, rules = config, None, []
+    with contextlib.suppress(json.JSONDecodeError):
         arguments = json.loads(c.optimizer_args)
-    except json.JSONDecodeError as error:
-        raise UserError(f"optimizer_args = {c.optimizer_args!r} is not JSON: {error}") from None
-    counts = ("batch_size sequence_length num_iterations val_tokens n_layer n_head n_embd ns_steps vocab_size refresh_interval "
-              "collective_timeout log_every").split()
-    rules = [(getattr(c, name) >= 1, name, "at least 1") for name in counts]
-    for names, end, must in (("device_batch_size warmup_iters warmdown_iters val_loss_every save_every seed data_seed", 2 ** 63, "0 or more, and below 2^63"),
-                             ("learning_rate hidden_learning_rate weight_decay", 1e9, "0 or more, and below 1e9"),
-                             ("beta1 beta2 momentum ewma", 1, "at least 0 and below 1")):
-        rules += [(0 <= getattr(c, name) < end, name, must) for name in names.split()]
+    for names, low, end, must in (
+            ("batch_size sequence_length num_iterations val_tokens n_layer n_head n_embd ns_steps vocab_size refresh_interval "
+             "collective_timeout log_every", 1, 2 ** 63, "at least 1, and below 2^63"),
+            ("device_batch_size warmup_iters warmdown_iters val_loss_every save_every seed data_seed", 0, 2 ** 63, "0 or more, and below 2^63"),
+            ("learning_rate hidden_learning_rate weight_decay", 0, 1e9, "0 or more, and below 1e9"),
+            ("beta1 beta2 momentum ewma", 0, 1, "at least 0 and below 1")):
+        rules += [(low <= getattr(c, name) < end, name, must) for name in names.split()]
     rules += [
         (0 < c.ridge < math.inf, "ridge", "positive and finite"),
         (c.warmup_iters + c.warmdown_iters <= c.num_iterations, "warmup_iters warmdown_iters num_iterations",
@@ -193,7 +177,6 @@ def check_config(config):
         (c.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda"),
         (c.dtype in ("auto", "float32", "bfloat16"), "dtype", "auto, float32 or bfloat16"),
         (c.optimizer in OPTIMIZERS or re.fullmatch(r"[\w.]+:\w+", c.optimizer), "optimizer", f"{', '.join(OPTIMIZERS)} or module:Class"),
-        (c.optimizer != "sgd" or c.momentum > 0 or not c.nesterov, "nesterov momentum", "such that Nesterov's rule has a momentum above 0"),
         (os.path.basename(c.run_name) == c.run_name and c.run_name not in (".", ".."), "run_name",
          "a folder name without a path; the folder above it is log_dir"),
         (c.weight_decay == 0 or ":" not in c.optimizer, "weight_decay optimizer", "0 for a module:Class; optimizer_args has its arguments"),
@@ -207,17 +190,16 @@ def check_config(config):
 
 def sequences_per_process(config, world):
     """Sequences of one process in a step. Raises UserError unless the batch can be split over `world` processes and micro-batches."""
-    def divisors(n, wanted):
-        """The divisors of n, the one nearest to `wanted` first."""
+    def divisors(n, wanted):  # the nearest first
         return sorted((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))
 
+    per_process, size = config.batch_size // world, config.device_batch_size
     if config.batch_size % world:
         raise UserError(f"batch_size = {config.batch_size} cannot be split over {world} processes; the nearest numbers of processes that "
                         f"can are {' and '.join(map(str, sorted(divisors(config.batch_size, world)[:2])))}")
-    per_process = config.batch_size // world
-    if config.device_batch_size and per_process % config.device_batch_size:
-        raise UserError(f"device_batch_size = {config.device_batch_size} does not divide the {per_process} sequences that each of {world} processes has in "
-                        f"a step (batch_size = {config.batch_size}); the nearest that does is {divisors(per_process, config.device_batch_size)[0]}")
+    if size and per_process % size:
+        raise UserError(f"device_batch_size = {size} does not divide the {per_process} sequences that each of {world} processes has in a step "
+                        f"(batch_size = {config.batch_size}); the nearest that does is {divisors(per_process, size)[0]}")
     return per_process
 
 
@@ -226,11 +208,9 @@ def learning_rate_scale(config, step):
     return min(1.0, (step + 1) / max(1, config.warmup_iters), (config.num_iterations - step) / max(1, config.warmdown_iters))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Token shards: 256 little-endian int32 (20240520, version 1, number of tokens, rest 0), then uint16 tokens
+# ---- Token shards: 256 little-endian int32 (20240520, version 1, number of tokens, rest 0), then uint16 tokens ------
 
-HEADER_BYTES = 1024
-MAGIC, VERSION = 20240520, 1
+HEADER_BYTES, MAGIC, VERSION = 1024, 20240520, 1
 FIX = "make it again with the script in data/ that made it"
 
 
@@ -240,8 +220,7 @@ def open_shard(path):
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
             raise OSError("it is not a regular file")
         with open(path, "rb") as file:
-            header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4")
-            size = os.fstat(file.fileno()).st_size
+            header, size = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4"), os.fstat(file.fileno()).st_size
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); {FIX}") from None
     if len(header) < 256 or header[0] != MAGIC:
@@ -257,10 +236,9 @@ def open_shard(path):
 class Shards:
     """All shards that match a glob pattern, cut into sequences.
 
-    Sequence i is sequence_length tokens and the one after them; sequences follow each other in a shard, shards in order of
-    name, and no sequence spans two shards. Step t of a run trains on sequences t * batch_size to (t + 1) * batch_size - 1,
-    however many processes share them: the position in the data is the step. A data_seed above 0 numbers the sequences of
-    all shards in another order. A shard is mapped only while a batch is read, so that memory stays flat.
+    Sequence i is sequence_length tokens and the one after them; sequences follow each other in a shard, shards in order of name, and no
+    sequence spans two shards. Step t of a run trains on sequences t * batch_size to (t + 1) * batch_size - 1, however many processes share
+    them. A data_seed above 0 numbers the sequences in another order. A shard is mapped only while a batch is read: memory stays flat.
     """
 
     def __init__(self, pattern, sequence_length, vocab_size, allow_repeat=False, data_seed=0):
@@ -270,60 +248,51 @@ class Shards:
         self.lengths = [len(open_shard(path)) for path in self.paths]  # in tokens
         self.pattern, self.T, self.vocab_size, self.allow_repeat = pattern, sequence_length, vocab_size, allow_repeat
         self.ends = np.cumsum([max(0, n - 1) // sequence_length for n in self.lengths])  # in sequences
-        # numpy never changes what a RandomState yields for a seed
-        self.order = np.random.RandomState(data_seed).permutation(self.ends[-1]) if data_seed else None
+        self.order = np.random.RandomState(data_seed).permutation(self.ends[-1]) if data_seed else None  # numpy never changes these
         self.waited = 0.0  # seconds that prefetched() kept its caller waiting
 
     def require(self, sequences, what):
         """Raises UserError unless there are `sequences` sequences for `what`."""
-        have = int(self.ends[-1])
-        if have >= sequences or (self.allow_repeat and have > 0):
-            return
-        largest = max(self.lengths)
-        missing = f"{math.ceil((sequences - have) * self.T / largest)} more shards like the largest one" if largest else "more shards"
-        raise UserError(f"'{self.pattern}' holds {have * self.T:,} tokens in sequences of {self.T}, {what} needs "
-                        f"{sequences * self.T:,}: add {missing}, or set a lower number"
-                        + ("" if what == "validation" else " of steps, or allow_repeat = true"))
+        have, largest = int(self.ends[-1]), max(self.lengths)
+        if have < sequences and not (self.allow_repeat and have):
+            missing = f"{math.ceil((sequences - have) * self.T / largest)} more shards like the largest one" if largest else "more shards"
+            raise UserError(f"'{self.pattern}' holds {have * self.T:,} tokens in sequences of {self.T}, {what} needs {sequences * self.T:,}: add {missing}, "
+                            "or set a lower number" + ("" if what == "validation" else " of steps, or allow_repeat = true"))
 
     def describe(self):
         """For run.json: name and tokens of each shard, SHA-256 of its header and size, and of its first MiB."""
-        shards = []
-        for path, n in zip(self.paths, self.lengths):
+        def facts(path, n):
             with open(path, "rb") as file:
-                start, size = file.read(2 ** 20), os.path.getsize(path)
-            shards.append(dict(name=os.path.basename(path), tokens=n, sha256_of_first_mebibyte=hashlib.sha256(start).hexdigest(),
-                               sha256_of_header_and_size=hashlib.sha256(start[:HEADER_BYTES] + str(size).encode()).hexdigest()))
-        return shards
+                start, size = file.read(2 ** 20), str(os.path.getsize(path)).encode()
+            return dict(name=os.path.basename(path), tokens=n, sha256_of_first_mebibyte=hashlib.sha256(start).hexdigest(),
+                        sha256_of_header_and_size=hashlib.sha256(start[:HEADER_BYTES] + size).hexdigest())
+        return list(map(facts, self.paths, self.lengths))
 
     def batch(self, sequences):
-        """Inputs and targets, each (len(sequences), T) int64, of the sequences with these numbers.
-
-        Raises UserError for a token outside the vocabulary, and for a shard that has changed since it was checked.
-        """
+        """Inputs and targets, each (len(sequences), T) int64, of the sequences with these numbers. Raises UserError for a token outside
+        the vocabulary, or a shard that has changed since it was checked."""
         rows, opened = np.empty((len(sequences), self.T + 1), dtype=np.int64), None
         for row, i in zip(rows, sequences):
             i %= int(self.ends[-1])
-            i = i if self.order is None else int(self.order[i])
+            i = int(self.order[i]) if self.order is not None else i
             shard = int(np.searchsorted(self.ends, i, side="right"))
             start = (i - (int(self.ends[shard - 1]) if shard else 0)) * self.T
             if shard != opened:
                 tokens, opened = open_shard(self.paths[shard]), shard
                 if len(tokens) != self.lengths[shard]:
-                    raise UserError(f"{self.paths[shard]}: had {self.lengths[shard]:,} tokens when the run started and has "
-                                    f"{len(tokens):,} now; leave the shards of a run alone")
+                    raise UserError(f"{self.paths[shard]}: had {self.lengths[shard]:,} tokens when the run started and has {len(tokens):,} now; "
+                                    "leave the shards of a run alone")
             row[:] = tokens[start:start + self.T + 1]
             if row.max() >= self.vocab_size:
-                raise UserError(f"{self.paths[shard]}: token {row.max()} after position {start} is outside vocab_size = "
-                                f"{self.vocab_size}; use the vocabulary of the tokenizer that made the shard")
+                raise UserError(f"{self.paths[shard]}: token {row.max()} after position {start} is outside vocab_size = {self.vocab_size}; "
+                                "use the vocabulary of the tokenizer that made the shard")
         rows = torch.from_numpy(rows)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 def prefetched(shards, batches, device):
-    """Yields shards.batch(sequences) for each of `batches`; a thread reads the next one while the caller uses this one.
-
-    For a GPU the tensors lie in pinned memory, from which they can be copied while it computes.
-    """
+    """Yields shards.batch(sequences) for each of `batches`; a thread reads the next one while the caller uses this one. For a GPU the
+    tensors lie in pinned memory, from which they can be copied while it computes."""
     def read(sequences):
         batch = shards.batch(sequences)
         if device.type == "cuda":
@@ -331,20 +300,18 @@ def prefetched(shards, batches, device):
             batch = [t.pin_memory() for t in batch]
         return batch
 
-    batches = iter(batches)
     with ThreadPoolExecutor(1) as thread:
-        waiting = [thread.submit(read, sequences) for sequences in itertools.islice(batches, 1)]
+        futures = (thread.submit(read, sequences) for sequences in batches)
+        waiting = list(itertools.islice(futures, 1))
         while waiting:
-            waiting += [thread.submit(read, sequences) for sequences in itertools.islice(batches, 1)]
+            waiting += itertools.islice(futures, 1)
             start = time.perf_counter()
             batch = waiting.pop(0).result()
             shards.waited += time.perf_counter() - start
             yield batch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model: pre-norm GPT-2 with RMSNorm, rotary embeddings, no biases, no learned norm gains, tied embedding and head
-
+# ---- Model: pre-norm GPT-2 with RMSNorm, rotary embeddings, no biases, no learned norm gains, tied embedding and head 
 
 def norm(x):
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
@@ -375,46 +342,25 @@ def gram(z, n):
         return z.float().mT @ z.float()
 
 
-class Attention(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-
-    def forward(self, x, cos, sin, grams):
-        B, T, C = x.size()
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
-        q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C)
-        if grams is not None:
-            grams += [gram(x, C), gram(y, C)]
-        return self.c_proj(y)
-
-
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
-
-    def forward(self, x, grams):
-        h = F.gelu(self.c_fc(x))
-        if grams is not None:
-            grams += [gram(x, x.size(-1)), gram(h, x.size(-1))]
-        return self.c_proj(h)
-
-
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.attn = Attention(config)
-        self.mlp = MLP(config)
-        self.attn_scale = 1 / math.sqrt(2 * config.n_layer)
+        C, self.n_head, self.attn_scale = config.n_embd, config.n_head, 1 / math.sqrt(2 * config.n_layer)
+        self.c_attn, self.attn_proj = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
+        self.c_fc, self.mlp_proj = nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
 
     def forward(self, x, cos, sin, grams):
-        x = x.add(self.attn(norm(x), cos, sin, grams), alpha=self.attn_scale)
-        return x + self.mlp(norm(x), grams)
+        B, T, C = x.size()
+        z = norm(x)
+        q, k, v = self.c_attn(z).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
+        q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C)
+        x = x.add(self.attn_proj(y), alpha=self.attn_scale)
+        u = norm(x)
+        h = F.gelu(self.c_fc(u))
+        if grams is not None:
+            grams += [gram(t, C) for t in (z, y, u, h)]
+        return x + self.mlp_proj(h)
 
 
 class GPT(nn.Module):
@@ -432,10 +378,8 @@ class GPT(nn.Module):
         self.register_buffer("sin", torch.cat((angles.sin(), -angles.sin()), -1), persistent=False)
 
     def forward(self, idx, targets, collect=False):
-        """Mean cross-entropy of `targets` (B, T), of which -1 does not count, after the tokens `idx` (B, T).
-
-        Returns (loss, grams): with `collect`, grams holds Z Z^T of the inputs of each of hidden_matrices(), else nothing.
-        """
+        """(mean cross-entropy of `targets` (B, T), of which -1 does not count, after the tokens `idx` (B, T); grams): with `collect`,
+        Z Z^T of the inputs of each of hidden_matrices(), else nothing."""
         x, grams = self.features(idx, collect)
         if triton and on_gpu(x):
             return head_loss(x.flatten(0, 1).to(matmul_dtype(x)), self.lm_head.weight, targets.flatten(), self.vocab_size)[0], grams
@@ -448,9 +392,8 @@ class GPT(nn.Module):
     def features(self, idx, collect=False):
         """Input (B, T, C) of the head for tokens `idx` (B, T), and the grams of forward()."""
         x, grams = self.wte(idx), [] if collect else None
-        cos, sin = self.cos[:idx.size(1)], self.sin[:idx.size(1)]
         for block in self.h:
-            x = block(x, cos, sin, grams)
+            x = block(x, self.cos[:idx.size(1)], self.sin[:idx.size(1)], grams)
         return norm(x), grams
 
     def hidden_matrices(self):
@@ -463,11 +406,10 @@ class GPT(nn.Module):
 
     def num_parameters(self):
         """Parameters, without the rows that pad the table."""
-        padding = (self.lm_head.weight.size(0) - self.vocab_size) * self.lm_head.weight.size(1)
-        return sum(p.numel() for p in self.parameters()) - padding
+        return sum(p.numel() for p in self.parameters()) - self.lm_head.weight[self.vocab_size:].numel()
 
 
-# The loss on a GPU: head and cross-entropy by chunks of tokens, with the gradients of both at once, so that the logits never exist whole
+# ---- Loss on a GPU: head and cross-entropy by chunks of tokens, with the gradients of both at once, so that the logits never exist whole
 
 CHUNK = 16384  # tokens
 
@@ -481,10 +423,8 @@ if triton:
         logits += row.to(tl.int64) * stride
         target = tl.load(targets + row).to(tl.int32)
         counts = target >= 0
-        at_target = tl.load(logits + target, mask=counts, other=0.0).to(tl.float32)
-        scale = tl.where(counts, tl.load(scale), 0.0)
-        columns = tl.arange(0, BLOCK)
-        top, total = -float("inf"), tl.zeros([BLOCK], tl.float32)
+        at_target, scale = tl.load(logits + target, mask=counts, other=0.0).to(tl.float32), tl.where(counts, tl.load(scale), 0.0)
+        columns, top, total = tl.arange(0, BLOCK), -float("inf"), tl.zeros([BLOCK], tl.float32)
         for start in range(0, vocab_size, BLOCK):  # running maximum, and the sums of exponentials relative to it
             x = tl.load(logits + start + columns, mask=columns < stride - start, other=0.0).to(tl.float32) * log2e
             x = tl.where(columns < vocab_size - start, x, -float("inf"))  # a mask of the load would forbid wide loads
@@ -502,10 +442,8 @@ if triton:
 
 @torch.library.custom_op("train_gpt2::head_loss", mutates_args=())
 def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean cross-entropy of `targets` (N,), of which -1 does not count, under the logits x weight^T, x (N, C) and weight (rows, C).
-
-    Returns (loss, d loss / d x, d loss / d weight), the last in fp32; logits from vocab_size on cannot be predicted.
-    """
+    """(loss, d loss / d x, d loss / d weight in fp32): mean cross-entropy of `targets` (N,), of which -1 does not count, under the first
+    vocab_size logits of x weight^T, x (N, C) and weight (rows, C)."""
     scale = 1 / (targets >= 0).sum()
     losses, dx = torch.empty(len(x), device=x.device), torch.empty_like(x)
     dweight, weight = torch.zeros(weight.shape, device=x.device), weight.to(x.dtype)
@@ -523,22 +461,18 @@ head_loss.register_autograd(lambda ctx, gradient, *_: (*(gradient * t for t in c
                             setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output[1:]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizers
-
+# ---- Optimizers -----------------------------------------------------------------------------------------------------
 
 def fast_dtype(device):
     """bfloat16 on GPUs that multiply it, else float32."""
-    gpu = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if gpu else torch.float32
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 
 def newton_schulz(U, steps=5):
     """Approximately the nearest orthogonal matrix, U V^T of the singular value decomposition, of each matrix in U (..., m, n).
 
     X = U / (||U||_F + 1e-7), then `steps` times A = X X^T, X <- a X + (b A + c A A) X. The coefficients trade accuracy for
-    speed: singular values end between about 0.7 and 1.2 (K. Jordan et al., Muon, 2024). bf16 on GPUs that have it.
-    """
+    speed: singular values end between about 0.7 and 1.2 (K. Jordan et al., Muon, 2024). bf16 on GPUs that have it."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X, tall = (U.to(fast_dtype(U.device)) if U.is_cuda else U).reshape(-1, *U.shape[-2:]), U.size(-2) > U.size(-1)
     X = X.mT if tall else X
@@ -577,9 +511,8 @@ class Muon(torch.optim.Optimizer):
             raise ValueError(f"lr = {lr}, weight_decay = {weight_decay}, momentum = {momentum}: must be 0 or more, momentum below 1")
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, weight_decay=weight_decay, **more))
         self.matrices = [p for group in self.param_groups for p in group["params"]]
-        for p in self.matrices:
-            if p.ndim != 2:
-                raise ValueError(f"a parameter of shape {tuple(p.shape)}: {type(self).__name__} updates matrices only")
+        if other := [tuple(p.shape) for p in self.matrices if p.ndim != 2]:
+            raise ValueError(f"a parameter of shape {other[0]}: {type(self).__name__} updates matrices only")
         self.owner = dict(zip(self.matrices, assign_owners([self.flops(p) for p in self.matrices], world_size())))
         self.start, used = {}, [0] * world_size()  # where the update of a matrix begins in its owner's row of `updates`
         for p in self.matrices:
@@ -589,8 +522,7 @@ class Muon(torch.optim.Optimizer):
 
     def flops(self, p):
         """FLOPs of the owner's work on matrix p in a step: X X^T, A A and their product with X in each Newton-Schulz iteration."""
-        b, m, n = as_blocks(p).shape
-        r, R = min(m, n), max(m, n)
+        b, (r, R) = len(as_blocks(p)), sorted(as_blocks(p).shape[1:])
         return self.defaults["ns_steps"] * b * (4 * r * r * R + 2 * r ** 3)
 
     def precondition(self, p, G):
@@ -601,19 +533,19 @@ class Muon(torch.optim.Optimizer):
         # 1. compute: the updates of this process's own matrices, those of one shape as one batch
         for group in self.param_groups:
             mine = [p for p in group["params"] if self.owner[p] == rank() and p.grad is not None]
+            if not mine:
+                continue
             for p in mine:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             G, M = [self.precondition(p, p.grad) for p in mine], [self.state[p]["momentum_buffer"] for p in mine]
-            if mine:
-                torch._foreach_mul_(M, group["momentum"])
-                torch._foreach_add_(M, G)
-            batches = defaultdict(list)  # shape of the blocks -> [(matrix, blocks of U)]
-            for p, U in zip(mine, torch._foreach_add(G, M, alpha=group["momentum"]) if mine and group["nesterov"] else M):
-                batches[as_blocks(p).shape].append((p, as_blocks(U)))
-            for shape, batch in batches.items():
-                O = newton_schulz(torch.cat([U for _, U in batch]), group["ns_steps"])  # (matrices x blocks, m, n)
-                torch._foreach_copy_([as_blocks(self.part(self.updates, p)) for p, _ in batch], O.split(shape[0]))
+            torch._foreach_mul_(M, group["momentum"])
+            torch._foreach_add_(M, G)
+            U = torch._foreach_add(G, M, alpha=group["momentum"]) if group["nesterov"] else M
+            for shape in {as_blocks(p).shape for p in mine}:
+                batch = [(as_blocks(self.part(self.updates, p)), as_blocks(u)) for p, u in zip(mine, U) if as_blocks(p).shape == shape]
+                O = newton_schulz(torch.cat([u for _, u in batch]), group["ns_steps"]) * math.sqrt(max(shape))  # (matrices x blocks, m, n)
+                torch._foreach_copy_([update for update, _ in batch], O.split(shape[0]))
         # 2. gather: (processes, elements), each row from the process that owns those matrices
         if world_size() > 1:
             dist.all_gather_into_tensor(self.updates.view(-1), self.updates[rank()])
@@ -623,9 +555,8 @@ class Muon(torch.optim.Optimizer):
             changed = [p for p in group["params"] if p.grad is not None]
             if group["weight_decay"] and changed:
                 torch._foreach_mul_(changed, 1 - group["lr"] * group["weight_decay"])
-            for scale in {max(as_blocks(p).shape[1:]) for p in changed}:
-                W = [p for p in changed if max(as_blocks(p).shape[1:]) == scale]
-                torch._foreach_add_(W, [self.part(updates, p) for p in W], alpha=-group["lr"] * math.sqrt(scale))
+            if changed:
+                torch._foreach_add_(changed, [self.part(updates, p) for p in changed], alpha=-group["lr"])
 
     def part(self, updates, p):
         """The part of `updates` (processes, elements) that belongs to matrix p, in its shape."""
@@ -634,8 +565,10 @@ class Muon(torch.optim.Optimizer):
     def state_dict(self):
         """On process 0 with the state of all matrices, whichever process owns them (all processes must call it); elsewhere its own."""
         state = super().state_dict()
-        mine = {i: {key: value.cpu() for key, value in entry.items()} for i, entry in state["state"].items()}
-        for part in gather_objects(mine):
+        parts = [{i: {key: value.cpu() for key, value in entry.items()} for i, entry in state["state"].items()}] * world_size()
+        if world_size() > 1:
+            dist.gather_object(parts[0], parts if rank() == 0 else None)
+        for part in parts:
             state["state"].update(part)
         return state
 
@@ -661,20 +594,9 @@ class NewtonMuon(Muon):
         if not 0 <= ewma < 1 or ridge <= 0:
             raise ValueError(f"ewma = {ewma}, ridge = {ridge}: ewma must be at least 0 and below 1, ridge positive")
         super().__init__(params, lr, momentum, nesterov, ns_steps, weight_decay, refresh_interval=refresh_interval, ewma=ewma, ridge=ridge)
+        if other := [tuple(p.shape) for p in self.matrices if p.size(1) % min(p.shape)]:
+            raise ValueError(f"a matrix of shape {other[0]}: must be square, tall, or a whole number of times wider than tall")
         self.failures = torch.zeros((), dtype=torch.int64, device=self.updates.device)
-
-    @staticmethod
-    def gram_shape(p):
-        """(b, n, n) of K and P of matrix p."""
-        n = min(p.shape)
-        if p.size(1) % n:
-            raise ValueError(f"a matrix of shape {tuple(p.shape)}: must be square, tall, or a whole number of times wider than tall")
-        return p.size(1) // n, n, n
-
-    def flops(self, p):
-        """Muon's, G P, and the share of a refresh (Cholesky and inverse: n^3 a block) that falls to one step."""
-        b, n, _ = self.gram_shape(p)
-        return super().flops(p) + 2 * p.numel() * n + b * n ** 3 // self.defaults["refresh_interval"]
 
     def invert(self, A):
         """(inverse of each A (..., n, n), whether it is one (...))."""
@@ -684,18 +606,16 @@ class NewtonMuon(Muon):
 
     @torch.no_grad()
     def refresh(self, grams, tokens):
-        """Updates K and P. grams: of each matrix in turn, the sum of z z^T over this process's inputs, shaped gram_shape(p);
-        overwritten. tokens: N, over all processes."""
+        """Updates K and P. grams: of each matrix in turn, the sum of z z^T over this process's inputs (n / m or 1, n, n); overwritten.
+        tokens: N, over all processes."""
         if world_size() > 1:
             for work in [dist.reduce(gram, self.owner[p], async_op=True) for p, gram in zip(self.matrices, grams, strict=True)]:
                 work.wait()
         grams = dict(zip(self.matrices, grams, strict=True))
         for group in self.param_groups:
-            sizes = defaultdict(list)  # n -> this process's matrices of n x n blocks, which are factorised as one batch
-            for p in group["params"]:
-                if self.owner[p] == rank():
-                    sizes[min(p.shape)].append(p)
-            for n, mine in sizes.items():
+            owned = [p for p in group["params"] if self.owner[p] == rank()]
+            for n in {min(p.shape) for p in owned}:  # all n x n blocks are factorised as one batch
+                mine = [p for p in owned if min(p.shape) == n]
                 eye = torch.eye(n, device=self.updates.device)
                 for p in mine:
                     if "K" not in self.state[p]:
@@ -710,26 +630,23 @@ class NewtonMuon(Muon):
                 self.failures += (~good).sum()
 
     def precondition(self, p, G):
-        P = self.state[p].get("P")
-        if P is None:  # no refresh yet
-            return G
-        return torch.einsum("mbi,bij->mbj", G.view(G.size(0), P.size(0), -1), P).reshape_as(G)
+        P = self.state[p].get("P")  # None before the first refresh
+        return G if P is None else torch.einsum("mbi,bij->mbj", G.view(G.size(0), P.size(0), -1), P).reshape_as(G)
 
 
 def build_optimizers(model, config):
     """(optimizer of the tied embedding and head, optimizer of the hidden matrices). Raises UserError if the second cannot be made."""
-    adamw = dict(betas=(config.beta1, config.beta2), fused=True)
-    momentum = dict(momentum=config.momentum, nesterov=config.nesterov)
+    adamw, momentum = dict(betas=(config.beta1, config.beta2), fused=True), dict(momentum=config.momentum, nesterov=config.nesterov)
     muon = dict(**momentum, ns_steps=config.ns_steps)
+    newton = dict(**muon, refresh_interval=config.refresh_interval, ewma=config.ewma, ridge=config.ridge)
     table = torch.optim.AdamW([model.lm_head.weight], lr=config.learning_rate, weight_decay=0.0, **adamw)
     hidden = dict(params=list(model.hidden_matrices().values()), lr=config.hidden_learning_rate)
-    built_in = {"adamw": (torch.optim.AdamW, adamw), "sgd": (torch.optim.SGD, momentum), "muon": (Muon, muon), "newton_muon": (NewtonMuon, dict(
-        **muon, refresh_interval=config.refresh_interval, ewma=config.ewma, ridge=config.ridge))}
-    if config.optimizer in built_in:
-        optimizer, arguments = built_in[config.optimizer]
-        return table, optimizer(**hidden, weight_decay=config.weight_decay, **arguments)
-    module, name = config.optimizer.split(":")
+    built_in = {"adamw": (torch.optim.AdamW, adamw), "sgd": (torch.optim.SGD, momentum), "muon": (Muon, muon), "newton_muon": (NewtonMuon, newton)}
     try:
+        if config.optimizer in built_in:
+            optimizer, arguments = built_in[config.optimizer]
+            return table, optimizer(**hidden, weight_decay=config.weight_decay, **arguments)
+        module, name = config.optimizer.split(":")
         optimizer = getattr(importlib.import_module(module), name)
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure and closure.default is closure.empty:
@@ -740,14 +657,7 @@ def build_optimizers(model, config):
                         f"{type(error).__name__}: {error}") from error
 
 
-def refreshes(optimizer, step):
-    """Whether `optimizer` has a refresh(grams, tokens), as NewtonMuon has, that is due in step `step` (from 0)."""
-    return hasattr(optimizer, "refresh") and (step + 1) % optimizer.defaults["refresh_interval"] == 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Distributed helpers: all of them also work in a single process without a process group
-
+# ---- Distributed helpers: all of them also work in a single process without a process group -------------------------
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -759,20 +669,19 @@ def world_size():
 
 def start_processes(config):
     """Joins the process group when torchrun started this process. Returns the device of this process."""
-    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    gpus = torch.cuda.device_count()
+    world, local_rank, gpus = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if config.device == "cuda" and not gpus:
         raise UserError(f"device = 'cuda', but torch {torch.__version__} finds no GPU here; use --device cpu, or install a CUDA build of torch")
     device = torch.device("cuda", local_rank) if config.device != "cpu" and gpus else torch.device("cpu")
     if world > 1:
-        timeout = timedelta(seconds=config.collective_timeout)
+        backend, timeout = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(seconds=config.collective_timeout)
         try:
             store, process, world = next(dist.rendezvous("env://", timeout=timeout))
         except (RuntimeError, ValueError) as error:
             raise UserError(f"WORLD_SIZE is {world}, but the processes cannot find each other: {error}; start them by torchrun") from None
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own store outlives a restart, with the old addresses
             store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=process, world_size=world, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=process, world_size=world, timeout=timeout)
     if device.type == "cuda":
         if local_rank >= gpus:
             raise UserError(f"process {local_rank} of this node has no GPU: there are {gpus}; start at most {gpus} processes a node")
@@ -787,10 +696,9 @@ def start_processes(config):
 
 def first_to_fail():
     """Whether this is the first process of the job that fails: the others end because of it, and need not say so."""
-    try:
+    with contextlib.suppress(RuntimeError):  # the store's process is gone
         return dist.group.WORLD.get_group_store().add("failed", 1) == 1 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"
-    except RuntimeError:  # the store's process is gone
-        return True
+    return True
 
 
 def lost_processes(error):
@@ -806,14 +714,6 @@ def lost_processes(error):
     return f"process {rank()}: {reason} ({str(error).splitlines()[0].split('. ')[0]}); what was saved stays, continue with --resume"
 
 
-def catch_signals():
-    """From now on SIGINT and SIGTERM only add themselves to the list that this returns."""
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: signals.append(number))
-    return signals
-
-
 def assign_owners(costs, world):
     """Owner (0 .. world - 1) of each matrix: the most costly first, each to the process with the least work so far."""
     load, owners = [0] * world, [0] * len(costs)
@@ -824,24 +724,14 @@ def assign_owners(costs, world):
 
 
 def reduced(op, *values):
-    """Sums (op "sum") or maxima ("max") over all processes of these numbers, in float64."""
+    """Sums (op "sum"), minima ("min") or maxima ("max") over all processes of these numbers, in float64."""
     numbers = torch.tensor(values, dtype=torch.float64)
     if world_size() > 1:
         dist.all_reduce(numbers, getattr(dist.ReduceOp, op.upper()))
     return numbers.tolist()
 
 
-def gather_objects(value):
-    """On process 0 the list of every process's `value`, elsewhere an empty list."""
-    if world_size() == 1:
-        return [value]
-    everyone = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(value, everyone)
-    return everyone or []
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: process 0 writes and reads them, in a form that any number of processes can load
+# ---- Checkpoints: process 0 writes and reads them, in a form that any number of processes can load ------------------
 
 MAY_CHANGE_ON_RESUME = {"device_batch_size", "compile", "collective_timeout", "log_dir", "run_name", "log_every", "save_every", "resume",
                         "wandb_project", "target_val_loss", "stop_at_target", "device"}
@@ -869,10 +759,8 @@ def write_atomically(path, content):
 
 
 def save_checkpoint(log, config, model, optimizers, progress):
-    """Writes checkpoints/step_XXXXXX.pt in the run's folder and keeps the one before it. All processes must call it.
-
-    Raises UserError if a weight is not finite, or if the file cannot be written; the checkpoints before it stay.
-    """
+    """Writes checkpoints/step_XXXXXX.pt in the run's folder and keeps the one before it. All processes must call it. Raises UserError if
+    a weight is not finite, or if the file cannot be written; the checkpoints before it stay."""
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             raise UserError(f"{name} holds numbers that are not finite after step {progress['step']}, so no checkpoint was written; "
@@ -889,10 +777,8 @@ def save_checkpoint(log, config, model, optimizers, progress):
 
 
 def find_checkpoint(config):
-    """(loaded checkpoint that config.resume names, folder of its run), or (None, None) where `auto` finds none.
-
-    Raises UserError, naming the difference, if this code with `config` would not have come to that checkpoint.
-    """
+    """(loaded checkpoint that config.resume names, folder of its run), or (None, None) where `auto` finds none. Raises UserError, naming
+    the difference, if this code with `config` would not have come to that checkpoint."""
     path = Path(config.log_dir, config.run_name) if config.resume == "auto" else Path(config.resume)
     candidates = [path] if path.is_file() else sorted(path.glob("checkpoints/step_*.pt"), reverse=True)
     for candidate in candidates:
@@ -920,12 +806,10 @@ def find_checkpoint(config):
     raise UserError(f"resume = '{config.resume}': no checkpoint there that can be loaded; name a step_*.pt file or the folder of a run that has one")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Logging
+# ---- Logging --------------------------------------------------------------------------------------------------------
 
 # dense bf16 matrix products, FLOP/s, from NVIDIA's data sheets; the first that is part of the device's name
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
-              "RTX 4090": 165e12}
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 WANDB_SECONDS = 60
 # a process of its own that follows metrics.jsonl: what wandb raises, or waits for, neither ends nor slows the run
 WANDB = """
@@ -933,8 +817,8 @@ import json, os, select, sys
 project, folder = sys.argv[1:]
 try:
     import wandb
-    config = json.load(open(folder + "/run.json"))["config"]
-    run, file, ended = wandb.init(project=project, name=os.path.basename(folder), config=config, dir=folder), open(folder + "/metrics.jsonl"), False
+    run = wandb.init(project=project, name=os.path.basename(folder), config=json.load(open(folder + "/run.json"))["config"], dir=folder)
+    file, ended = open(folder + "/metrics.jsonl"), False
     while not ended:
         ended = bool(select.select([sys.stdin], [], [], 1)[0])  # the trainer has closed it, or is gone
         for record in map(json.loads, file):
@@ -946,7 +830,7 @@ except Exception as error:
 
 
 def describe_machine(device):
-    """Facts about the software and hardware of this process."""
+    """The software and hardware of this process."""
     def output(*command):
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=30).stdout.strip()
@@ -960,18 +844,12 @@ def describe_machine(device):
                 git_commit=output("git", "rev-parse", "HEAD") or None, git_changes=bool(output("git", "status", "--porcelain", "-uno")))
 
 
-def now():
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
 class Log:
     """The folder of a run, its files and the terminal. Only process 0 writes."""
 
     def __init__(self, config, checkpoint, folder, facts, source):
         """Opens `folder` to continue from `checkpoint`, or a new folder with code and machine in log.txt; run.json gets the `facts`.
-
-        `source`, the file of an optimizer given as module:Class or None, is kept as optimizer.py. Raises UserError if it cannot write.
-        """
+        `source`, the file of an optimizer given as module:Class or None, is kept as optimizer.py. Raises UserError if it cannot write."""
         self.config, self.folder, self.files, self.live, self.wandb = config, folder, {}, sys.stdout.isatty(), None
         if rank() != 0:
             return
@@ -993,13 +871,13 @@ class Log:
                     shutil.copyfile(path, self.folder / name)
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another --log_dir") from None
-        self.facts = json.loads((self.folder / "run.json").read_text()) if checkpoint else {**facts, "start": now(), "resumed": []}
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.facts = json.loads((self.folder / "run.json").read_text()) if checkpoint else {**facts, "start": now, "resumed": []}
         if checkpoint:  # what the run started with stays, as in log.txt
-            self.facts["resumed"].append(dict(time=now(), **{name: facts[name] for name in ("config", "machine", "world_size")}))
+            self.facts["resumed"].append(dict(time=now, **{name: facts[name] for name in ("config", "machine", "world_size")}))
         else:
-            machine = {key: value for key, value in facts["machine"].items() if key != "nvidia_smi"}
-            for part in (Path(__file__).read_text(), json.dumps(machine, indent=1) + "\n" + facts["machine"]["nvidia_smi"],
-                         json.dumps(facts["config"], indent=1)):
+            machine = json.dumps({**facts["machine"], "nvidia_smi": ""}, indent=1) + "\n" + facts["machine"]["nvidia_smi"]
+            for part in (Path(__file__).read_text(), machine, json.dumps(facts["config"], indent=1)):
                 self.write("log.txt", part.rstrip() + "\n" + "=" * 100)
         write_atomically(self.folder / "run.json", json.dumps(self.facts, indent=1).encode())
         if config.wandb_project:
@@ -1009,7 +887,8 @@ class Log:
     def end(self, **facts):
         """Adds `facts` of a finished run to run.json, and gives wandb WANDB_SECONDS to send what it has."""
         if facts and self.files:
-            write_atomically(self.folder / "run.json", json.dumps({**self.facts, **facts, "end": now()}, indent=1).encode())
+            self.facts.update(facts, end=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+            write_atomically(self.folder / "run.json", json.dumps(self.facts, indent=1).encode())
         if self.wandb:
             self.wandb.stdin.close()
             try:
@@ -1031,10 +910,8 @@ class Log:
             self.write("log.txt", text)
 
     def loss(self, name, step, train_time, losses, **more):
-        """Logs the mean of `losses`, one for each process, as val_loss or train_loss after train_time seconds of training; returns it.
-
-        Raises UserError, on all processes, if one is not finite.
-        """
+        """Logs the mean of `losses`, one for each process, as val_loss or train_loss after train_time seconds of training, and returns it.
+        Raises UserError, on all processes, if one is not finite."""
         loss, N = sum(losses) / len(losses), self.config.num_iterations
         if self.files:
             text = (f"step:{step}/{N} {name}:{loss:.4f} train_time:{1000 * train_time:.0f}ms "
@@ -1049,61 +926,39 @@ class Log:
                                                     "tokens": step * self.config.batch_size * self.config.sequence_length}))
         if not math.isfinite(loss):
             where = f" on process {', '.join(str(r) for r, value in enumerate(losses) if not math.isfinite(value))}" if len(losses) > 1 else ""
-            raise UserError(f"the {'validation' if name == 'val_loss' else 'training'} loss is {loss} at step {step}{where}; "
-                            "lower learning_rate or hidden_learning_rate")
+            what = dict(val_loss="validation", train_loss="training")[name]
+            raise UserError(f"the {what} loss is {loss} at step {step}{where}; lower learning_rate or hidden_learning_rate")
         return loss
 
-    def sizes(self):
-        """Bytes of each file, for a checkpoint."""
-        for file in self.files.values():
-            file.flush()
-        return {name: os.path.getsize(self.folder / name) for name in self.files}
 
+# ---- main() ---------------------------------------------------------------------------------------------------------
 
-# ---------------------------------------------------------------------------------------------------------------------
-# main()
-
-
-def choose_dtype(config, device):
-    """(type of matrix products, note on why it is not the usual one, or nothing)."""
-    dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
-    slow = device.type == "cuda" and config.dtype == "auto" and dtype == torch.float32
-    return dtype, f"{torch.cuda.get_device_name(device)} has no bfloat16: training in float32" if slow else ""
-
-
-def compiled(model, config, device):
-    """(the model under torch.compile if the configuration asks for it and it works here, note on why not, or nothing)."""
-    if not config.compile:
-        return model, ""
-    from torch._inductor import config as inductor
-    # each gradient written to its place in that of the fused q, k, v takes half of the time of one kernel with three branches
-    options = {key: 2 for key in ("max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs") if hasattr(inductor, key)}
+def wrapped(model, config, device):
+    """(the model under torch.compile, if asked for and if it works here, and in DDP, if there are several processes; note on what failed)."""
     note = ""
-    try:
-        torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(8, device=device))
-    except Exception as error:  # no Triton, no C compiler, an old card: each has an exception of its own
-        note = f"torch.compile does not work here ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]}): training without it"
-    if reduced("max", bool(note)) == [0]:
-        return torch.compile(model, dynamic=False, options=options), ""
-    return model, note or "torch.compile does not work on another process: training without it"
-
-
-def parallel(model, device):
-    """The model in DDP, if there are several processes."""
-    if world_size() == 1:
-        return model
-    new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # since torch 2.13
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True,
-                                   **{"forward_sync_buffers" if new else "broadcast_buffers": False})
+    if config.compile:
+        from torch._inductor import config as inductor
+        # each gradient written to its place in that of the fused q, k, v takes half of the time of one kernel with three branches
+        options = {key: 2 for key in ("max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs") if hasattr(inductor, key)}
+        try:
+            torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(8, device=device))
+        except Exception as error:  # no Triton, no C compiler, an old card: each has an exception of its own
+            note = f"torch.compile does not work here ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]}): training without it"
+        if reduced("max", bool(note)) == [0]:
+            model = torch.compile(model, dynamic=False, options=options)
+        else:
+            note = note or "torch.compile does not work on another process: training without it"
+    if world_size() > 1:
+        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # since torch 2.13
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True,
+                                        **{"forward_sync_buffers" if new else "broadcast_buffers": False})
+    return model, note
 
 
 def choose_micro_batch(config, device, per_process, is_compiled=True):
-    """Sequences in one forward pass: device_batch_size or, without one, the largest power of two that divides per_process and fits.
-
-    On a GPU by its memory: a compiled forward pass keeps 37 L C bytes for a token (read off the generated code, records/bench),
-    another about twice that. On a CPU more than 16,384 tokens at a time are no faster.
-    """
-    tokens, rows = 16384, config.vocab_size + 128
+    """Sequences in one forward pass: device_batch_size or, without one, the largest power of two that divides per_process and fits the GPU.
+    For a token a compiled forward pass keeps 37 L C bytes (read off the generated code, records/bench), another about twice that."""
+    tokens, rows = 16384, config.vocab_size + 128  # on a CPU more tokens at a time are no faster
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory * min(0.9, torch.cuda.get_per_process_memory_fraction(device))
         # for each parameter: weight, gradient, state, update, statistics; and the logits of a chunk
@@ -1114,15 +969,12 @@ def choose_micro_batch(config, device, per_process, is_compiled=True):
 
 
 def accumulate(model, micro_batches, collect, dtype):
-    """Adds the gradient of the mean loss of `micro_batches`, a list of (idx, targets), to the parameters' gradients.
-
-    Returns the mean loss, a tensor, and with `collect` the grams of all inputs of this process. DDP averages the gradients
-    over the processes during the last backward pass.
-    """
+    """Adds the gradient of the mean loss of `micro_batches`, a list of (idx, targets), to the parameters' gradients. DDP averages them
+    over the processes during the last backward pass. Returns the mean loss, a tensor, and with `collect` this process's grams."""
     total, total_grams = 0.0, []
     for i, (idx, targets) in enumerate(micro_batches, start=1):
-        last = i == len(micro_batches)
-        with contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
+        alone = i == len(micro_batches) or not isinstance(model, DistributedDataParallel)
+        with contextlib.nullcontext() if alone else model.no_sync():
             with torch.autocast(idx.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss, grams = model(idx, targets, collect)
             (loss / len(micro_batches)).backward()
@@ -1135,8 +987,8 @@ def accumulate(model, micro_batches, collect, dtype):
 def evaluate(model, shards, config, device, dtype, micro_batch, signals):
     """Mean loss over exactly val_tokens tokens, shared by all processes. None if `signals` came meanwhile."""
     total, mine = 0.0, range(rank(), config.val_tokens // config.sequence_length, world_size())
-    batches = [list(mine[i:i + micro_batch]) for i in range(0, len(mine), micro_batch)]
-    full = [numbers + [0] * (micro_batch - len(numbers)) for numbers in batches]  # the last batch is filled up
+    batches = [mine[i:i + micro_batch] for i in range(0, len(mine), micro_batch)]
+    full = [[*numbers, *[0] * (micro_batch - len(numbers))] for numbers in batches]  # the last batch is filled up
     # with torch.compile, use the graph of the training step: one without gradients would be a third to build
     with torch.set_grad_enabled(config.compile), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         for numbers, (idx, targets) in zip(batches, prefetched(shards, full, device)):
@@ -1162,13 +1014,10 @@ def warm_up(model, raw_model, config, device, dtype, micro_batch):
             for optimizer in optimizers:
                 optimizer.step()
     except torch.OutOfMemoryError:
-        smaller = f"device_batch_size = {micro_batch // 2}" if micro_batch > 1 else "a smaller sequence_length or model"
-        raise UserError(f"a step with {micro_batch} sequences of {config.sequence_length} tokens at a time does not fit into the memory of the "
-                        f"GPU; set {smaller}") from None
+        raise UserError(f"{micro_batch} sequences of {config.sequence_length} tokens at a time do not fit into the memory of the GPU; set "
+                        + (f"device_batch_size = {micro_batch // 2}" if micro_batch > 1 else "a smaller sequence_length or model")) from None
     raw_model.zero_grad(set_to_none=True)
     raw_model.load_state_dict(weights)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def synchronized_time(device):
@@ -1179,19 +1028,18 @@ def synchronized_time(device):
 
 def results(config, model, device, steps, train_time, val_loss, best, reached):
     """(facts for run.json, text for the log) at the end of a run. reached: (step, seconds) of the first evaluation at the target, or None."""
-    speed, world = steps * config.batch_size * config.sequence_length / max(train_time, 1e-9), world_size()
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    speed, gpu = steps * config.batch_size * config.sequence_length / max(train_time, 1e-9), device.type == "cuda"
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes there, else KiB
     memory, = reduced("max", torch.cuda.max_memory_allocated(device) if gpu else resident)
-    peak = next((value for name, value in PEAK_FLOPS.items() if name in gpu), None)
-    utilisation = model.flops_per_token() * speed / (peak * world) if peak else None
-    met = f"met at step {reached[0]}, {reached[1]:.1f} s" if reached else "not met"
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if gpu and name in torch.cuda.get_device_name(device)), None)
+    utilisation = model.flops_per_token() * speed / (peak * world_size()) if peak else None
+    text = (f"final loss   {val_loss:.4f}; target {config.target_val_loss:g} "
+            + (f"met at step {reached[0]}, {reached[1]:.1f} s" if reached else "not met")
+            + f"\ntraining     {train_time:.1f} s, {1000 * train_time / max(1, steps):.1f} ms a step, {speed:,.0f} tokens/s"
+            + f"\nmemory       {memory / 2 ** 30:.2f} GiB at most on a {'GPU' if gpu else 'process'}"
+            + (f"\nutilisation  {utilisation:.1%} of {world_size()} x {peak / 1e12:.0f} TFLOP/s" if peak else ""))
     return dict(final_val_loss=val_loss, best_val_loss=best, train_time_ms=1000 * train_time, steps=steps, tokens_per_second=speed,
-                target_reached=reached, peak_memory_bytes=int(memory), utilisation=utilisation), (
-        f"final loss   {val_loss:.4f}; target {config.target_val_loss:g} {met}\n"
-        f"training     {train_time:.1f} s, {1000 * train_time / max(1, steps):.1f} ms a step, {speed:,.0f} tokens/s\n"
-        f"memory       {memory / 2 ** 30:.2f} GiB at most on a {'GPU' if gpu else 'process'}"
-        + (f"\nutilisation  {utilisation:.1%} of {world} x {peak / 1e12:.0f} TFLOP/s" if peak else ""))
+                target_reached=reached, peak_memory_bytes=int(memory), utilisation=utilisation), text
 
 
 def run(config):
@@ -1204,28 +1052,29 @@ def run(config):
     train_shards.require(N * B, f"{N} steps of {B} sequences")
     val_shards = Shards(config.input_val_bin, T, config.vocab_size)
     val_shards.require(config.val_tokens // T, "validation")
-    found = [find_checkpoint(config) if config.resume and rank() == 0 else (None, None)]
+    found = [*find_checkpoint(config)] if config.resume and rank() == 0 else [None, None]
     if world_size() > 1:
         dist.broadcast_object_list(found)
-    checkpoint, folder = found[0]
+    checkpoint, folder = found
 
     torch.manual_seed(config.seed)
     raw_model = GPT(config).to(device)
     optimizers = table, hidden = build_optimizers(raw_model, config)
-    dtype, no_bf16 = choose_dtype(config, device)
-    model, not_compiled = compiled(raw_model, config, device)
-    model = parallel(model, device)
-    micro_batch = choose_micro_batch(config, device, per_process, config.compile and not not_compiled)
+    dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    model, note = wrapped(raw_model, config, device)
+    is_compiled = config.compile and not note
+    micro_batch = choose_micro_batch(config, device, per_process, is_compiled)
     q = torch.empty(1, config.n_head, T, config.n_embd // config.n_head, dtype=dtype, device=device, requires_grad=True)
     source = inspect.getsourcefile(type(hidden)) if ":" in config.optimizer else None
     log = Log(config, checkpoint, folder, dict(
         config=dataclasses.asdict(config), machine=describe_machine(device), world_size=world_size(), device=device.type, dtype=str(dtype),
-        compiled=config.compile and not not_compiled, attention=SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name.lower(),
+        compiled=is_compiled, attention=SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name.lower(),
         micro_batch=micro_batch, code_sha256=code_sha256(), optimizer_sha256=hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else None,
         parameters=raw_model.num_parameters(), hidden_parameters=sum(p.numel() for p in raw_model.hidden_matrices().values()),
         tokens_per_step=B * T, train_shards=train_shards.describe(), val_shards=val_shards.describe()), source)
-    for note in filter(None, (no_bf16, not_compiled)):
-        log.print(note)
+    no_bf16 = device.type == "cuda" and config.dtype == "auto" and dtype == torch.float32
+    for line in filter(None, (note, f"{torch.cuda.get_device_name(device)} has no bfloat16: training in float32" if no_bf16 else "")):
+        log.print(line)
     warm_up(model, raw_model, config, device, dtype, micro_batch)
 
     start, train_time, best, reached = 0, 0.0, math.inf, None
@@ -1240,23 +1089,24 @@ def run(config):
               f"{device.type} with {micro_batch} of {per_process} sequences at a time, logs in {log.folder}")
     mine = range(rank() * per_process, (rank() + 1) * per_process)  # this process's sequences of a batch
     batches = prefetched(train_shards, ([step * B + i for i in mine] for step in range(start, N)), device)
-    failures, signals = 0, catch_signals()
-
-    def due(step, every):
-        return every and step % every == 0
+    failures, signals = 0, []
+    for number in (signal.SIGINT, signal.SIGTERM):  # from now on they end the run after the step
+        signal.signal(number, lambda number, frame: signals.append(number))
 
     def stopped():
-        """The signal that any process has caught, or 0: it ends the run here, on all of them."""
+        """The signal that any process has caught, or 0."""
         return int(reduced("max", max(signals, default=0))[0])
 
     clock = synchronized_time(device)
     for step in range(start, N + 1):
         stop, last = stopped(), step == N
-        if stop or last or due(step, config.val_loss_every) or due(step, config.save_every):
+        evaluates, saves = (last or (every and step % every == 0) for every in (config.val_loss_every, config.save_every))
+        if stop or evaluates or saves:
             train_time += synchronized_time(device) - clock
             # a checkpoint is of the moment before the evaluation, so that a run resumed from it logs that once
-            progress = dict(step=step, train_time=train_time, best=best, reached=reached, log_bytes=log.sizes())
-            if not stop and (last or due(step, config.val_loss_every)):
+            progress = dict(step=step, train_time=train_time, best=best, reached=reached,
+                            log_bytes={name: os.path.getsize(log.folder / name) for name in log.files})
+            if evaluates and not stop:
                 val_loss = evaluate(model, val_shards, config, device, dtype, micro_batch, signals)
                 if val_loss is None:
                     stop = stopped()
@@ -1266,7 +1116,7 @@ def run(config):
                         reached = step, train_time
                         log.print(f"target {config.target_val_loss} reached at step {step}, {train_time:.1f} s")
             ends = stop or last or (reached and config.stop_at_target)
-            if step > start and (ends or due(step, config.save_every)):
+            if step > start and (ends or saves):
                 save_checkpoint(log, config, raw_model, optimizers, progress)
             if ends:
                 break
@@ -1277,23 +1127,22 @@ def run(config):
             for group in optimizer.param_groups:
                 group["lr"] = rate * learning_rate_scale(config, step)
         idx, targets = (t.to(device, non_blocking=True).split(micro_batch) for t in next(batches))
-        loss, grams = accumulate(model, list(zip(idx, targets)), refreshes(hidden, step), dtype)
-        if grams:
+        collect = hasattr(hidden, "refresh") and (step + 1) % hidden.defaults["refresh_interval"] == 0
+        loss, grams = accumulate(model, list(zip(idx, targets)), collect, dtype)
+        if collect:
             hidden.refresh(grams, B * T)
         for optimizer in optimizers:
             optimizer.step()
         raw_model.zero_grad(set_to_none=True)
         # ----------------------------------------------------------------------------------------------------------------------
 
-        if due(step + 1, config.log_every) or step + 1 == N:
-            *losses, failed = reduced("sum", *(float(loss) if process == rank() else 0.0 for process in range(world_size())),
-                                      float(getattr(hidden, "failures", 0)))
+        if (step + 1) % config.log_every == 0 or step + 1 == N:
+            *losses, failed = reduced("sum", *(float(loss) if r == rank() else 0.0 for r in range(world_size())), float(getattr(hidden, "failures", 0)))
             log.loss("train_loss", step + 1, train_time + time.perf_counter() - clock, losses, learning_rate_scale=learning_rate_scale(config, step),
-                     data_wait_ms=round(1000 * train_shards.waited, 3), **({"failed_factorisations": int(failed)} if hasattr(hidden, "failures") else {}))
+                     data_wait_ms=round(1000 * train_shards.waited, 3), failed_factorisations=int(failed))
             train_shards.waited = 0.0
             if failed > failures:
-                log.print(f"warning: {int(failed - failures)} factorisations failed up to step {step + 1}; "
-                          "those blocks keep their last preconditioner")
+                log.print(f"warning: {int(failed - failures)} factorisations failed up to step {step + 1}; those blocks keep their last preconditioner")
                 failures = failed
     if stop:
         log.print(f"stopped by {signal.Signals(stop).name} after step {step}" + (f"; continue with --resume {log.folder}" if step else ""))
@@ -1306,24 +1155,19 @@ def run(config):
     return 128 + stop if stop else 0
 
 
-def explain(error):
-    """The sentence that tells a user about `error`; raises it again if it is a bug."""
-    if isinstance(error, KeyboardInterrupt):  # before the first step; later, catch_signals() has them
-        return "interrupted"
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"{str(error).splitlines()[0]} Set a smaller device_batch_size."
-    if isinstance(error, (UserError, OSError)):
-        return str(error)
-    if isinstance(error, RuntimeError) and world_size() > 1 and re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE):
-        return lost_processes(error)
-    raise error
-
-
 def main():
     try:
         code = run(load_config(sys.argv[1:]))
-    except (Exception, KeyboardInterrupt) as error:
-        message, code = explain(error), 130 if isinstance(error, KeyboardInterrupt) else 1
+    except (Exception, KeyboardInterrupt) as error:  # Ctrl-C before the first step
+        message, code = str(error), 1
+        if isinstance(error, KeyboardInterrupt):
+            message, code = "interrupted", 130
+        elif isinstance(error, torch.OutOfMemoryError):
+            message = f"{message.splitlines()[0]} Set a smaller device_batch_size."
+        elif isinstance(error, RuntimeError) and world_size() > 1 and re.search("gloo|nccl|connection|timed out", message, re.IGNORECASE):
+            message = lost_processes(error)
+        elif not isinstance(error, (UserError, OSError)):
+            raise  # a bug
         if first_to_fail():
             print(f"error: {message}", file=sys.stderr, flush=True)
     if world_size() > 1:

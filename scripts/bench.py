@@ -44,8 +44,8 @@ from torch.profiler import record_function
 
 import kernels
 import train_gpt2
-from train_gpt2 import (GPT, PEAK_FLOPS, accumulate, build_optimizers, choose_dtype, choose_micro_batch, compiled, load_config, parallel,
-                        start_processes, synchronized_time)
+from train_gpt2 import (GPT, PEAK_FLOPS, accumulate, build_optimizers, choose_micro_batch, fast_dtype, load_config, start_processes,
+                        synchronized_time, wrapped)
 
 
 class PlainGPT(nn.Module):
@@ -84,7 +84,7 @@ class PlainGPT(nn.Module):
 
 def plain_side(config, device, dtype):
     """(step(batches, refresh), whether it has refreshes) of the plain loop."""
-    model = parallel(PlainGPT(config).to(device), device)
+    model, _ = wrapped(PlainGPT(config).to(device), dataclasses.replace(config, compile=False), device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=0.0)
 
     def step(batches, refresh):
@@ -101,7 +101,7 @@ def plain_side(config, device, dtype):
 def trainer_side(config, device, dtype):
     """(step(batches, refresh), whether it has refreshes) of train_gpt2.py with the configuration's optimizer."""
     raw = GPT(config).to(device)
-    model = parallel(compiled(raw, config, device)[0], device)
+    model, _ = wrapped(raw, config, device)
     optimizers = build_optimizers(raw, config)
 
     def step(batches, refresh):
@@ -224,7 +224,7 @@ def main():
     config = configs[names[0]]
     per_process = train_gpt2.sequences_per_process(config, int(os.environ.get("WORLD_SIZE", 1)))
     device = start_processes(config)
-    dtype, _ = choose_dtype(config, device)
+    dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     torch.set_float32_matmul_precision("high")
     generator = torch.Generator().manual_seed(train_gpt2.rank())
     idx = torch.randint(config.vocab_size, (per_process, config.sequence_length), generator=generator).to(device)

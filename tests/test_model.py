@@ -21,7 +21,7 @@ def block64(block, x, n_head, n_layer):
     d = C // n_head
     weights = {name: p.detach().double() for name, p in block.named_parameters()}
     z = norm64(x)
-    q, k, v = (z @ weights["attn.c_attn.weight"].T).split(C, dim=1)
+    q, k, v = (z @ weights["c_attn.weight"].T).split(C, dim=1)
     angle = [[t * 10000.0 ** (-2 * i / d) for i in range(d // 2)] for t in range(T)]
 
     def rotate(row, t):
@@ -37,10 +37,10 @@ def block64(block, x, n_head, n_layer):
         Q, K = (torch.stack([rotate(m[t, part], t) for t in range(T)]) for m in (q, k))
         for t in range(T):
             y[t, part] = torch.softmax(K[:t + 1] @ Q[t] / math.sqrt(d), 0) @ v[:t + 1, part]
-    x = x + y @ weights["attn.c_proj.weight"].T / math.sqrt(2 * n_layer)
-    h = norm64(x) @ weights["mlp.c_fc.weight"].T
+    x = x + y @ weights["attn_proj.weight"].T / math.sqrt(2 * n_layer)
+    h = norm64(x) @ weights["c_fc.weight"].T
     h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
-    return x + h @ weights["mlp.c_proj.weight"].T, [z, y, norm64(x), h]
+    return x + h @ weights["mlp_proj.weight"].T, [z, y, norm64(x), h]
 
 
 @pytest.fixture

@@ -165,7 +165,7 @@ def test_launches_of_a_step(kind, most):
     matrices = list(model.hidden_matrices().values())
     optimizer = kind(matrices)
     if kind is NewtonMuon:
-        optimizer.refresh([torch.eye(24).repeat(optimizer.gram_shape(p)[0], 1, 1) for p in matrices], 1)
+        optimizer.refresh([torch.eye(24).repeat(p.size(1) // min(p.shape), 1, 1) for p in matrices], 1)
     for p in matrices:
         p.grad = torch.randn_like(p)
     optimizer.step()  # makes the buffers
