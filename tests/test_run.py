@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 import train_gpt2
 from conftest import ROOT
 from runs import read_run
-from train_gpt2 import HEADER_BYTES, Config, UserError, learning_rate_scale, load_config
+from train_gpt2 import HEADER_BYTES, Config, UserError, choose_micro_batch, learning_rate_scale, load_config
 
 PLAYS = dict(input_bin=str(ROOT / "data/shakespeare/shakespeare_train_*.bin"), input_val_bin=str(ROOT / "data/shakespeare/shakespeare_val_*.bin"))
 
@@ -49,6 +50,45 @@ def test_a_run_can_be_read_back_from_what_it_wrote(start, shards, tmp_path):
     assert facts["final_val_loss"] == pytest.approx(run.losses[-1], abs=1e-4) and facts["end"] >= facts["start"]
     weights = torch.load(folder / "checkpoints" / "step_000010.pt", weights_only=True)["model"]
     assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_a_run_ends_with_its_results(start, tmp_path):
+    done = start(run_name="a", target_val_loss=4.0)
+    facts = json.loads((tmp_path / "logs/a/run.json").read_text())
+    step, seconds = facts["target_reached"]
+    assert step == 5 and 0 < seconds < facts["train_time_ms"] / 1000
+    assert facts["tokens_per_second"] == pytest.approx(10 * 192 / (facts["train_time_ms"] / 1000))
+    assert facts["peak_memory_bytes"] > 2 ** 26 and facts["utilisation"] is None and facts["attention"] in ("flash_attention", "math")
+    assert f"final loss   {facts['final_val_loss']:.4f}; target 4 met at step 5" in done.stdout
+
+
+@pytest.mark.parametrize("gigabytes, most", [(80, 128), (40, 64), (24, 32), (16, 16)])
+def test_micro_batch_follows_from_the_memory_of_the_gpu(monkeypatch, gigabytes, most):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gigabytes * 1.056e9))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    assert choose_micro_batch(Config(), gpu, 512) == most and choose_micro_batch(Config(), gpu, 24) == min(most, 8)
+    assert choose_micro_batch(Config(device_batch_size=4), gpu, 512) == 4
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.45)
+    assert choose_micro_batch(Config(), gpu, 512) <= most / 2
+
+
+def test_a_run_continues_without_a_compiler(start, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no C++ compiler")
+    monkeypatch.setattr(torch, "compile", broken)
+    done = start(run_name="a", compile="true")
+    assert done.returncode == 0 and "torch.compile does not work here (RuntimeError: no C++ compiler): training without it" in done.stdout
+    assert json.loads((tmp_path / "logs/a/run.json").read_text())["compiled"] is False
+
+
+def test_checkpoints_without_their_run_stay(start, tmp_path):
+    assert start(run_name="a", save_every=4).returncode == 0
+    for name in ("log.txt", "metrics.jsonl", "run.json"):
+        (tmp_path / "logs/a" / name).unlink()
+    before = sorted((tmp_path / "logs/a/checkpoints").iterdir())
+    refused(start(run_name="a", save_every=4, resume="auto"), "has checkpoints but no run.json")
+    assert sorted((tmp_path / "logs/a/checkpoints").iterdir()) == before and len(before) == 2
 
 
 def test_the_same_run_twice_gives_the_same_losses(start, tmp_path):
