@@ -129,7 +129,7 @@ def read_toml(path):
     types = {field.name: field.type for field in dataclasses.fields(Config)}
     for key, value in values.items():
         if key not in types:
-            raise UserError(f"{path}: unknown key '{key}'; the nearest valid one is '{difflib.get_close_matches(key, types, n=1, cutoff=0)[0]}' (--help lists all)")
+            raise UserError(f"{path}: unknown key '{key}'; the nearest valid one is '{difflib.get_close_matches(key, types, n=1, cutoff=0)[0]}'")
         if types[key] is float and type(value) is int:
             values[key] = float(value)
         elif type(value) is not types[key]:
@@ -415,7 +415,7 @@ CHUNK = 16384  # tokens
 
 if triton:
     @triton.jit
-    def cross_entropy_kernel(logits, targets, losses, scale, vocab_size, stride, BLOCK: tl.constexpr):
+    def cross_entropy_kernel(logits, targets, losses, scale, vocab_size: tl.constexpr, stride: tl.constexpr, BLOCK: tl.constexpr):
         """One program a row of `logits`, of which columns from vocab_size on are padding: losses <- logsumexp(row) - row[target],
         and row <- scale (softmax(row) - onehot(target)), 0 in the padding; both 0 for a target of -1."""
         log2e: tl.constexpr = 1.4426950408889634  # exp2 and log2 are what the hardware has
