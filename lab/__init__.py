@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 
 
 @dataclass
@@ -28,3 +29,12 @@ def msgn(X):
     U, S, V = torch.linalg.svd(X, full_matrices=False)
     kept = S > S[..., :1] * max(X.shape[-2:]) * torch.finfo(S.dtype).eps
     return (U * kept.unsqueeze(-2)) @ V
+
+
+def exponent(x, y):
+    """(slope of log y over log x by least squares, half-width of its 95 % interval)."""
+    x, y = (torch.as_tensor(z, dtype=torch.float64).log().flatten() for z in (x, y))
+    x = x - x.mean()
+    slope = (x * y).sum() / (x * x).sum()
+    left = y - y.mean() - slope * x
+    return slope.item(), (stats.t.ppf(0.975, len(x) - 2) * ((left * left).sum() / (len(x) - 2) / (x * x).sum()).sqrt()).item()
