@@ -19,11 +19,16 @@ SOURCE = ('Ma, Huang, Chi, Chen, "Preconditioning Benefits of Spectral Orthogona
           "[arXiv:2601.13474](https://arxiv.org/abs/2601.13474)")
 
 
-def problem(condition, repetitions, generator, n=40, r=5):
-    """(gradient, error, start) of repetitions that differ in U and the start, as lab.descend takes them; and U, s."""
+def factors(condition, repetitions, generator, n=40, r=5):
+    """U (repetitions, n, r) and s (r,) of M."""
     s = torch.logspace(0, -torch.tensor(float(condition)).log10().item(), r, dtype=torch.float64)
-    U = torch.linalg.qr(torch.randn(repetitions, n, r, generator=generator, dtype=torch.float64))[0]
-    start = 1e-3 * torch.randn(repetitions, n, r, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(torch.randn(repetitions, n, r, generator=generator, dtype=torch.float64))[0], s
+
+
+def problem(condition, repetitions, generator):
+    """(gradient, error, start) for lab.descent of repetitions that differ in U and the start."""
+    U, s = factors(condition, repetitions, generator)
+    start = 1e-3 * torch.randn(U.shape, generator=generator, dtype=torch.float64)
 
     def gradient(X):
         return X @ (X.mT @ X) - (U * s) @ (U.mT @ X)
