@@ -7,13 +7,13 @@ lower-bound instance was not readable. This one is built so that the orders can 
     f(x) = x_0^2 / 2 + h(x_1) + ... + h(x_d),  h'(x) = (2 epsilon / d) clip(x / 2, -1, 1);  x_0 = 0, x_i = 4 at first.
 
 The slopes add up to 2 epsilon. Noise N(0, sigma^2) on coordinate 0 allows SGD a rate of order (epsilon / sigma)^2, with which the slopes
-take of order d steps; SignSGD a rate of order epsilon^2 / sigma, with which they take the same number in every dimension: the ratio is of
-order d. Without x_0 and with dense noise N(0, sigma^2 / d) on every coordinate instead, and both take of order d steps.
+take of order d steps; SignSGD a rate of order epsilon^2 / sigma, with which they take the same number in every dimension: the
+ratio is of order d. Without x_0 and with dense noise N(0, sigma^2 / d) on every coordinate instead, both take of order d steps.
 
-Chosen here: epsilon = 1, sigma = 5, no momentum, constant rates, the best of 2^-12, 2^-11, ... 1 for each method and dimension, 5 repetitions of
-16 noise samples each. Coordinates that move alike are simulated as one. Muon: the same instance on n x n matrices, sum of the terms of
-x_i = u_i^T W v_i in random orthonormal bases, n = d + 1, noise on u_0 v_0^T, rate 1/4. Then ||x||^2 / 2 under sparse noise, with f = 16 at
-the start: an ordinary function instead of a lower-bound instance.
+Chosen here: epsilon = 1, sigma = 5, no momentum, constant rates, the best of 2^-12, 2^-11, ... 1 for each method and dimension, 5
+repetitions of 16 noise samples each. Coordinates that move alike are simulated as one. Muon: the same instance on matrices of side
+d + 1, with x_i = u_i^T W v_i in random orthonormal bases, noise on u_0 v_0^T, rate 1/4. Then ||x||^2 / 2 under sparse noise, with
+f = 16 at the start: an ordinary function instead of a lower-bound instance.
 """
 import numpy as np
 import torch
@@ -76,7 +76,9 @@ def muon_steps(direction, d, rate, rng, repetitions, copies=4, limit=2000):
 
 
 def run(size="full", seed=0):
-    dimensions, matrix_dimensions, repetitions = ((10, 30, 100, 300, 1000), (4, 8, 16, 32, 64), 5) if size == "full" else ((10, 40), (4, 16), 3)
+    dimensions, matrix_dimensions, repetitions = (10, 30, 100, 300, 1000), (4, 8, 16, 32, 64), 5
+    if size == "small":
+        dimensions, matrix_dimensions, repetitions = (10, 40), (4, 16), 3
     rng = np.random.default_rng(seed)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -89,7 +91,8 @@ def run(size="full", seed=0):
         middle = medians[case] = np.median(ratio, 1)
         right.errorbar(dimensions, middle, np.abs(np.stack([ratio.min(1), ratio.max(1)]) - middle), marker="o", capsize=3, color=color,
                        label=f"{name}: exponent {fits[case][0]:.2f}")
-        texts[case] = f"exponent {fits[case][0]:.2f} ± {fits[case][1]:.2f}; SGD takes " + ", ".join(f"{x:.3g}" for x in middle) + " times the steps"
+        listed = ", ".join(f"{x:.3g}" for x in middle)
+        texts[case] = f"exponent {fits[case][0]:.2f} ± {fits[case][1]:.2f}; SGD takes {listed} times the steps"
 
     for i, case in enumerate(("sparse", "dense", "quadratic")):
         counts = {name: np.stack([steps(case, update, d, rng, repetitions)[0] for d in dimensions]) for name, update in UPDATES.items()}
@@ -103,21 +106,23 @@ def run(size="full", seed=0):
         left.plot(matrix_dimensions, np.median(fast, 1), ":", marker="s", color=f"C{i + 3}", label=case)
     ends = np.array([dimensions[0], dimensions[-1]])
     for power in (1, 0):
-        first = medians["sparse" if power else "dense"][0]
-        right.plot(ends, first * (ends / ends[0]) ** power, color="gray", linestyle=":", label="predicted: exponents 1 and 0" if power else None)
+        line = medians["sparse" if power else "dense"][0] * (ends / ends[0]) ** power
+        right.plot(ends, line, color="gray", linestyle=":", label="predicted: exponents 1 and 0" if power else None)
     left.set(xscale="log", yscale="log", xlabel="dimension d", ylabel="steps T (median)", title="steps until the mean gradient norm is 1")
-    right.set(xscale="log", yscale="log", xlabel="dimension d", ylabel="T of SGD / T of SignSGD or Muon", title="bars: all repetitions")
+    right.set(xscale="log", yscale="log", xlabel="dimension d", ylabel="T of SGD / T of SignSGD or Muon",
+              title="ratio of steps (bars: all repetitions)", ylim=(0.1, 1e5))
     left.legend(fontsize=7)
-    right.legend(fontsize=7)
+    right.legend(fontsize=7, loc="upper left")
     rows = [(prediction, texts[case], None if power is None else bool(abs(fits[case][0] - power) <= 0.1)) for case, power, prediction in (
         ("sparse", 1, "sparse noise: SGD over SignSGD grows like d (exponent 1 within 0.1)"),
         ("dense", 0, "dense noise: it does not (exponent 0 within 0.1)"),
         ("Muon", 1, "sparse noise in singular values: SGD over Muon grows like d (exponent 1 within 0.1)"),
         ("Muon, five Newton-Schulz steps", None, "the same with five Newton-Schulz steps: not in the paper"),
         ("quadratic", None, "||x||^2 / 2, sparse noise: not in the paper"))]
-    summary = (f"On an instance built for it SGD takes {medians['sparse'][0]:.0f} times as many steps as SignSGD in {dimensions[0]} dimensions and "
-               f"{medians['sparse'][-1]:.0f} times as many in {dimensions[-1]} (exponent {fits['sparse'][0]:.2f} ± {fits['sparse'][1]:.2f}); under "
-               f"dense noise {medians['dense'][0]:.2f} and {medians['dense'][-1]:.2f} times, and over Muon the exponent is {fits['Muon'][0]:.2f}. "
-               f"That is the worst case: on an ordinary quadratic under sparse noise the ratio falls from {medians['quadratic'][0]:.2f} to "
-               f"{medians['quadratic'][-1]:.2f}, so that tuned SGD wins in high dimensions.")
+    first, last = ({case: middle[end] for case, middle in medians.items()} for end in (0, -1))
+    summary = (f"On an instance built for it SGD takes {first['sparse']:.0f} times as many steps as SignSGD in {dimensions[0]} dimensions "
+               f"and {last['sparse']:.0f} times as many in {dimensions[-1]} (exponent {fits['sparse'][0]:.2f} ± {fits['sparse'][1]:.2f}), "
+               f"under dense noise {first['dense']:.2f} and {last['dense']:.2f} times; over Muon the exponent is {fits['Muon'][0]:.2f}. "
+               f"That is the worst case: on an ordinary quadratic under sparse noise the ratio falls from {first['quadratic']:.2f} to "
+               f"{last['quadratic']:.2f}, so that tuned SGD wins in high dimensions.")
     return Result(rows, figure, summary, SOURCE)
