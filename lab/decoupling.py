@@ -97,9 +97,9 @@ def run(size="full", seed=0):
     axes[2].set(xlabel="iteration", ylabel="deviation (median)", ylim=(1e-16, 1e6),
                 title="predicted: at rounding, or at the size of the start")
     axes[2].legend(fontsize=7, ncols=2)
-    summary = (f"In the first 10 iterations the coordinates follow their scalar sequences: within {context[:10].max():.0e} of the largest in "
-               f"context, {aligned[:10].max():.0e} in a factorisation with an aligned start, and {first.max():.1f} alpha from a random start of "
-               f"size alpha, which the first step aligns. But the sequences do not attract: in context rounding grows {growth:.2f}-fold an "
-               f"iteration, to {context.max():.0e} after 40, and with five Newton-Schulz steps, whose factor is only roughly orthogonal, the "
-               f"prediction is off by {rough[:10].median():.1f} within 10.")
+    summary = (f"In the first 10 iterations the coordinates follow their scalar sequences: within {context[:10].max():.0e} of the largest "
+               f"in context, {aligned[:10].max():.0e} in a factorisation with an aligned start, and {first.max():.1f} alpha from a random "
+               f"start of size alpha, which the first step aligns. But the sequences do not attract: in context rounding grows {growth:.2f}-fold an "
+               f"iteration, to {context.max():.0e} after 40, and with five Newton-Schulz steps, whose factor is only roughly orthogonal, "
+               f"the prediction is off by {rough[:10].median():.1f} within 10.")
     return Result(rows, figure, summary, SOURCE)
