@@ -1,0 +1,40 @@
+"""Predictions of the papers on Muon, as experiments of minutes: one module each, whose run(size, seed) returns a Result.
+
+scripts/lab.py runs them; records/lab/README.md shows what came out.
+"""
+from dataclasses import dataclass
+
+import torch
+from matplotlib.figure import Figure
+from scipy import stats
+
+
+@dataclass
+class Result:
+    """What an experiment found.
+
+    rows     (prediction, measurement, holds) each; holds is True, False, or None where the paper leaves it open
+    figure   the measurement, with the prediction drawn beside it
+    summary  two sentences with the measured numbers, also those that speak against the prediction
+    source   authors, title, arXiv number
+    """
+    rows: list
+    figure: Figure
+    summary: str
+    source: str
+
+
+def msgn(X):
+    """The matrix sign U V^T of X = U S V^T (..., m, n), exactly, by SVD; singular values below rounding count as 0."""
+    U, S, V = torch.linalg.svd(X, full_matrices=False)
+    kept = S > S[..., :1] * max(X.shape[-2:]) * torch.finfo(S.dtype).eps
+    return (U * kept.unsqueeze(-2)) @ V
+
+
+def exponent(x, y):
+    """(slope of log y over log x by least squares, half-width of its 95 % interval)."""
+    x, y = (torch.as_tensor(z, dtype=torch.float64).log().flatten() for z in (x, y))
+    x = x - x.mean()
+    slope = (x * y).sum() / (x * x).sum()
+    left = y - y.mean() - slope * x
+    return slope.item(), (stats.t.ppf(0.975, len(x) - 2) * ((left * left).sum() / (len(x) - 2) / (x * x).sum()).sqrt()).item()

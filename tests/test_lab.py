@@ -1,0 +1,164 @@
+"""The lab: what its script prints, files and refuses, and the predictions that are exact, each experiment at its smallest size."""
+import importlib
+import json
+
+import matplotlib.image
+import pytest
+import torch
+
+from lab import descent, exponent, factorisation, in_context, msgn
+from optimizers.error_feedback_muon import ErrorFeedbackMuon
+from scripts import lab as script
+
+MINE = ("factorisation", "in_context", "decoupling", "sign_noise", "convex", "heavy_tails")
+
+
+@pytest.fixture(scope="module")
+def result():
+    """result(name): what the experiment finds at its smallest size, run once."""
+    found = {}
+    return lambda name: found.setdefault(name, importlib.import_module(f"lab.{name}").run("small"))
+
+
+def verdicts(result, *words):
+    """Verdicts of the rows that have all these words in their prediction."""
+    found = [holds for prediction, _, holds in result.rows if all(word in prediction for word in words)]
+    assert found
+    return found
+
+
+# the experiments
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_result_is_complete(result, name):
+    found = result(name)
+    assert "arXiv:2" in found.source
+    assert all(ax.get_xlabel() and ax.get_ylabel() and ax.get_title() for ax in found.figure.axes if ax.has_data())
+    assert all(isinstance(text, str) and text for row in found.rows for text in row[:2])
+
+
+def test_decoupling_is_exact(result):
+    assert all(verdicts(result("decoupling"), "exact", "aligned") + verdicts(result("decoupling"), "10 iterations"))
+
+
+def test_sign_noise_grows_like_the_dimension(result):
+    assert verdicts(result("sign_noise"), "sparse noise: SGD over SignSGD") == [True]
+
+
+def test_counterexample_and_error_feedback(result):
+    assert verdicts(result("convex"), "conserved") == [True] * 4
+    assert verdicts(result("convex"), "error feedback: f comes") == [True]
+
+
+def test_condition_number(result):
+    assert verdicts(result("factorisation"), "Muon: ") == [True]
+    assert verdicts(result("factorisation"), "gradient descent") == [True]
+
+
+# their parts, against something independent
+
+
+def test_msgn():
+    X = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    O = msgn(X)
+    assert torch.allclose(O.mT @ O, torch.eye(4, dtype=torch.float64))
+    assert torch.allclose(O.mT @ X, (O.mT @ X).mT) and torch.linalg.eigvalsh(O.mT @ X).min() > 0  # the polar factor
+    assert torch.equal(msgn(torch.diag(torch.tensor([-3.0, 0.0]))).abs(), torch.diag(torch.tensor([1.0, 0.0])))
+
+
+def test_exponent_and_its_interval():
+    x = torch.logspace(0, 3, 50, dtype=torch.float64)
+    noise = torch.randn(200, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = [exponent(x, 5 * x ** 0.7 * torch.exp(0.3 * e)) for e in noise]
+    assert sum(abs(slope - 0.7) < width for slope, width in found) in range(180, 199)  # 95 % of 200
+
+
+@pytest.mark.parametrize("module", [factorisation, in_context])
+def test_gradient_is_that_of_the_error(module):
+    gradient, error, X = module.problem(10, 2, torch.Generator().manual_seed(0))
+    X = (X + 0.1 * torch.randn(X.shape, dtype=X.dtype, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    measured = error(X) ** 2 if module is factorisation else error(X)  # both proportional to the loss
+    slope, = torch.autograd.grad(measured.sum(), X)
+    G = gradient(X.detach())
+    assert torch.allclose(slope / slope.norm(), G / G.norm())
+
+
+def test_in_context_loss_is_that_of_prompts():
+    generator = torch.Generator().manual_seed(0)
+    U, l, e = in_context.spectra(5, 1, generator, d=3, N=10)
+    root, gamma = (U[0] * l.sqrt()) @ U[0].mT, torch.randn(3, 3, dtype=torch.float64, generator=generator)
+    x, w = (torch.randn(200_000, *shape, dtype=torch.float64, generator=generator) for shape in ((11, 3), (3,)))
+    x = x @ root
+    y = torch.einsum("pnd,pd->pn", x, w)
+    answer = torch.einsum("pd,de,pne,pn->p", x[:, 10], gamma, x[:, :10], y[:, :10]) / 10
+    L, E = (U[0] * l) @ U[0].mT, (U[0] * e) @ U[0].mT
+    exact = torch.trace(L @ gamma @ E @ gamma.mT - 2 * L @ gamma @ L + L)
+    assert abs((answer - y[:, 10]).square().mean() / exact - 1) < 0.05
+
+
+def test_adam_is_that_of_torch():
+    gradient, error, start = factorisation.problem(3, 2, torch.Generator().manual_seed(0))
+    W = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([W], lr=0.1, eps=1e-12)
+    for _ in range(20):
+        W.grad = gradient(W.detach())
+        optimizer.step()
+    errors = descent.descend("Adam", gradient, error, start, torch.tensor([0.1]), torch.tensor([1.0]), 0, 20)
+    assert torch.allclose(errors[-1, 0], error(W.detach()), rtol=1e-6)
+
+
+def test_error_feedback_loses_nothing():
+    W = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    first, optimizer, given = W.detach().clone(), ErrorFeedbackMuon([W], lr=0.5, momentum=0, exact=True), 0
+    for step in range(10):
+        W.grad = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        given = given + 0.5 * W.grad
+        optimizer.step()
+    assert torch.allclose(first - W.detach() + optimizer.state[W]["error"], given)
+
+
+# the script
+
+
+def test_run_files_its_results(call, tmp_path):
+    done = call(script, "decoupling", "--size", "small", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    filed = json.loads((tmp_path / "decoupling.json").read_text())
+    assert filed["rows"] and filed["command"] == "python scripts/lab.py decoupling --size small"
+    assert all(prediction in done.stdout for prediction, *_ in filed["rows"])
+    assert matplotlib.image.imread(tmp_path / "decoupling.png").std() > 0
+    assert filed["summary"] in (tmp_path / "README.md").read_text()
+    again = call(script, "decoupling", "--size", "small", "--out", tmp_path / "again")
+    assert again.returncode == 0 and json.loads((tmp_path / "again/decoupling.json").read_text())["rows"] == filed["rows"]
+
+
+def test_page_shows_what_fails(tmp_path):
+    rows = [["a | b", "1", True], ["c", "2", False], ["d", "3", None]]
+    facts = dict(question="Why?", rows=rows, summary="So.", source="X", command="python", seconds=1.0, torch="2")
+    (tmp_path / "convex.json").write_text(json.dumps(facts))
+    text = script.page(tmp_path)
+    for line in ("| Why? | 1 | 1 | 1 |", "| a \\| b | 1 | holds |", "| c | 2 | **fails** |", "| d | 3 | open |"):
+        assert line in text
+
+
+def test_page_is_up_to_date():
+    assert (script.RESULTS / "README.md").read_text(encoding="utf-8") == script.page(script.RESULTS), "stale; run `python scripts/lab.py`"
+    for path in script.RESULTS.glob("*.json"):
+        assert path.with_suffix(".png").exists() and path.stem in script.EXPERIMENTS
+        assert json.loads(path.read_text())["command"] == f"python scripts/lab.py {path.stem}"  # a full run, seed 0
+
+
+def test_every_experiment_is_listed():
+    listed = {name for name in script.EXPERIMENTS if (script.runs.ROOT / f"lab/{name}.py").exists()}
+    assert listed == {path.stem for path in script.runs.ROOT.glob("lab/*.py") if "\ndef run(" in path.read_text()}
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["nope"], "no experiment is called 'nope'; there are factorisation"), (["convex", "--seed", "-1"], "--seed -1: must be at least 0"),
+    (["convex", "--out", "FILE"], "cannot be written: File exists; name another folder"),
+    (["convex", "--out", "FILE/folder"], "cannot be written: Not a directory")])
+def test_refusals(call, tmp_path, arguments, words):
+    (tmp_path / "FILE").write_text("in the way")
+    done = call(script, *(str(tmp_path / word) if word.startswith("FILE") else word for word in arguments))
+    assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") <= 1 and not done.stdout
