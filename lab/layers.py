@@ -13,9 +13,11 @@ RIDGE = 0.2  # the trainer's
 
 
 def measure_layers(seed, train, batches, **fields):
-    """Of each hidden matrix of the CPU track after `train` steps with Muon: (name, condition of K, noise of the gradient, fall of the loss
-    in one step along the preconditioned direction over that along the plain one), means over
-    this number of batches. `fields` in place of the configuration's, for a smaller model."""
+    """Of each hidden matrix of the CPU track after `train` steps with Muon: (name, condition of K, noise of the gradient, fall of the loss in
+    one step along the preconditioned direction over that along the plain one), means over this number of batches.
+
+    `fields` replace those of the configuration, for a smaller model.
+    """
     config = cpu_config(**fields, num_iterations=train, warmdown_iters=0, seed=seed, data_seed=seed + 1)
     shards = open_shards(config)
     model, optimizers = new_model(config)
