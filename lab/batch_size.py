@@ -110,7 +110,8 @@ def run(size="full", seed=0):
                      None if abs(d.mean()) < 2 * error else bool(d.mean() > 0)))
     if full:
         ratio = steps["Nesterov 0.95"].mean(1) / steps["momentum 0.95"].mean(1)
-        rows.append(("Nesterov momentum needs fewer steps than plain at each batch size", "ratio of steps " + " ".join(f"{r:.2f}" for r in ratio), bool((ratio < 1).all())))
+        rows.append(("Nesterov momentum needs fewer steps than plain at each batch size", "ratio of steps " + " ".join(f"{r:.2f}" for r in ratio),
+                     bool((ratio < 1).all())))
     length, rate, bound = (400 if full else 10), 0.02, 1.21 / DECAY
     traces = {name: norms(name, rate, length, seed) for name in ("Nesterov 0.95", "Nesterov 0.95, decay")}
     for name, (weights, _) in traces.items():
@@ -118,12 +119,13 @@ def run(size="full", seed=0):
     axes[2].axhline(bound, color="black", ls="--", lw=1, label="bound with decay")
     axes[2].set(title=f"Weights with and without decay, batch 32, rate {rate}", xlabel="step", ylabel="largest |W|_2 / sqrt(max(m, n))")
     axes[2].legend(fontsize=8)
-    end = {name: (weights[-1], weights.max(), gradients[-length // 4:].mean(), gradients[:length // 4].mean()) for name, (weights, gradients) in traces.items()}
+    end = {name: (weights[-1], weights.max(), gradients[-length // 4:].mean(), gradients[:length // 4].mean())
+           for name, (weights, gradients) in traces.items()}
     (last, top, late, early), (free, _, free_late, free_early) = end["Nesterov 0.95, decay"], end["Nesterov 0.95"]
     rows.append(("with decay the spectral norm of the weights stays below s / lambda", f"at most {top:.3f}, bound {bound:.3f} (over sqrt(max(m, n)))", bool(top <= bound)))
     rows.append((f"without decay it grows on beyond that within {length} steps", f"{free:.3f} at the end", bool(free > bound)))
-    rows.append(("gradients stay bounded with decay (mean norm of the last quarter over the first, below 2)", f"{late / early:.2f}; without decay {free_late / free_early:.2f}",
-                 bool(late / early < 2)))
+    rows.append(("gradients stay bounded with decay (mean norm of the last quarter over the first, below 2)",
+                 f"{late / early:.2f}; without decay {free_late / free_early:.2f}", bool(late / early < 2)))
     summary = (f"The fewest samples to the target are needed at {' and '.join(map(str, sorted(set(best.values()))))} sequences (over all variants), "
                f"and samples begin to be wasted (b_c) at {min(c.mean() for c in critical.values()):.0f} to {max(c.mean() for c in critical.values()):.0f}; "
                f"an optimum at an end of the range of {batches[0]} to {batches[-1]} says only that it is not inside. "

@@ -53,7 +53,8 @@ def measure_layers(seed, train, batches, **fields):
                                 (G1 - G2).square().sum() / 4, (G1 * G2).sum(),  # E |G_batch - G|^2, and |G|^2 without bias
                                 *(fall(p, msgn(as_blocks(U)).view_as(p)) for U in (GP, G))))
     found = {name: np.array(values, dtype=float).mean(0) for name, values in found.items()}
-    return [(name, condition, noise / max(signal, 1e-12), with_it / without) for name, (condition, noise, signal, with_it, without) in found.items()]
+    return [(name, condition, noise / max(signal, 1e-12), with_it / without)
+            for name, (condition, noise, signal, with_it, without) in found.items()]
 
 
 def track_gain():
@@ -62,4 +63,5 @@ def track_gain():
         runs = [json.loads(path.read_text()) for path in folder.glob("*/run.json")]
         muon, newton = (np.array([r["final_val_loss"] for r in runs if r["config"]["optimizer"] == name]) for name in ("muon", "newton_muon"))
         if min(len(muon), len(newton)) > 1:
-            return muon.mean() - newton.mean(), math.hypot(muon.std(ddof=1) / len(muon) ** 0.5, newton.std(ddof=1) / len(newton) ** 0.5), folder.name
+            error = math.sqrt(sum(losses.var(ddof=1) / len(losses) for losses in (muon, newton)))
+            return muon.mean() - newton.mean(), error, folder.name

@@ -20,9 +20,11 @@ def decreases(conditions, noises, h, n, ridge, steps, rates, repeats, seed):
     m, generator = len(h), torch.Generator().manual_seed(seed)
     k = spectrum(conditions, n)[:, None, None, None, :]  # (cells, repeats, rates, m, n)
     H, rates = h[:, None], rates[:, None, None]
-    D = torch.randn(1, repeats, 1, m, n, generator=generator).expand(len(k), -1, rates.shape[0], -1, -1)  # W - W*; the same for all rules and rates
+    # W - W*, the same for all rules and rates
+    D = torch.randn(1, repeats, 1, m, n, generator=generator).expand(len(k), -1, rates.shape[0], -1, -1)
     loss = lambda D: (H * D.square() * k).sum((-2, -1)) / 2
-    scale = (noises[:, None, None, None, None] * (H * D * k).square().sum((-2, -1), keepdim=True).mean(1, keepdim=True) / (h.sum() * k.sum(-1, keepdim=True))).sqrt()
+    signal = (H * D * k).square().sum((-2, -1), keepdim=True).mean(1, keepdim=True)  # |G|^2
+    scale = (noises[:, None, None, None, None] * signal / (h.sum() * k.sum(-1, keepdim=True))).sqrt()
     before = loss(D)
     for t in range(steps):
         noise = torch.randn(1, repeats, 1, m, n, generator=generator)
@@ -50,8 +52,8 @@ def run(size="full", seed=0):
     largest falls of another batch's loss along both directions (mean of 3 gradients; the trainer's ridge, exact msgn, no momentum).
     """
     full = size == "full"
-    conditions, noises = torch.meshgrid(10.0 ** torch.arange(7), 10.0 ** torch.arange(-2, 1.1, 0.5), indexing="ij") if full else torch.meshgrid(
-        torch.tensor([1.0, 1e3]), torch.tensor([0.0, 10.0]), indexing="ij")
+    axis_of = (10.0 ** torch.arange(7), 10.0 ** torch.arange(-2, 1.1, 0.5)) if full else (torch.tensor([1.0, 1e3]), torch.tensor([0.01, 10.0]))
+    conditions, noises = torch.meshgrid(*axis_of, indexing="ij")
     shapes = {"wide (MLP's c_proj)": (8, 32), "square (q, k, v, c_proj)": (16, 16), "tall (c_fc)": (32, 8)}
     grids = {1: (0.02 * 1.3 ** torch.arange(24), 16 if full else 4), 50 if full else 5: (0.015 * 1.5 ** torch.arange(10), 4 if full else 2)}
     curvatures = {"H = I": 1.0, "cond(H) = 100": 100.0}
@@ -66,7 +68,8 @@ def run(size="full", seed=0):
         return (with_it.mean(1) / without.mean(1)).view(conditions.shape).numpy(), spread.view(conditions.shape).numpy()
 
     layers = measure_layers(seed, 60, 3) if full else measure_layers(seed, 1, 1, **SMALL)
-    kinds = ["wide (MLP's c_proj)" if "mlp.c_proj" in name else "tall (c_fc)" if "c_fc" in name else "square (q, k, v, c_proj)" for name, *_ in layers]
+    wide, square, tall = shapes
+    kinds = [wide if "mlp.c_proj" in name else tall if "c_fc" in name else square for name, *_ in layers]
     layer_condition, layer_noise, layer_ratio = np.array([layer[1:] for layer in layers]).T
     averaging = (1.95 ** 2 + 0.95 ** 4 / (1 - 0.95 ** 2)) * 0.05 ** 2  # of the noise's square by G + 0.95 M, against the square of its mean
     figure = Figure(figsize=(13, 17), layout="constrained")
@@ -75,25 +78,27 @@ def run(size="full", seed=0):
         for j, (steps, curvature) in enumerate((s, c) for s in grids for c in curvatures):
             r, _ = maps[shape, ridge, steps, curvature] = ratio(shape, curvature, steps, ridge, conditions, noises)
             axis = axes[i, j]
-            image = axis.pcolormesh(conditions.log10(), noises.log10() if full else noises, r, cmap="RdBu", shading="nearest",
+            image = axis.pcolormesh(conditions.log10(), noises.log10(), r, cmap="RdBu", shading="nearest",
                                     norm=TwoSlopeNorm(1, 0.4, 1.6))
             if full:
                 axis.contour(conditions[1:].log10(), noises[1:].log10(), r[1:], [1.0], colors="black", linewidths=1)
             for (x, y), value in np.ndenumerate(r) if full else ():
                 if x in (2, 4, 6) and y % 2 == 0:
-                    axis.text(x, (y - 4) / 2, f"{value:.2f}", ha="center", va="center", fontsize=7, color="black" if 0.6 < value < 1.4 else "white")
+                    color = "black" if 0.6 < value < 1.4 else "white"
+                    axis.text(x, (y - 4) / 2, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
             mine = np.array([kind == shape for kind in kinds])
             for noise, marker in ((layer_noise, "o"), (layer_noise * averaging, "^")):
-                axis.plot(np.log10(layer_condition[mine]).clip(0, 6), np.log10(noise[mine]).clip(-2, 1), marker, mfc="gold", mec="black", ms=5, ls="")
+                axis.plot(np.log10(layer_condition[mine]).clip(0, 6), np.log10(noise[mine]).clip(-2, 1), marker, mfc="gold", mec="black", ms=5)
             axis.set_title(f"{steps} step{'s' * (steps > 1)}, {curvature}", fontsize=9)
             if not j:
                 axis.set_ylabel(f"{shape}\n{name}\nlog10 noise share", fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("log10 condition of Z Z^T", fontsize=9)
-    figure.colorbar(image, ax=axes, location="bottom", shrink=0.6, aspect=40, extend="both", label="decrease of log loss with the preconditioner / without (above 1: it helps)")
-    figure.suptitle("Blue: the preconditioner helps. Black line: no difference. Circles: layers of the CPU track, one batch; triangles: with momentum's averaging")
+    figure.colorbar(image, ax=axes, location="bottom", shrink=0.6, aspect=40, extend="both",
+                    label="decrease of log loss with the preconditioner / without (above 1: it helps)")
+    figure.suptitle("Blue: the preconditioner helps. Black line: no difference.\n"
+                    "Circles: layers of the CPU track, one batch; triangles: with momentum's averaging")
 
-    wide, square, tall = shapes
     long = max(grids)
 
     def at(condition, noise, shape, ridge, steps, curvature):
@@ -131,9 +136,11 @@ def run(size="full", seed=0):
                  + " and ".join(f"{x:.2f} ({c})" for x, c in zip(ours, curvatures)),
                  f"final loss of Muon minus Newton-Muon: {gain:+.4f} +- {error:.4f} ({folder})",
                  None if abs(gain) < 2 * error else bool((np.mean(ours) > 1) == (gain > 0))))
-    summary = (f"The inverse of Z Z^T helps matrices that are wider than tall, as long as the gradient is little noisy (one step, condition 100, H = I: ratio "
-               f"{at(1e2, 0.01, wide, 0.0, 1, 'H = I')[1]:.2f} at a noise share of 0.01, {at(1e2, 10.0, wide, 0.0, 1, 'H = I')[1]:.2f} at 10); square and tall ones, "
-               f"which msgn whitens on its own, gain next to nothing in this model ({quiet[square][1]:.2f} and {quiet[tall][1]:.2f} in one step without noise), and the ridge softens both. "
-               f"The map does not speak for a real network: along one step the CPU track's layers had a mean ratio of {layer_ratio.mean():.2f} where it says "
-               f"{predicted[1, 'H = I'].mean():.2f} (H = I) and {predicted[1, 'cond(H) = 100'].mean():.2f} (anisotropic), and the track's final losses differ by {gain:+.4f} +- {error:.4f}.")
+    quiet_wide, noisy_wide = (at(1e2, noise, wide, 0.0, 1, "H = I")[1] for noise in (0.01, 10.0))
+    summary = (f"The inverse of Z Z^T helps a matrix that is wider than tall if the gradient has little noise (one step, condition 100, H = I: "
+               f"ratio {quiet_wide:.2f} at a noise share of 0.01, {noisy_wide:.2f} at 10); a square or tall one, which msgn whitens on its own, has "
+               f"{quiet[square][1]:.2f} and {quiet[tall][1]:.2f} in one step without noise at condition 1e4, and the ridge softens both gain and harm. "
+               f"Along one step of one batch the CPU track's layers have a mean ratio of {layer_ratio.mean():.2f} where the map says "
+               f"{predicted[1, 'H = I'].mean():.2f} (H = I) or {predicted[1, 'cond(H) = 100'].mean():.2f} (anisotropic), and Muon's final loss on the "
+               f"track minus Newton-Muon's is {gain:+.4f} +- {error:.4f}.")
     return Result(rows, figure, summary, "Du, Su, The Newton-Muon Optimizer, arXiv:2604.01472")

@@ -113,10 +113,12 @@ def run(size="full", seed=0):
     for rule, (optimizer, rates) in RATES.items():
         tried = {rate: gpt_run(optimizer, rate, seed, steps, every) for rate in rates[:3 if full else 1]}
         chosen[rule] = min(tried, key=lambda rate: tried[rate][-5:, 0].mean())
-        curves[rule] = np.array([tried[chosen[rule]]] + [gpt_run(optimizer, chosen[rule], s, steps, every) for s in range(seed + 1, seed + seeds)])
+        others = [gpt_run(optimizer, chosen[rule], s, steps, every) for s in range(seed + 1, seed + seeds)]
+        curves[rule] = np.array([tried[chosen[rule]], *others])
         axes[2].semilogy(curves[rule][..., 0].ravel(), curves[rule][..., 1].ravel().clip(1e-3), "o", mfc="none",
                          color={"Adam": "C1", "Muon": "C0"}[rule], label=f"{rule}, rate {chosen[rule]}")
-    axes[2].set(title=f"Small GPT along its training, {seeds} seeds (below 0.001: drawn there)", xlabel="training loss (falls to the right)", ylabel="normalised directional sharpness of the step")
+    axes[2].set(title=f"Small GPT along its training, {seeds} seeds (below 0.001: drawn there)", xlabel="training loss (falls to the right)",
+                ylabel="normalised directional sharpness of the step")
     axes[2].invert_xaxis()
     axes[2].legend()
     low, high = max(c[..., 0].min() for c in curves.values()), min(c[..., 0].max() for c in curves.values())
@@ -131,8 +133,9 @@ def run(size="full", seed=0):
              ("small GPT: the curvature's penalty |u|^2 NDS / 2 is smaller for Muon", ", ".join(
                  f"{rule} {np.median(c[:, 1] * c[:, 2] ** 2) / 2:.4f}" for rule, c in common.items()),
               bool(np.median(common["Muon"][:, 1] * common["Muon"][:, 2] ** 2) < np.median(common["Adam"][:, 1] * common["Adam"][:, 2] ** 2)))]
-    summary = (f"On a quadratic the first step of Muon has exactly the mean curvature ({float(h.mean()):.1f}), below gradient descent everywhere and below Adam's sign only if the "
-               f"eigenvectors are not the axes ({first[SIGN].mean():.0f}); over whole runs there the mean is {run_mean['Muon'].mean():.1f} for Muon and {run_mean['Adam'].mean():.1f} for Adam. "
-               f"Along the training of a small GPT, at equal loss, the directional sharpness of Muon's steps was {muon[1]:.3f} and that of Adam's {adam[1]:.3f}, "
-               f"while Muon's steps were {muon[2] / adam[2]:.1f} times as long.")
-    return Result(rows, figure, summary, "Muon outperforms Adam by reducing curvature penalty via lower normalized directional sharpness, arXiv:2606.04662")
+    summary = (f"On a quadratic the first step of Muon has exactly the mean curvature ({float(h.mean()):.1f}), and Adam's sign has more only if the "
+               f"eigenvectors are not the axes ({first[SIGN].mean():.0f}); over whole runs there the mean is {run_mean['Muon'].mean():.1f} for Muon and "
+               f"{run_mean['Adam'].mean():.1f} for Adam. Along the training of a small GPT, at equal loss, the directional sharpness of Muon's steps was "
+               f"{muon[1]:.3f} and that of Adam's {adam[1]:.3f}, while Muon's steps were {muon[2] / adam[2]:.1f} times as long.")
+    return Result(rows, figure, summary,
+                  "Muon outperforms Adam by reducing curvature penalty via lower normalized directional sharpness, arXiv:2606.04662")

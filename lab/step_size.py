@@ -5,6 +5,7 @@ import math
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.lib.stride_tricks import sliding_window_view
 
 from lab import Result, msgn
 from lab.training import SMALL, cpu_config, new_model, open_shards, training_steps
@@ -112,7 +113,7 @@ def run(size="full", seed=0):
         curves["fixed"].append([losses_at("sgd", 0.0, config, shards)])
         for optimizer in ("sgd", "muon"):
             curves[optimizer].append([losses_at(optimizer, rms, config, shards) for rms in sizes])
-    smooth = {name: np.lib.stride_tricks.sliding_window_view(np.array(c), 5, axis=-1).mean(-1) for name, c in curves.items()}  # (seeds, sizes, steps)
+    smooth = {name: sliding_window_view(np.array(c), 5, axis=-1).mean(-1) for name, c in curves.items()}  # (seeds, sizes, steps)
     end = {name: c[..., -1] for name, c in smooth.items()}
     start = np.array(curves["fixed"])[..., 0].mean()
     diverged = {name: sizes[~(end[name].mean(0) < start)] for name in ("sgd", "muon")}
@@ -137,5 +138,6 @@ def run(size="full", seed=0):
     summary = (f"On quadratics the largest step that lowers the loss follows the mean singular value of the gradient for Muon (R2 {r2:.3f} over random "
                f"curvature, {r2_largest:.2f} for the largest singular value instead), and the largest curvature alone for gradient descent. "
                f"On a small GPT, whose normalisations keep the loss finite, SGD diverged at {len(diverged['sgd'])} and Muon at {len(diverged['muon'])} of "
-               f"{len(sizes)} step sizes; steps longer than {useful['sgd']:.2g} made SGD worse than leaving the hidden matrices alone, Muon from {useful['muon']:.2g} on.")
+               f"{len(sizes)} step sizes; the longest step that was better than leaving the hidden matrices alone was {useful['sgd']:.2g} for SGD and "
+               f"{useful['muon']:.2g} for Muon.")
     return Result(rows, figure, summary, "Spectral Flattening Is All Muon Needs, arXiv:2605.13079")
