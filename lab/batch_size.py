@@ -59,13 +59,14 @@ def norms(variant, rate, steps, seed):
 
 def run(size="full", seed=0):
     """A bound on the gradient X / T + Y / b + Z (T steps of batch size b) makes steps to a target fall with b, and samples b T lowest at a
-    critical b* = 2 Y / e, Y proportional to (2 beta + 1)(1 - beta) + lambda: lower for more momentum, higher with weight decay lambda. With
-    decay and lr lambda <= 1 the weights stay bounded: |W|_2 <= s / lambda, s the spectral norm of an update at lr = 1.
+    critical b* = 2 Y / e, Y proportional to (2 beta + 1)(1 - beta) + lambda: lower for more momentum, higher with weight decay lambda.
+    With decay and lr lambda <= 1 the weights stay bounded: |W|_2 <= s / lambda, s the spectral norm of an update at lr = 1.
 
-    Choices. A GPT of 1 layer of width 32, sequences of 16 bytes, constant rates; the target is a validation loss of 2.6. The hidden rate is tuned for each
-    batch size and variant by doubling or halving, with one seed; the table's AdamW has five times that rate. Other seeds run at the tuned rate. Only the
-    hidden matrices have the weight decay, 2 (lr lambda = 0.02). s = 1.21 sqrt(max(m, n)) for the trainer's update, as five Newton-Schulz steps end
-    below 1.21. Also fitted: steps = S (1 + b_c / b), whose b_c says at which batch size samples begin to be wasted.
+    Choices. A GPT of 1 layer of width 32, sequences of 16 bytes, constant rates; the target is a validation loss of 2.6. The hidden rate is
+    tuned for each batch size and variant by doubling or halving, with one seed; the table's AdamW has five times that rate. Other seeds run
+    at the tuned rate. Only the hidden matrices have the weight decay, 2 (lr lambda = 0.02). s = 1.21 sqrt(max(m, n)) for the trainer's
+    update, as five Newton-Schulz steps end below 1.21. Also fitted: steps = S (1 + b_c / b), whose b_c says at which batch size samples
+    begin to be wasted.
     """
     full = size == "full"
     batches, most, seeds = ((8, 32, 128, 512), 600, 3) if full else ((8, 32), 12, 1)
@@ -90,7 +91,8 @@ def run(size="full", seed=0):
     for axis, values, label in ((axes[0], steps, "steps to the target"), (axes[1], samples, "sequences to the target")):
         for i, name in enumerate(names):
             mean = values[name].mean(1)
-            axis.errorbar(np.array(batches) * 1.03 ** i, mean, [mean - values[name].min(1), values[name].max(1) - mean], marker="o", capsize=3, label=name)
+            bars = [mean - values[name].min(1), values[name].max(1) - mean]
+            axis.errorbar(np.array(batches) * 1.03 ** i, mean, bars, marker="o", capsize=3, label=name)
         axis.set(title=f"{label.capitalize()}, {seeds} seeds (bars: lowest to highest)", xlabel="batch size, sequences", ylabel=label, yscale="log")
         axis.set_xscale("log", base=2)
         axis.legend(fontsize=8)
@@ -98,7 +100,8 @@ def run(size="full", seed=0):
     axes[0].annotate("samples constant", (batches[1], steps[names[0]].mean(1)[0] * batches[0] / batches[1]), fontsize=8, ha="right", va="top")
 
     rows.append(("steps to the target fall as the batch grows, whichever variant", "; ".join(
-        f"{name} {' '.join(f'{x:.0f}' for x in steps[name].mean(1))}" for name in names), bool(all((np.diff(steps[n].mean(1)) < 0).all() for n in names))))
+        f"{name} {' '.join(f'{x:.0f}' for x in steps[name].mean(1))}" for name in names),
+        bool(all((np.diff(steps[n].mean(1)) < 0).all() for n in names))))
     rows.append((f"the batch size with the fewest samples lies inside the range of {batches[0]} to {batches[-1]}", ", ".join(
         f"{name}: {best[name]}" for name in names), bool(all(batches[0] < best[name] < batches[-1] for name in names))))
     for claim, low, high in (("more momentum lowers the critical batch size (b_c)", "Nesterov 0.95", "Nesterov 0.5"),
@@ -122,12 +125,14 @@ def run(size="full", seed=0):
     end = {name: (weights[-1], weights.max(), gradients[-length // 4:].mean(), gradients[:length // 4].mean())
            for name, (weights, gradients) in traces.items()}
     (last, top, late, early), (free, _, free_late, free_early) = end["Nesterov 0.95, decay"], end["Nesterov 0.95"]
-    rows.append(("with decay the spectral norm of the weights stays below s / lambda", f"at most {top:.3f}, bound {bound:.3f} (over sqrt(max(m, n)))", bool(top <= bound)))
+    rows.append(("with decay the spectral norm of the weights stays below s / lambda",
+                 f"at most {top:.3f}, bound {bound:.3f} (over sqrt(max(m, n)))", bool(top <= bound)))
     rows.append((f"without decay it grows on beyond that within {length} steps", f"{free:.3f} at the end", bool(free > bound)))
     rows.append(("gradients stay bounded with decay (mean norm of the last quarter over the first, below 2)",
                  f"{late / early:.2f}; without decay {free_late / free_early:.2f}", bool(late / early < 2)))
-    summary = (f"The fewest samples to the target are needed at {' and '.join(map(str, sorted(set(best.values()))))} sequences (over all variants), "
-               f"and samples begin to be wasted (b_c) at {min(c.mean() for c in critical.values()):.0f} to {max(c.mean() for c in critical.values()):.0f}; "
-               f"an optimum at an end of the range of {batches[0]} to {batches[-1]} says only that it is not inside. "
-               f"Weight decay held the spectral norm at {last:.2f} (bound {bound:.2f}); without it, it was {free:.2f} after {length} steps, and rising.")
+    summary = (f"The fewest samples to the target are needed at {' and '.join(map(str, sorted(set(best.values()))))} sequences (over all "
+               f"variants), and samples begin to be wasted (b_c) at {min(c.mean() for c in critical.values()):.0f} to "
+               f"{max(c.mean() for c in critical.values()):.0f}; an optimum at an end of the range of {batches[0]} to {batches[-1]} says "
+               f"only that it is not inside. Weight decay held the spectral norm at {last:.2f} (bound {bound:.2f}); without it, it was "
+               f"{free:.2f} after {length} steps, and rising.")
     return Result(rows, figure, summary, "Sato, Naganuma, Iiduka, Convergence Bound and Critical Batch Size of Muon Optimizer, arXiv:2507.01598")

@@ -42,14 +42,15 @@ def run(size="full", seed=0):
     Where H = I and W is square or tall, O^T O = I, so that tr(O^T H O K) is the same for all O: msgn(G), which maximises <G, O>, then is
     the best single step without noise, and the preconditioner cannot help.
 
-    Choices. decrease = log(f before / f after), since the plain difference says nothing after 50 steps; a ratio above 1 means that
-    the preconditioner helps. W - W* starts Gaussian, the same for both; K is known exactly, with log-spaced eigenvalues; bases do not matter
-    then. Noise is that of a likelihood's gradients, H^1/2 E K^1/2 with E Gaussian, its share |noise|^2 / |G|^2 at the start on the axis; its size
-    stays. H is the identity, or log-spaced with condition 100. The rate is the best of a grid for the mean of the repetitions; over
-    50 steps it falls linearly to 0. No momentum; exact msgn. Shapes: 8 x 32 (as the MLP's c_proj), 16 x 16 (q, k, v, c_proj), 32 x 8 (c_fc).
-    The layers are those of the CPU track after 60 steps with Muon: condition of K (of a matrix with several blocks the geometric mean), noise
-    from two half batches; the same with the averaging of Nesterov momentum 0.95 at fixed weights. Each layer's own ratio is that of the
-    largest falls of another batch's loss along both directions (mean of 3 gradients; the trainer's ridge, exact msgn, no momentum).
+    Choices. decrease = log(f before / f after), since the plain difference says nothing after 50 steps; a ratio above 1 means that the
+    preconditioner helps. W - W* starts Gaussian, the same for both; K is known exactly, with log-spaced eigenvalues; bases do not matter
+    then. Noise is that of a likelihood's gradients, H^1/2 E K^1/2 with E Gaussian, its share |noise|^2 / |G|^2 at the start on the axis;
+    its size stays. H is the identity, or log-spaced with condition 100. The rate is the best of a grid for the mean of the repetitions;
+    over 50 steps it falls linearly to 0. No momentum; exact msgn. Shapes: 8 x 32 (as the MLP's c_proj), 16 x 16 (q, k, v, c_proj), 32 x 8
+    (c_fc). The layers are those of the CPU track after 60 steps with Muon: condition of K (of a matrix with several blocks the geometric
+    mean), noise from two half batches; the same with the averaging of Nesterov momentum 0.95 at fixed weights. Each layer's own ratio is
+    that of the largest falls of another batch's loss along both directions (mean of 3 gradients; the trainer's ridge, exact msgn, no
+    momentum).
     """
     full = size == "full"
     axis_of = (10.0 ** torch.arange(7), 10.0 ** torch.arange(-2, 1.1, 0.5)) if full else (torch.tensor([1.0, 1e3]), torch.tensor([0.01, 10.0]))
@@ -116,7 +117,8 @@ def run(size="full", seed=0):
                          f"ratio {best[0]}, and {noisy[0]}", bool(best[1] > 1 > noisy[1])))
     mean = {(c, ridge): np.mean([maps[shape, ridge, long, c][0][1:].mean() for shape in shapes]) for c in curvatures for ridge in (0.0, RIDGE)}
     rows.append((f"{long} steps: an anisotropic H makes the preconditioner hurt more", "mean ratio of the maps: " + ", ".join(
-        f"{c} {mean[c, 0.0]:.2f} (K^-1), {mean[c, RIDGE]:.2f} (ridge)" for c in curvatures), bool(mean["cond(H) = 100", RIDGE] < mean["H = I", RIDGE])))
+        f"{c} {mean[c, 0.0]:.2f} (K^-1), {mean[c, RIDGE]:.2f} (ridge)" for c in curvatures),
+        bool(mean["cond(H) = 100", RIDGE] < mean["H = I", RIDGE])))
     predicted = {(steps, c): np.array([float(ratio(kind, c, steps, RIDGE, torch.tensor([x]), torch.tensor([y]))[0][0])
                                        for kind, x, y in zip(kinds, layer_condition, layer_noise * (averaging if steps > 1 else 1))])
                  for steps in grids for c in curvatures}
@@ -128,7 +130,8 @@ def run(size="full", seed=0):
         right = int(((ours > 1) == (layer_ratio > 1)).sum())
         rank = np.corrcoef(ours.argsort().argsort(), layer_ratio.argsort().argsort())[0, 1]
         rows.append((f"the map ({c}) says for each layer of the CPU track whether one preconditioned step of one batch is better",
-                     f"right for {right} of {len(layers)}; rank correlation {rank:.2f}; mean ratio {ours.mean():.2f} on the map, {layer_ratio.mean():.2f} measured",
+                     f"right for {right} of {len(layers)}; rank correlation {rank:.2f}; mean ratio {ours.mean():.2f} on the map, "
+                     f"{layer_ratio.mean():.2f} measured",
                      bool(right > 0.75 * len(layers) and rank > 0)))
     gain, error, folder = track_gain()
     ours = [predicted[long, c].mean() for c in list(curvatures)[:2]]
@@ -137,10 +140,11 @@ def run(size="full", seed=0):
                  f"final loss of Muon minus Newton-Muon: {gain:+.4f} +- {error:.4f} ({folder})",
                  None if abs(gain) < 2 * error else bool((np.mean(ours) > 1) == (gain > 0))))
     quiet_wide, noisy_wide = (at(1e2, noise, wide, 0.0, 1, "H = I")[1] for noise in (0.01, 10.0))
-    summary = (f"The inverse of Z Z^T helps a matrix that is wider than tall if the gradient has little noise (one step, condition 100, H = I: "
-               f"ratio {quiet_wide:.2f} at a noise share of 0.01, {noisy_wide:.2f} at 10); a square or tall one, which msgn whitens on its own, has "
-               f"{quiet[square][1]:.2f} and {quiet[tall][1]:.2f} in one step without noise at condition 1e4, and the ridge softens both gain and harm. "
-               f"Along one step of one batch the CPU track's layers have a mean ratio of {layer_ratio.mean():.2f} where the map says "
-               f"{predicted[1, 'H = I'].mean():.2f} (H = I) or {predicted[1, 'cond(H) = 100'].mean():.2f} (anisotropic), and Muon's final loss on the "
-               f"track minus Newton-Muon's is {gain:+.4f} +- {error:.4f}.")
+    summary = ("The inverse of Z Z^T helps a matrix that is wider than tall if the gradient has little noise (one step, condition 100, "
+               f"H = I: ratio {quiet_wide:.2f} at a noise share of 0.01, {noisy_wide:.2f} at 10); a square or tall one, which msgn "
+               f"whitens on its own, has {quiet[square][1]:.2f} and {quiet[tall][1]:.2f} in one step without noise at condition 1e4, and "
+               "the ridge softens both gain and harm. Along one step of one batch the CPU track's layers have a mean ratio of "
+               f"{layer_ratio.mean():.2f} where the map says {predicted[1, 'H = I'].mean():.2f} (H = I) or "
+               f"{predicted[1, 'cond(H) = 100'].mean():.2f} (anisotropic), and Muon's final loss on the track minus Newton-Muon's is "
+               f"{gain:+.4f} +- {error:.4f}.")
     return Result(rows, figure, summary, "Du, Su, The Newton-Muon Optimizer, arXiv:2604.01472")

@@ -60,8 +60,8 @@ def run(size="full", seed=0):
     The speedrun's (a, b, c) = (3.4445, -4.775, 2.0315) multiply a small s by 3.4445 a step, 485 in five, and never converge to 1; Polar
     Express has other coefficients in each step. Error: |O - U V^T|_F / sqrt(r) on 64 x 64 matrices with log-spaced singular values.
 
-    Choices. Training is shorter and smaller than the CPU configuration so that it fits into two minutes: 2 layers of width 32, 100 steps
-    of 16 x 64 tokens, AdamW 0.02 for the table, Newton-Muon's refreshes every 32 steps; hidden rate: the better of two for each
+    Choices. Training is shorter and smaller than the CPU configuration so that it fits into two minutes: 2 layers of width 32, 100 steps of
+    16 x 64 tokens, AdamW 0.02 for the table, Newton-Muon's refreshes every 32 steps; hidden rate: the better of two for each
     orthogonalisation, by the mean of 3 seeds. A singular value below 0.7 after orthogonalisation counts as not flattened.
     """
     full = size == "full"
@@ -121,12 +121,14 @@ def run(size="full", seed=0):
     exact_newton = difference(exact, losses["Newton-Muon, exact SVD"])
     rows = [("five steps act on each singular value as s <- a s + b s^3 + c s^5 does", f"largest deviation {deviation:.0e}", deviation < 1e-3),
             ("five steps flatten singular values down to |X|_F 0.7 / 485 (condition about 200 for 64 log-spaced ones)",
-             f"smallest at least 0.68 up to condition {flat:.0e}; then {smallest['speedrun', 5, fp32][-1]:.1e} at {conditions[-1]:.0e}", bool(10 <= flat <= 1e3)),
-            ("Polar Express is more accurate than the speedrun's coefficients, five steps each", f"at {better.sum()} of {len(better)} conditions; worst "
-             f"error up to 1e4: {worst('Polar Express', 5, fp32):.2f} against {worst('speedrun', 5, fp32):.2f}", bool(better.all())),
+             f"smallest at least 0.68 up to condition {flat:.0e}; then {smallest['speedrun', 5, fp32][-1]:.1e} at {conditions[-1]:.0e}",
+             bool(10 <= flat <= 1e3)),
+            ("Polar Express is more accurate than the speedrun's coefficients, five steps each",
+             f"at {better.sum()} of {len(better)} conditions; worst error up to 1e4: {worst('Polar Express', 5, fp32):.2f} against "
+             f"{worst('speedrun', 5, fp32):.2f}", bool(better.all())),
             ("more steps of the speedrun's coefficients do not make well-conditioned matrices exact (condition 10 and less)",
-             f"error {error['speedrun', 5, fp32][:2].max():.2f} after 5, {error['speedrun', 10, fp32][:2].max():.2f} after 10; Polar Express "
-             f"{error['Polar Express', 10, fp32][:2].max():.0e}", bool(error["speedrun", 10, fp32][:2].max() > 0.05))]
+             f"error {error['speedrun', 5, fp32][:2].max():.2f} after 5, {error['speedrun', 10, fp32][:2].max():.2f} after 10; Polar "
+             f"Express {error['Polar Express', 10, fp32][:2].max():.0e}", bool(error["speedrun", 10, fp32][:2].max() > 0.05))]
     rows += [(f"bf16 costs no accuracy in {steps} steps (error changes by less than 0.05)", f"by up to {gap[steps]:.2f}", bool(gap[steps] < 0.05))
              for steps in (5, 10)]
     rows += [("five steps are cheaper than an SVD (256 x 256, this CPU)", ", ".join(f"{name} {ms:.1f} ms" for name, ms in cost.items()),
@@ -136,14 +138,15 @@ def run(size="full", seed=0):
              ("Newton-Muon ends lower than Muon here, five steps each", f"Muon minus Newton-Muon: {newton_gain[0]}",
               None if abs(newton_gain[1]) < 2 * newton_gain[2] else bool(newton_gain[1] > 0)),
              ("its gain is that of a spectrum which five steps can flatten: with an exact msgn it shrinks",
-              f"gain {newton_gain[0]} with five steps, {exact_newton[0]} exact; not flattened: {unflattened['Muon, 5 steps'].mean():.0%} of Muon's "
-              f"singular values, {unflattened['Newton-Muon, 5 steps'].mean():.0%} of Newton-Muon's",
+              f"gain {newton_gain[0]} with five steps, {exact_newton[0]} exact; not flattened: {unflattened['Muon, 5 steps'].mean():.0%} "
+              f"of Muon's singular values, {unflattened['Newton-Muon, 5 steps'].mean():.0%} of Newton-Muon's",
               bool(exact_newton[1] < newton_gain[1]) if newton_gain[1] > 2 * newton_gain[2] else None)]
 
     figure = Figure(figsize=(15, 4.8), layout="constrained")
     axes = figure.subplots(1, 3)
-    for (name, steps), color in zip((("speedrun", 1), ("speedrun", 3), ("speedrun", 5), ("speedrun", 10), ("Polar Express", 5), ("Polar Express", 8)), (
-            "#9ecae1", "#6baed6", "#2171b5", "#08306b", "#fd8d3c", "#a63603")):
+    colors = {("speedrun", 1): "#9ecae1", ("speedrun", 3): "#6baed6", ("speedrun", 5): "#2171b5", ("speedrun", 10): "#08306b",
+              ("Polar Express", 5): "#fd8d3c", ("Polar Express", 8): "#a63603"}
+    for (name, steps), color in colors.items():
         axes[0].loglog(conditions, error[name, steps, fp32].clip(1e-4), "o-", color=color, ms=4, label=f"{name}, {steps}")
         axes[0].loglog(conditions, error[name, steps, bf16].clip(1e-4), ":", color=color)
     axes[0].set(title="Error (dotted: bf16; below 1e-4: drawn there)", xlabel="condition number", ylabel="|O - U V^T|_F / sqrt(r)")
@@ -161,9 +164,10 @@ def run(size="full", seed=0):
     axes[2].set_yticks(range(len(names)), names)
     axes[2].invert_yaxis()
     axes[2].set(title=f"Small GPT, {len(five)} seeds (bar: mean)", xlabel="final validation loss")
-    summary = (f"The speedrun's five steps flatten singular values up to a condition of about {flat:.0f}, as the scalar iteration says, and Polar "
-               f"Express is closer to the polar factor at {better.sum()} of {len(better)} conditions. In the loss of a small GPT five steps minus exact "
-               f"is {exact_gain[0]}, one step minus five {(losses.get('Muon, 1 step', five) - five).mean():+.3f}; Muon minus Newton-Muon is "
-               f"{newton_gain[0]} with five steps and {exact_newton[0]} with an exact msgn, "
-               "where flatter singular values, were they the reason, would bring the second nearer to 0.")
+    summary = (f"The speedrun's five steps flatten singular values up to a condition of about {flat:.0f}, as the scalar iteration says, "
+               f"and Polar Express is closer to the polar factor at {better.sum()} of {len(better)} conditions. In the loss of a small "
+               f"GPT five steps minus exact is {exact_gain[0]}, one step minus five "
+               f"{(losses.get('Muon, 1 step', five) - five).mean():+.3f}; Muon minus Newton-Muon is {newton_gain[0]} with five steps and "
+               f"{exact_newton[0]} with an exact msgn, where flatter singular values, were they the reason, would bring the second "
+               "nearer to 0.")
     return Result(rows, figure, summary, "Jordan et al., Muon (2024); Amsel et al., The Polar Express, arXiv:2505.16932; Du, Su, arXiv:2604.01472")

@@ -44,7 +44,8 @@ def quadratic_run(rule, rate, H, start, steps):
 
 def gpt_run(optimizer, rate, seed, steps, every):
     """(loss, directional sharpness, |u|, first-order fall -<g, u>) of the hidden matrices' update u in every `every`-th step, on its own batch."""
-    config = cpu_config(**SMALL, seed=seed, data_seed=seed + 1, num_iterations=steps + 1, warmdown_iters=0, optimizer=optimizer, hidden_learning_rate=rate)
+    config = cpu_config(**SMALL, seed=seed, data_seed=seed + 1, num_iterations=steps + 1, warmdown_iters=0, optimizer=optimizer,
+                        hidden_learning_rate=rate)
     (model, optimizers), shards, points = new_model(config), open_shards(config), []
     everything, matrices = list(model.parameters()), list(model.hidden_matrices().values())
     for step, loss in enumerate(training_steps(config, model, optimizers, shards)):
@@ -68,15 +69,15 @@ def gpt_run(optimizer, rate, seed, steps, every):
 
 
 def run(size="full", seed=0):
-    """A step u changes the loss by <g, u> + |u|^2 NDS / 2 with the normalised directional sharpness NDS = u^T H u / |u|^2. Prediction: Muon's is
-    lower than Adam's (and, the theorem, than that of gradient descent), at a similar first-order fall and length.
+    """A step u changes the loss by <g, u> + |u|^2 NDS / 2 with the normalised directional sharpness NDS = u^T H u / |u|^2. Prediction: Muon's
+    is lower than Adam's (and, the theorem, than that of gradient descent), at a similar first-order fall and length.
 
-    f(W) = tr(W^T H W) / 2 with eigenvalues h: msgn(H W) of a square matrix has NDS = mean(h) exactly; gradient descent has
-    sum h^3 |w|^2 / sum h^2 |w|^2, above it. A sign has mean(h) too if the eigenvectors are the axes, so they are random in one of the cases.
+    f(W) = tr(W^T H W) / 2 with eigenvalues h: msgn(H W) of a square matrix has NDS = mean(h) exactly; gradient descent has sum h^3 |w|^2 /
+    sum h^2 |w|^2, above it. A sign has mean(h) too if the eigenvectors are the axes, so they are random in one of the cases.
 
     Choices. h log-spaced from 100 to 0.1, W Gaussian 32 x 32; runs of 100 steps with the trainer's Muon and torch's Adam, rates falling
-    linearly, each the best of a grid. Small GPT: 2 layers of width 32, 150 steps of 16 x 64 tokens, u the update of all hidden matrices, H of the loss
-    of its batch by double backward; the better of a few rates for each; compared at equal loss, medians.
+    linearly, each the best of a grid. Small GPT: 2 layers of width 32, 150 steps of 16 x 64 tokens, u the update of all hidden matrices, H
+    of the loss of its batch by double backward; the better of a few rates for each; compared at equal loss, medians.
     """
     full = size == "full"
     generator = torch.Generator().manual_seed(seed)
@@ -127,15 +128,19 @@ def run(size="full", seed=0):
     by_seed = {rule: [np.median(c[:, 1]) for c in cs] for rule, cs in curves.items()}
     adam, muon = median["Adam"], median["Muon"]
     rows += [(f"small GPT, at losses of {low:.2f} to {high:.2f}: Muon's NDS is lower than Adam's", "median: " + ", ".join(
-                 f"{rule} {median[rule][1]:.3f} (seeds {min(by_seed[rule]):.3f} to {max(by_seed[rule]):.3f})" for rule in curves), bool(muon[1] < adam[1])),
-             ("small GPT: their lengths |u| are similar (within a factor of 2)", f"Adam {adam[2]:.2f}, Muon {muon[2]:.2f}", bool(0.5 < muon[2] / adam[2] < 2)),
-             ("small GPT: their first-order falls are similar (within a factor of 2)", f"Adam {adam[3]:.3f}, Muon {muon[3]:.3f}", bool(0.5 < muon[3] / adam[3] < 2)),
+                 f"{rule} {median[rule][1]:.3f} (seeds {min(by_seed[rule]):.3f} to {max(by_seed[rule]):.3f})" for rule in curves),
+              bool(muon[1] < adam[1])),
+             ("small GPT: their lengths |u| are similar (within a factor of 2)", f"Adam {adam[2]:.2f}, Muon {muon[2]:.2f}",
+              bool(0.5 < muon[2] / adam[2] < 2)),
+             ("small GPT: their first-order falls are similar (within a factor of 2)", f"Adam {adam[3]:.3f}, Muon {muon[3]:.3f}",
+              bool(0.5 < muon[3] / adam[3] < 2)),
              ("small GPT: the curvature's penalty |u|^2 NDS / 2 is smaller for Muon", ", ".join(
                  f"{rule} {np.median(c[:, 1] * c[:, 2] ** 2) / 2:.4f}" for rule, c in common.items()),
               bool(np.median(common["Muon"][:, 1] * common["Muon"][:, 2] ** 2) < np.median(common["Adam"][:, 1] * common["Adam"][:, 2] ** 2)))]
-    summary = (f"On a quadratic the first step of Muon has exactly the mean curvature ({float(h.mean()):.1f}), and Adam's sign has more only if the "
-               f"eigenvectors are not the axes ({first[SIGN].mean():.0f}); over whole runs there the mean is {run_mean['Muon'].mean():.1f} for Muon and "
-               f"{run_mean['Adam'].mean():.1f} for Adam. Along the training of a small GPT, at equal loss, the directional sharpness of Muon's steps was "
-               f"{muon[1]:.3f} and that of Adam's {adam[1]:.3f}, while Muon's steps were {muon[2] / adam[2]:.1f} times as long.")
+    summary = (f"On a quadratic the first step of Muon has exactly the mean curvature ({float(h.mean()):.1f}), and Adam's sign has more "
+               f"only if the eigenvectors are not the axes ({first[SIGN].mean():.0f}); over whole runs there the mean is "
+               f"{run_mean['Muon'].mean():.1f} for Muon and {run_mean['Adam'].mean():.1f} for Adam. Along the training of a small GPT, "
+               f"at equal loss, the directional sharpness of Muon's steps was {muon[1]:.3f} and that of Adam's {adam[1]:.3f}, while "
+               f"Muon's steps were {muon[2] / adam[2]:.1f} times as long.")
     return Result(rows, figure, summary,
                   "Muon outperforms Adam by reducing curvature penalty via lower normalized directional sharpness, arXiv:2606.04662")

@@ -63,16 +63,16 @@ def losses_at(optimizer, rms, config, shards):
 def run(size="full", seed=0):
     """The largest step of gradient descent is 2 / lambda_max, whatever the gradient; that of Muon, 2 mean(sigma) / lambda_max, follows it.
 
-    f(W) = tr((W - W*)^T B (W - W*) A) / 2 has the gradient G = B (W - W*) A and the largest curvature lambda_max = max(B) max(A). A step
-    W - eta O with O = msgn(G) changes f by -eta r mean(sigma) + eta^2 tr(O^T B O A) / 2, sigma the r singular values of G. Where all
+    f(W) = tr((W - W*)^T B (W - W*) A) / 2 has the gradient G = B (W - W*) A and the largest curvature lambda_max = max(B) max(A). A step W
+    - eta O with O = msgn(G) changes f by -eta r mean(sigma) + eta^2 tr(O^T B O A) / 2, sigma the r singular values of G. Where all
     curvatures are lambda, its sign flips at eta = 2 mean(sigma) / lambda exactly; elsewhere that is a lower bound.
 
     Choices where the statement leaves them open. Gradient descent: f is not above its start after 100 steps. Muon: not above it after one
     step, for with a constant step its loss neither converges nor diverges. Matrices are 24 x 24, sigma_i = i^-p with p from 0 to 2, B and A
-    log-spaced with condition 10 each, their bases random or those of the gradient; lambda_max is random, 0.1 to 10.
-    Small GPT: SGD and the trainer's Muon, both without momentum, 60 steps from the same weights; a step size is the root-mean-square of the
-    first update of the hidden matrices; the table has AdamW at 0.005. A run diverges if its loss ends above its start; a step is too long
-    if the loss ends above that of a run whose hidden matrices stay as they are. Losses are means of 5 steps.
+    log-spaced with condition 10 each, their bases random or those of the gradient; lambda_max is random, 0.1 to 10. Small GPT: SGD and the
+    trainer's Muon, both without momentum, 60 steps from the same weights; a step size is the root-mean-square of the first update of the
+    hidden matrices; the table has AdamW at 0.005. A run diverges if its loss ends above its start; a step is too long if the loss ends
+    above that of a run whose hidden matrices stay as they are. Losses are means of 5 steps.
     """
     n, repeats, powers, seeds, steps = (24, 6, 5, 3, 60) if size == "full" else (8, 1, 3, 1, 8)
     generator = torch.Generator().manual_seed(seed)
@@ -90,11 +90,13 @@ def run(size="full", seed=0):
         fits[kind] = r2, r2_largest
         exact = condition == 1
         rows.append((f"Muon, {kind}: largest step {'=' if exact else 'proportional to, and at least,'} 2 mean(sigma) / lambda_max",
-                     f"{ratio.min():.4f} to {ratio.max():.4f} times it, exponent {exponent:.3f}, R2 {r2:.4f} (largest sigma instead: R2 {r2_largest:.2f})",
+                     f"{ratio.min():.4f} to {ratio.max():.4f} times it, exponent {exponent:.3f}, R2 {r2:.4f} (largest sigma instead: R2 "
+                     f"{r2_largest:.2f})",
                      bool(abs(ratio - 1).max() < 1e-6 if exact else ratio.min() > 1 - 1e-6 and abs(exponent - 1) < 0.05 and r2 > 0.95)))
         (exponent, r2), ratio = log_fit(by_mean, schulz), schulz / by_mean
         rows.append((f"the same with the trainer's five Newton-Schulz steps, {kind}",
-                     f"{ratio.min():.2f} to {ratio.max():.2f} times it, exponent {exponent:.3f}, R2 {r2:.4f}", bool(abs(exponent - 1) < 0.05 and r2 > 0.95)))
+                     f"{ratio.min():.2f} to {ratio.max():.2f} times it, exponent {exponent:.3f}, R2 {r2:.4f}",
+                     bool(abs(exponent - 1) < 0.05 and r2 > 0.95)))
         (exponent, r2), ratio = log_fit(by_curvature, descent), descent / by_curvature
         rows.append((f"gradient descent, {kind}: largest step = 2 / lambda_max, whatever the gradient",
                      f"{ratio.min():.3f} to {ratio.max():.3f} times it, exponent {exponent:.3f}, R2 {r2:.4f}", bool(abs(ratio - 1).max() < 0.05)))
@@ -108,7 +110,8 @@ def run(size="full", seed=0):
     sizes = 2.0 ** np.arange(-11, 1) if size == "full" else 2.0 ** np.array([-8, 0])
     curves = {"sgd": [], "muon": [], "fixed": []}
     for s in range(seed, seed + seeds):
-        config = cpu_config(**SMALL, seed=s, data_seed=s + 1, num_iterations=steps, warmdown_iters=0, learning_rate=0.005, momentum=0.0, nesterov=False)
+        config = cpu_config(**SMALL, seed=s, data_seed=s + 1, num_iterations=steps, warmdown_iters=0, learning_rate=0.005, momentum=0.0,
+                            nesterov=False)
         shards = open_shards(config)
         curves["fixed"].append([losses_at("sgd", 0.0, config, shards)])
         for optimizer in ("sgd", "muon"):
@@ -126,7 +129,8 @@ def run(size="full", seed=0):
              ("small GPT: the longest step that is not too long is larger for Muon", f"SGD {useful['sgd']:.3g}, Muon {useful['muon']:.3g}",
               bool(useful["muon"] > useful["sgd"])),
              (f"small GPT: at equal step size Muon reaches a loss of {target} in fewer steps", f"at {sum(fewer)} of the {sum(either)} step sizes where either "
-              f"does; best step size: SGD {to_target['sgd'].min():.0f} steps, Muon {to_target['muon'].min():.0f}", bool(either.any() and fewer[either].all()))]
+              f"does; best step size: SGD {to_target['sgd'].min():.0f} steps, Muon {to_target['muon'].min():.0f}",
+              bool(either.any() and fewer[either].all()))]
     for name, label, color in (("sgd", "SGD", "C3"), ("muon", "Muon", "C0")):
         axes[2].semilogx(sizes, end[name].mean(0), "o-", color=color, label=label)
         axes[2].fill_between(sizes, end[name].min(0), end[name].max(0), color=color, alpha=0.2)
@@ -135,9 +139,9 @@ def run(size="full", seed=0):
                 ylabel=f"training loss after {steps} steps", xscale="log")
     axes[2].legend()
     r2, r2_largest = fits["random bases"]
-    summary = (f"On quadratics the largest step that lowers the loss follows the mean singular value of the gradient for Muon (R2 {r2:.3f} over random "
-               f"curvature, {r2_largest:.2f} for the largest singular value instead), and the largest curvature alone for gradient descent. "
-               f"On a small GPT, whose normalisations keep the loss finite, SGD diverged at {len(diverged['sgd'])} and Muon at {len(diverged['muon'])} of "
-               f"{len(sizes)} step sizes; the longest step that was better than leaving the hidden matrices alone was {useful['sgd']:.2g} for SGD and "
-               f"{useful['muon']:.2g} for Muon.")
+    summary = ("On quadratics the largest step that lowers the loss follows the mean singular value of the gradient for Muon (R2 "
+               f"{r2:.3f} over random curvature, {r2_largest:.2f} for the largest singular value instead), and the largest curvature "
+               "alone for gradient descent. On a small GPT, whose normalisations keep the loss finite, SGD diverged at "
+               f"{len(diverged['sgd'])} and Muon at {len(diverged['muon'])} of {len(sizes)} step sizes; the longest step that was better "
+               f"than leaving the hidden matrices alone was {useful['sgd']:.2g} for SGD and {useful['muon']:.2g} for Muon.")
     return Result(rows, figure, summary, "Spectral Flattening Is All Muon Needs, arXiv:2605.13079")
