@@ -1,0 +1,49 @@
+"""A small GPT on Shakespeare's bytes and the trainer's own step, for the experiments that train one."""
+import glob
+from pathlib import Path
+
+import torch
+
+from train_gpt2 import GPT, Config, Shards, UserError, accumulate, build_optimizers, learning_rate_scale, read_toml, refreshes
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT  # where the paths of the shards in the configurations start
+SMALL = dict(n_layer=2, n_head=2, n_embd=32, batch_size=16, sequence_length=64)  # a step takes about 10 ms on one core
+
+
+def cpu_config(**fields):
+    """The Config of configs/cpu_muon.toml, with `fields` in place of its own. The warm-down is 30 % of the run, as there."""
+    values = read_toml(ROOT / "configs/cpu_muon.toml")
+    warmdown = int(0.3 * fields.get("num_iterations", values["num_iterations"]))
+    return Config(**values | dict(warmdown_iters=warmdown) | fields)
+
+
+def open_shards(config, pattern="input_bin"):
+    path = str(DATA / getattr(config, pattern))
+    if not glob.glob(path):
+        raise UserError(f"no file matches {getattr(config, pattern)}; make these shards with: python data/shakespeare.py")
+    return Shards(path, config.sequence_length, config.vocab_size, config.allow_repeat, config.data_seed)
+
+
+def new_model(config):
+    """(GPT, [optimizer of the tied table, optimizer of the hidden matrices]) with the initial weights of config.seed."""
+    torch.manual_seed(config.seed)
+    model = GPT(config)
+    return model, list(build_optimizers(model, config))
+
+
+def training_steps(config, model, optimizers, shards):
+    """Takes config.num_iterations steps of training. Yields the loss of each batch when its gradient is there, before the weights change."""
+    table, hidden = optimizers
+    for step in range(config.num_iterations):
+        for optimizer, rate in ((table, config.learning_rate), (hidden, config.hidden_learning_rate)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * learning_rate_scale(config, step)
+        batch = shards.batch(range(step * config.batch_size, (step + 1) * config.batch_size))
+        loss, grams = accumulate(model, [batch], refreshes(hidden, step), torch.float32)
+        if grams:
+            hidden.refresh(grams, batch[0].numel())
+        yield float(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)

@@ -1,0 +1,121 @@
+import numpy as np
+import pytest
+import torch
+
+from lab import batch_size, layers, msgn, newton, polar, sharpness, step_size, training
+from shards import write_shard
+from train_gpt2 import UserError
+
+
+@pytest.fixture(autouse=True)
+def text(tmp_path, monkeypatch):
+    """Shards of learnable bytes in the place of Shakespeare's."""
+    (tmp_path / "data/shakespeare").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("train_000001", "val_000000"):
+        write_shard(tmp_path / f"data/shakespeare/shakespeare_{name}.bin", np.cumsum(rng.integers(1, 4, 40000)) % 256)
+    monkeypatch.setattr(training, "DATA", tmp_path)
+    return tmp_path / "data/shakespeare"
+
+
+@pytest.mark.parametrize("module", [step_size, newton, polar, batch_size, sharpness])
+def test_small_size(module):
+    result = module.run("small")
+    assert all(isinstance(prediction, str) and isinstance(measured, str) and holds in (True, False, None) for prediction, measured, holds in result.rows)
+    assert len(result.figure.axes) >= 3 and result.summary and "arXiv" in result.source
+
+
+def test_missing_shards(text):
+    for path in text.glob("*.bin"):
+        path.unlink()
+    with pytest.raises(UserError, match="^no file matches .*; make these shards with: python data/shakespeare.py$"):
+        training.open_shards(training.cpu_config())
+
+
+def test_steps_take_every_batch_once(text):
+    config = training.cpu_config(**training.SMALL, num_iterations=3)
+    shards, model = training.open_shards(config), training.new_model(config)
+    losses = list(training.training_steps(config, *model, shards))
+    with torch.no_grad():  # the first loss is that of the initial weights on the first batch
+        assert losses[0] == pytest.approx(float(training.new_model(config)[0](*shards.batch(range(16)))[0]), rel=1e-5)
+    assert len(losses) == 3 and losses[2] < losses[0]
+
+
+def test_sign_flips_at_the_predicted_step():
+    """f = lambda |W|^2 / 2: a step 2 mean(sigma) / lambda along msgn of the gradient leaves f as it is."""
+    W, scale = torch.randn(7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64), 3.0
+    G = scale * W
+    step = 2 * torch.linalg.svdvals(G).mean() / scale
+    assert (W - 0.999 * step * msgn(G)).norm() < W.norm() < (W - 1.001 * step * msgn(G)).norm()
+    eye = torch.eye(7, dtype=torch.float64)
+    assert step_size.largest_stable_step(msgn, 1, scale * eye, eye, W) == pytest.approx(float(step), rel=1e-9)
+    assert step_size.largest_stable_step(lambda G: G, 100, scale * eye, eye, W) == pytest.approx(2 / scale, rel=1e-9)
+
+
+def test_problem_has_the_prescribed_spectrum():
+    G, B, A, D, largest = step_size.problem(1.0, "random bases", 10, 6, torch.Generator().manual_seed(0))
+    assert torch.allclose(B @ D @ A, G)
+    assert torch.allclose(torch.linalg.svdvals(G), 1 / torch.arange(1, 7, dtype=torch.float64))
+    assert torch.linalg.eigvalsh(torch.kron(B, A)).max() == pytest.approx(largest)
+
+
+def test_one_step_of_muon_is_the_closed_form():
+    """H = I, square: f falls by |G|_*^2 / (2 tr K) at the best rate, and no preconditioned step can do better."""
+    k = newton.spectrum(torch.tensor([100.0]), 6)
+    D = torch.randn(1, 1, 1, 6, 6, generator=torch.Generator().manual_seed(5))[0, 0, 0]
+    before, fall = float((D.square() * k).sum() / 2), float(torch.linalg.svdvals(D * k).sum() ** 2 / (2 * k.sum()))
+    rates = torch.linspace(0.1, 4, 2000)
+    muon, inverse = (newton.decreases(torch.tensor([100.0]), torch.zeros(1), torch.ones(6), 6, ridge, 1, rates, 1, 5) for ridge in (None, 0.0))
+    assert float(muon) == pytest.approx(np.log(before / (before - fall)), rel=1e-3)
+    assert inverse < muon
+
+
+def test_no_condition_no_difference():
+    cell = dict(conditions=torch.ones(1), noises=torch.ones(1), h=torch.ones(4), n=4, steps=3, rates=torch.tensor([0.1, 0.3]), repeats=2, seed=0)
+    assert torch.allclose(newton.decreases(ridge=0.0, **cell), newton.decreases(ridge=None, **cell), atol=1e-5)
+
+
+def test_layers_leave_the_weights(text):
+    found = layers.measure_layers(0, 1, 1, **training.SMALL)
+    assert [name for name, *_ in found] == list(training.new_model(training.cpu_config(**training.SMALL))[0].hidden_matrices())
+    assert all(condition >= 1 and noise > 0 for _, condition, noise, _ in found)
+
+
+def test_polar_express_converges():
+    X, Q, _ = polar.with_condition(100.0, 16, 2, torch.Generator().manual_seed(0))
+    assert torch.allclose(polar.polar_express(X, 8), Q, atol=1e-3)
+    assert torch.allclose(polar.polar_express(X[:, :5], 8), msgn(X[:, :5]), atol=1e-3)  # wide: transposed inside
+
+
+def test_sharpness_of_msgn_is_the_mean_curvature():
+    generator, h = torch.Generator().manual_seed(0), torch.tensor([100.0, 10.0, 1.0, 0.1])
+    for rotated in (False, True):
+        found = sharpness.first_directions(sharpness.curvature(h, rotated, generator), torch.randn(4, 4, generator=generator))
+        assert found["msgn"] == pytest.approx(float(h.mean()), rel=1e-4) and found["msgn"] < found["gradient descent"]
+
+
+def test_sharpness_by_double_backward():
+    """The same second derivative by differences of the loss along the update."""
+    loss, value, length, fall = sharpness.gpt_run("muon", 0.01, 0, 2, 2)[0]
+    config = training.cpu_config(**training.SMALL, seed=0, data_seed=1, num_iterations=3, warmdown_iters=0, optimizer="muon", hidden_learning_rate=0.01)
+    (model, optimizers), shards = training.new_model(config), training.open_shards(config)
+    steps = training.training_steps(config, model, optimizers, shards)
+    next(steps), next(steps)
+    matrices, start = list(model.hidden_matrices().values()), [p.detach().clone() for p in model.parameters()]
+    before = [p.detach().clone() for p in matrices]
+    next(steps)
+    u = [p.detach() - b for p, b in zip(matrices, before)]
+    losses = []
+    with torch.no_grad():
+        torch._foreach_copy_(list(model.parameters()), start)
+        for t in (-0.2, 0.0, 0.2):
+            torch._foreach_copy_(matrices, torch._foreach_add(before, u, alpha=t))
+            losses.append(float(model.double()(*shards.batch(range(16, 32)))[0]))
+    assert losses[1] == pytest.approx(loss, rel=1e-5)
+    assert (losses[0] - losses[2]) / 0.4 == pytest.approx(fall, rel=0.05)
+    assert (losses[0] - 2 * losses[1] + losses[2]) / 0.04 / length ** 2 == pytest.approx(value, rel=0.2)
+
+
+def test_decay_bounds_the_weights():
+    bound = 1.21 / batch_size.DECAY
+    assert batch_size.norms("Nesterov 0.95, decay", 0.1, 60, 0)[0].max() <= bound < batch_size.norms("Nesterov 0.95", 0.1, 60, 0)[0].max()
