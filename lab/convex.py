@@ -82,7 +82,7 @@ def cost(seed, axes):
 
 
 def run(size="full", seed=0):
-    steps, root = (3000 if size == "full" else 1500), 2 ** 0.5  # the trainer's Muon multiplies its rate by sqrt(2) here
+    steps, root = (3000 if size == "full" else 1000), 2 ** 0.5  # the trainer's Muon multiplies its rate by sqrt(2) here
     runs = {
         "exact, rate t^-0.51": descend(ExactMuon, STILL, lambda t: t ** -0.51, steps),
         "exact, rate 1 / t": descend(ExactMuon, STILL, lambda t: 1 / t, steps),

@@ -88,7 +88,7 @@ def run(size="full", seed=0):
     for ax, name in zip(axes, (f"factorisation, start of size {alphas[0]:g}", "in context")):
         measured, predicted, _ = runs[name]
         for i in range(measured.size(-1)):
-            ax.plot(t + 1, measured[:, 0, i], "o", color=f"C{i}", markersize=4, label="measured, a colour each" if i == 0 else None)
+            ax.plot(t + 1, measured[:, 0, i], "o", color=f"C{i}", markersize=4, label="measured, one colour each" if i == 0 else None)
             ax.plot(t + 1, predicted[:, 0, i], color="black", linewidth=0.8, label="predicted" if i == 0 else None)
         ax.set(xlabel="iteration", ylabel="spectral coordinate $a_i$", title=name)
         ax.legend(fontsize=8)
@@ -99,7 +99,7 @@ def run(size="full", seed=0):
     axes[2].legend(fontsize=7, ncols=2)
     summary = (f"In the first 10 iterations the coordinates follow their scalar sequences: within {context[:10].max():.0e} of the largest "
                f"in context, {aligned[:10].max():.0e} in a factorisation with an aligned start, and {first.max():.1f} alpha from a random "
-               f"start of size alpha, which the first step aligns. But the sequences do not attract: in context rounding grows {growth:.2f}-fold an "
-               f"iteration, to {context.max():.0e} after 40, and with five Newton-Schulz steps, whose factor is only roughly orthogonal, "
-               f"the prediction is off by {rough[:10].median():.1f} within 10.")
+               f"start of size alpha, which the first step aligns. But the sequences do not attract: in context rounding grows "
+               f"{growth:.2f}-fold an iteration, to {context.max():.0e} after 40, and with five Newton-Schulz steps, "
+               f"whose factor is only roughly orthogonal, the prediction is off by {rough[:10].median():.1f} within 10.")
     return Result(rows, figure, summary, SOURCE)

@@ -81,6 +81,7 @@ def sweep(problem, conditions, repetitions, target, limits, seed, quantity):
     left.set(xscale="log", yscale="log", xlabel="condition number", ylabel="iterations to the target (median; bars: all repetitions)",
              title="best setting of the same grid for each\n(triangles: not met within the iterations allowed)")
     right.axhline(target, color="gray", linestyle=":", label="target")
-    right.set(xlabel="iteration + 1", ylabel=quantity, title=f"condition number {conditions[-1]}", ylim=(target / 5, 3))
+    right.set(xlabel="iteration + 1", ylabel=quantity, title=f"condition number {conditions[-1]}")
+    right.set_ylim(bottom=target / 5)
     left.legend(fontsize=8)
     return rows, figure, medians

@@ -81,5 +81,6 @@ def run(size="full", seed=0):
     summary = (f"With rates and momentum as prescribed the mean gradient norm falls as T^{fits[exact, low][0]:.2f} at tail index {low} "
                f"(bound: {predicted(low):.2f}) and as T^{fits[exact, high][0]:.2f} at {high} (bound: {predicted(high):.2f}), "
                f"as fast as the bound for {held[exact]} of {len(alphas)} tail indices up to T = {times[-1]}. "
-               f"With five Newton-Schulz steps the exponents are {fits[rough, low][0]:.2f} and {fits[rough, high][0]:.2f}, as fast as the bound for {held[rough]}.")
+               f"With five Newton-Schulz steps the exponents are {fits[rough, low][0]:.2f} and {fits[rough, high][0]:.2f}, "
+               f"as fast as the bound for {held[rough]}.")
     return Result(rows, figure, summary, SOURCE)

@@ -111,7 +111,7 @@ def run(size="full", seed=0):
     left.set(xscale="log", yscale="log", xlabel="dimension d", ylabel="steps T (median)", title="steps until the mean gradient norm is 1")
     right.set(xscale="log", yscale="log", xlabel="dimension d", ylabel="T of SGD / T of SignSGD or Muon",
               title="ratio of steps (bars: all repetitions)", ylim=(0.1, 1e5))
-    left.legend(fontsize=7)
+    left.legend(fontsize=7, handlelength=4)
     right.legend(fontsize=7, loc="upper left")
     rows = [(prediction, texts[case], None if power is None else bool(abs(fits[case][0] - power) <= 0.1)) for case, power, prediction in (
         ("sparse", 1, "sparse noise: SGD over SignSGD grows like d (exponent 1 within 0.1)"),

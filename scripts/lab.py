@@ -8,6 +8,7 @@ which constants it chose is said at the head of lab/NAME.py.
 """
 import argparse
 import importlib
+import io
 import json
 import sys
 import tempfile
@@ -72,7 +73,9 @@ def run(name, args):
     rows = [(prediction, measured, None if holds is None else bool(holds)) for prediction, measured, holds in result.rows]
     facts = dict(question=module.__doc__.strip().splitlines()[0], rows=rows, summary=result.summary, source=result.source,
                  command=f"python scripts/lab.py {name}{options}", seconds=round(seconds, 1), torch=torch.__version__)
-    result.figure.savefig(args.out / f"{name}.png", dpi=110, bbox_inches="tight")
+    picture = io.BytesIO()
+    result.figure.savefig(picture, dpi=110, bbox_inches="tight")
+    write_atomically(args.out / f"{name}.png", picture.getvalue())
     write_atomically(args.out / f"{name}.json", json.dumps(facts, indent=1).encode() + b"\n")
     print(f"{name}: {facts['question']} ({seconds:.1f} s of processor time)")
     print_table(rows)
@@ -94,11 +97,12 @@ def main():
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()  # before minutes of work
+    except OSError as error:
+        sys.exit(f"error: {args.out} cannot be written: {error.strerror}; name another folder with --out")
+    try:
         for name in EXPERIMENTS if "all" in args.name else dict.fromkeys(args.name):
             run(name, args)
         write_atomically(args.out / "README.md", page(args.out).encode())
-    except OSError as error:
-        sys.exit(f"error: {args.out} cannot be written: {error.strerror}; name another folder with --out")
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -1,4 +1,5 @@
 """The lab: what its script prints, files and refuses, and the predictions that are exact, each experiment at its smallest size."""
+import functools
 import importlib
 import json
 
@@ -16,8 +17,7 @@ MINE = ("factorisation", "in_context", "decoupling", "sign_noise", "convex", "he
 @pytest.fixture(scope="module")
 def result():
     """result(name): what the experiment finds at its smallest size, run once."""
-    found = {}
-    return lambda name: found.setdefault(name, importlib.import_module(f"lab.{name}").run("small"))
+    return functools.cache(lambda name: importlib.import_module(f"lab.{name}").run("small"))
 
 
 def verdicts(result, *words):
