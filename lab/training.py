@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from train_gpt2 import GPT, Config, Shards, UserError, accumulate, build_optimizers, learning_rate_scale, read_toml, refreshes
+from train_gpt2 import GPT, Config, Shards, UserError, accumulate, build_optimizers, learning_rate_scale, read_toml
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT  # where the paths of the shards in the configurations start
@@ -40,7 +40,8 @@ def training_steps(config, model, optimizers, shards):
             for group in optimizer.param_groups:
                 group["lr"] = rate * learning_rate_scale(config, step)
         batch = shards.batch(range(step * config.batch_size, (step + 1) * config.batch_size))
-        loss, grams = accumulate(model, [batch], refreshes(hidden, step), torch.float32)
+        collect = hasattr(hidden, "refresh") and (step + 1) % hidden.defaults["refresh_interval"] == 0
+        loss, grams = accumulate(model, [batch], collect, torch.float32)
         if grams:
             hidden.refresh(grams, batch[0].numel())
         yield float(loss)
