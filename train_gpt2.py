@@ -164,7 +164,7 @@ def check_config(config):
             ("batch_size sequence_length num_iterations val_tokens n_layer n_head n_embd ns_steps vocab_size refresh_interval "
              "collective_timeout log_every", 1, 2 ** 63, "at least 1, and below 2^63"),
             ("device_batch_size warmup_iters warmdown_iters val_loss_every save_every seed data_seed", 0, 2 ** 63, "0 or more, and below 2^63"),
-            ("learning_rate hidden_learning_rate weight_decay", 0, 1e30, "0 or more, and below 1e30"),
+            ("learning_rate hidden_learning_rate weight_decay", 0, 1e38, "0 or more, and below 1e38"),
             ("beta1 beta2 momentum ewma", 0, 1, "at least 0 and below 1")):
         rules += [(low <= getattr(c, name) < end, name, must) for name in names.split()]
     rules += [

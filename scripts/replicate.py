@@ -1,6 +1,6 @@
 """Check the paper's claim: train the arms of the comparison with several seeds, compare them, and give a verdict.
 
-    python scripts/replicate.py --seeds 5                           the CPU track: 20 minutes on 2 cores
+    python scripts/replicate.py --seeds 5                           the CPU track, five runs of each arm
     python scripts/replicate.py --track speedrun --seeds 3          the claim itself, on all GPUs of this machine
     python scripts/replicate.py --track mini --num_iterations 450   fields of the configuration are passed on to train_gpt2.py
 
