@@ -943,7 +943,7 @@ def wrapped(model, config, device):
         try:
             torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(8, device=device))
         except Exception as error:  # no Triton, no C compiler, an old card: each has an exception of its own
-            note = f"torch.compile does not work here ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]}): training without it"
+            note = f"torch.compile does not work here ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}): training without it"
         if reduced("max", bool(note)) == [0]:
             model = torch.compile(model, dynamic=False, options=options)
         else:

@@ -30,7 +30,9 @@ class ErrorFeedbackMuon(torch.optim.Optimizer):
             for W in group["params"]:
                 if W.grad is None:
                     continue
-                M, E = (self.state[W].setdefault(key, torch.zeros_like(W)) for key in ("momentum_buffer", "error"))
+                if not self.state[W]:
+                    self.state[W].update(momentum_buffer=torch.zeros_like(W), error=torch.zeros_like(W))
+                M, E = self.state[W]["momentum_buffer"], self.state[W]["error"]
                 P = as_blocks(M.lerp_(W.grad, 1 - group["momentum"]) * group["lr"] + E)
                 O = msgn(P) if group["exact"] else newton_schulz(P)
                 rank = O.square().sum((-2, -1), keepdim=True).clamp(min=1) if group["exact"] else min(P.shape[-2:])
