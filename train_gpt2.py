@@ -27,16 +27,15 @@ import re
 import resource
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch starts its CPU threads: how long they spin before they yield the core
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -60,7 +59,7 @@ class UserError(Exception):
     """Something the user can fix: one sentence, which main() prints before it exits with 1."""
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """One run. Precedence: these defaults < TOML file < command line. A field's comment is its --help text."""
 
@@ -217,7 +216,7 @@ FIX = "make it again with the script in data/ that made it"
 def open_shard(path):
     """Memory-mapped tokens of the shard at `path`: (n,) uint16. Raises UserError if it is missing or damaged."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for ever
             raise OSError("it is not a regular file")
         with open(path, "rb") as file:
             header, size = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4"), os.fstat(file.fileno()).st_size
@@ -273,8 +272,7 @@ class Shards:
         the vocabulary, or a shard that has changed since it was checked."""
         rows, opened = np.empty((len(sequences), self.T + 1), dtype=np.int64), None
         for row, i in zip(rows, sequences):
-            i %= int(self.ends[-1])
-            i = int(self.order[i]) if self.order is not None else i
+            i = i % int(self.ends[-1]) if self.order is None else int(self.order[i % len(self.order)])
             shard = int(np.searchsorted(self.ends, i, side="right"))
             start = (i - (int(self.ends[shard - 1]) if shard else 0)) * self.T
             if shard != opened:
@@ -444,8 +442,7 @@ if triton:
 def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, d loss / d x, d loss / d weight in fp32): mean cross-entropy of `targets` (N,), of which -1 does not count, under the first
     vocab_size logits of x weight^T, x (N, C) and weight (rows, C)."""
-    scale = 1 / (targets >= 0).sum()
-    losses, dx = torch.empty(len(x), device=x.device), torch.empty_like(x)
+    scale, losses, dx = 1 / (targets >= 0).sum(), torch.empty(len(x), device=x.device), torch.empty_like(x)
     dweight, weight = torch.zeros(weight.shape, device=x.device), weight.to(x.dtype)
     fp32_sums = {} if x.dtype == torch.float32 else dict(out_dtype=torch.float32)
     for x_, dx_, targets_, losses_ in zip(*(t.split(CHUNK) for t in (x, dx, targets, losses))):
@@ -528,6 +525,10 @@ class Muon(torch.optim.Optimizer):
     def precondition(self, p, G):
         return G
 
+    def orthogonalize(self, matrices, U, group):
+        """Updates of `matrices`, which are of one shape, from U: both (matrices x blocks, m, n)."""
+        return newton_schulz(U, group["ns_steps"]) * math.sqrt(max(U.shape[-2:]))
+
     @torch.no_grad()
     def step(self):
         # 1. compute: the updates of this process's own matrices, those of one shape as one batch
@@ -543,9 +544,9 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(M, G)
             U = torch._foreach_add(G, M, alpha=group["momentum"]) if group["nesterov"] else M
             for shape in {as_blocks(p).shape for p in mine}:
-                batch = [(as_blocks(self.part(self.updates, p)), as_blocks(u)) for p, u in zip(mine, U) if as_blocks(p).shape == shape]
-                O = newton_schulz(torch.cat([u for _, u in batch]), group["ns_steps"]) * math.sqrt(max(shape))  # (matrices x blocks, m, n)
-                torch._foreach_copy_([update for update, _ in batch], O.split(shape[0]))
+                matrices, Us = zip(*((p, as_blocks(u)) for p, u in zip(mine, U) if as_blocks(p).shape == shape))
+                O = self.orthogonalize(matrices, torch.cat(Us), group)  # (matrices x blocks, m, n)
+                torch._foreach_copy_([as_blocks(self.part(self.updates, p)) for p in matrices], O.split(shape[0]))
         # 2. gather: (processes, elements), each row from the process that owns those matrices
         if world_size() > 1:
             dist.all_gather_into_tensor(self.updates.view(-1), self.updates[rank()])
@@ -651,7 +652,9 @@ def build_optimizers(model, config):
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure and closure.default is closure.empty:
             raise TypeError("its step() needs a closure, which the training loop does not have")
-        return table, optimizer(**hidden, **json.loads(config.optimizer_args))
+        hidden = optimizer(**hidden, **json.loads(config.optimizer_args))
+        getattr(hidden, "train", bool)()  # a schedule-free optimizer also has eval(), which loads the weights to evaluate
+        return table, hidden
     except Exception as error:  # whatever somebody else's code raises
         raise UserError(f"optimizer = '{config.optimizer}' with optimizer_args = '{config.optimizer_args}' cannot be made: "
                         f"{type(error).__name__}: {error}") from error
@@ -926,8 +929,7 @@ class Log:
                                                     "tokens": step * self.config.batch_size * self.config.sequence_length}))
         if not math.isfinite(loss):
             where = f" on process {', '.join(str(r) for r, value in enumerate(losses) if not math.isfinite(value))}" if len(losses) > 1 else ""
-            what = dict(val_loss="validation", train_loss="training")[name]
-            raise UserError(f"the {what} loss is {loss} at step {step}{where}; lower learning_rate or hidden_learning_rate")
+            raise UserError(f"the {name.replace('_', ' ')} is {loss} at step {step}{where}; lower learning_rate or hidden_learning_rate")
         return loss
 
 
@@ -1062,13 +1064,12 @@ def run(config):
     optimizers = table, hidden = build_optimizers(raw_model, config)
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     model, note = wrapped(raw_model, config, device)
-    is_compiled = config.compile and not note
     micro_batch = choose_micro_batch(config, device, per_process)
     q = torch.empty(1, config.n_head, T, config.n_embd // config.n_head, dtype=dtype, device=device, requires_grad=True)
     source = inspect.getsourcefile(type(hidden)) if ":" in config.optimizer else None
     log = Log(config, checkpoint, folder, dict(
         config=dataclasses.asdict(config), machine=describe_machine(device), world_size=world_size(), device=device.type, dtype=str(dtype),
-        compiled=is_compiled, attention=SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name.lower(),
+        compiled=config.compile and not note, attention=SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name.lower(),
         micro_batch=micro_batch, code_sha256=code_sha256(), optimizer_sha256=hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else None,
         parameters=raw_model.num_parameters(), hidden_parameters=sum(p.numel() for p in raw_model.hidden_matrices().values()),
         tokens_per_step=B * T, train_shards=train_shards.describe(), val_shards=val_shards.describe()), source)
@@ -1107,6 +1108,7 @@ def run(config):
             progress = dict(step=step, train_time=train_time, best=best, reached=reached,
                             log_bytes={name: os.path.getsize(log.folder / name) for name in log.files})
             if evaluates and not stop:
+                getattr(hidden, "eval", bool)()
                 val_loss = evaluate(model, val_shards, config, device, dtype, micro_batch, signals)
                 if val_loss is None:
                     stop = stopped()
@@ -1120,6 +1122,7 @@ def run(config):
                 save_checkpoint(log, config, raw_model, optimizers, progress)
             if ends:
                 break
+            getattr(hidden, "train", bool)()
             clock = synchronized_time(device)
 
         # ------------------------------------------------- the training step -------------------------------------------------
@@ -1144,13 +1147,10 @@ def run(config):
             if failed > failures:
                 log.print(f"warning: {int(failed - failures)} factorisations failed up to step {step + 1}; those blocks keep their last preconditioner")
                 failures = failed
-    if stop:
-        log.print(f"stopped by {signal.Signals(stop).name} after step {step}" + (f"; continue with --resume {log.folder}" if step else ""))
-        log.end()
-    else:
-        facts, text = results(config, raw_model, device, step, train_time, val_loss, best, reached)
-        log.print(text)
-        log.end(**facts)
+    facts, text = results(config, raw_model, device, step, train_time, val_loss, best, reached) if not stop else (
+        {}, f"stopped by {signal.Signals(stop).name} after step {step}" + (f"; continue with --resume {log.folder}" if step else ""))
+    log.print(text)
+    log.end(**facts)
     reduced("max", 0)  # no process leaves before all have come here
     return 128 + stop if stop else 0
 
@@ -1159,14 +1159,12 @@ def main():
     try:
         code = run(load_config(sys.argv[1:]))
     except (Exception, KeyboardInterrupt) as error:  # Ctrl-C before the first step
-        message, code = str(error), 1
-        if isinstance(error, KeyboardInterrupt):
-            message, code = "interrupted", 130
-        elif isinstance(error, torch.OutOfMemoryError):
+        message, code = ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else (str(error), 1)
+        if isinstance(error, torch.OutOfMemoryError):
             message = f"{message.splitlines()[0]} Set a smaller device_batch_size."
         elif isinstance(error, RuntimeError) and world_size() > 1 and re.search("gloo|nccl|connection|timed out", message, re.IGNORECASE):
             message = lost_processes(error)
-        elif not isinstance(error, (UserError, OSError)):
+        elif not isinstance(error, (UserError, OSError, KeyboardInterrupt)):
             raise  # a bug
         if first_to_fail():
             print(f"error: {message}", file=sys.stderr, flush=True)
@@ -1177,4 +1175,5 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.modules["train_gpt2"] = sys.modules["__main__"]  # for an optimizer that imports train_gpt2: not a second copy
     main()

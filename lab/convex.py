@@ -5,7 +5,7 @@
 Its subgradient diag(c s_1 + s_2, c s_1 - s_2), with s_1, s_2 the signs of W_11 + W_22 and W_11 - W_22, has msgn s_2 diag(1, -1):
 Muon never changes W_11 + W_22, whatever the rates, so that f stays above c |W_11 + W_22|. With momentum m the same holds for
 c = (1 - m) / (2 (1 + m)), rates 1 / t and W = diag(1 + ln 2, 1 - ln 2) at first. Error feedback adds what a step left out to the next
-(optimizers/error_feedback_muon.py).
+(optimizers/ef_muon.py).
 
 Chosen here: without momentum c = 1/2, W = diag(0.75, 0.5) at first, rates t^-0.51, 1 / t and 0.01; error feedback's rate t^-0.5; 3000
 steps. At a kink s = 1, the sign of one of the subgradients: that keeps the above exact. With s = 0 rounding matters, see the table.
@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 
 from lab import Result, msgn
-from optimizers.error_feedback_muon import ErrorFeedbackMuon
+from optimizers.ef_muon import EFMuon
 from train_gpt2 import Muon
 
 SOURCE = '"Muon Does Not Converge on Convex Lipschitz Functions", [arXiv:2605.08980](https://arxiv.org/abs/2605.08980)'
@@ -65,7 +65,7 @@ def cost(seed, axes):
     final, best = {}, {}
     for name, optimizer, rates in (
             ("Muon", "muon", (0.002, 0.004, 0.008, 0.016)),
-            ("error feedback", "optimizers.error_feedback_muon:ErrorFeedbackMuon", (0.25, 1.0, 4.0, 16.0))):
+            ("error feedback", "optimizers.ef_muon:EFMuon", (0.25, 1.0, 4.0, 16.0))):
         tried = {rate: losses(100 + seed, optimizer=optimizer, hidden_learning_rate=rate)[-10:].mean().nan_to_num(99) for rate in rates}
         best[name] = min(tried, key=tried.get)
         curves = torch.stack([losses(seed + i, optimizer=optimizer, hidden_learning_rate=best[name]) for i in range(3)])
@@ -91,8 +91,8 @@ def run(size="full", seed=0):
         "exact, s(0) = 0": descend(ExactMuon, STILL, lambda t: t ** -0.51, steps, kink=0),
         "Newton-Schulz": descend(Muon, STILL, lambda t: t ** -0.51 / root, steps, nesterov=False),
         "Newton-Schulz, momentum": descend(Muon, MOVING, lambda t: 1 / t / root, steps, nesterov=False),
-        "error feedback": descend(ErrorFeedbackMuon, STILL, lambda t: t ** -0.5, steps, exact=True),
-        "error feedback, momentum": descend(ErrorFeedbackMuon, MOVING, lambda t: t ** -0.5, steps, exact=True)}
+        "error feedback": descend(EFMuon, STILL, lambda t: t ** -0.5, steps, exact=True),
+        "error feedback, momentum": descend(EFMuon, MOVING, lambda t: t ** -0.5, steps, exact=True)}
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     plane, values, losses = figure.subplots(1, 3)
     rows, late, window = [], {}, steps // 30

@@ -218,7 +218,7 @@ def test_a_process_that_dies_or_hangs_ends_the_job_and_is_named(shards, tmp_path
 def test_a_loss_that_is_no_number_ends_all_processes_and_names_the_first(shards, tmp_path):
     result, _, checkpoints = faulty(shards, tmp_path, "TurnsNaN", val_loss_every=0)
     assert result.returncode == 1
-    assert error_lines(result) == ["error: the training loss is nan at step 6 on process 1; lower learning_rate or hidden_learning_rate"]
+    assert error_lines(result) == ["error: the train loss is nan at step 6 on process 1; lower learning_rate or hidden_learning_rate"]
     assert checkpoints == ["step_000002.pt", "step_000004.pt"]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lab import descent, exponent, factorisation, in_context, msgn
-from optimizers.error_feedback_muon import ErrorFeedbackMuon
+from optimizers.ef_muon import EFMuon
 from scripts import lab as script
 
 MINE = ("factorisation", "in_context", "decoupling", "sign_noise", "convex", "heavy_tails")
@@ -110,7 +110,7 @@ def test_adam_is_that_of_torch():
 
 def test_error_feedback_loses_nothing():
     W = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    first, optimizer, given = W.detach().clone(), ErrorFeedbackMuon([W], lr=0.5, momentum=0, exact=True), 0
+    first, optimizer, given = W.detach().clone(), EFMuon([W], lr=0.5, momentum=0, exact=True), 0
     for step in range(10):
         W.grad = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
         given = given + 0.5 * W.grad

@@ -1,0 +1,50 @@
+"""Optimizers of the hidden matrices, one file each, compared by scripts/zoo.py in records/zoo/.
+
+    python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.lion:Lion --hidden_learning_rate 0.002
+
+A rule of its own is a MatrixOptimizer with update(). A rule that changes what Muon orthogonalizes, or how, is a Muon with another
+precondition() or orthogonalize(), and so shares the work between the processes. Both are torch.optim.Optimizers for any trainer.
+"""
+import torch
+
+from train_gpt2 import as_blocks
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """Calls update(W, G, state, group) for each matrix, which changes W in place: W and its gradient G are (blocks, m, n), three
+    blocks for a fused q, k, v and otherwise one; `state` is a dict, empty before the first step; `group` has the settings.
+
+    Every process computes all updates. Raises ValueError for a setting out of range, or a parameter that is not a matrix.
+    """
+
+    def __init__(self, params, **settings):
+        super().__init__(params, settings)
+        self.check(**settings)
+        if other := [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.ndim != 2]:
+            raise ValueError(f"a parameter of shape {other[0]}: {type(self).__name__} updates matrices only")
+
+    def check(self, **settings):
+        """Raises ValueError unless rates and decays are 0 or more, and weights of an average below 1."""
+        for name, value in settings.items():
+            averages = name.startswith(("beta", "momentum"))
+            if (averages and not 0 <= value < 1) or (name in ("lr", "weight_decay", "eps") and not 0 <= value < float("inf")):
+                raise ValueError(f"{name} = {value}: must be 0 or more" + (" and below 1" if averages else ", and finite"))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(as_blocks(p), as_blocks(p.grad), self.state[p], group)
+        return loss
+
+
+def average(state, name, value, beta):
+    """state[name] <- beta state[name] + (1 - beta) value, from 0, in place. Returns it."""
+    if name not in state:
+        state[name] = torch.zeros_like(value)
+    return state[name].lerp_(value, 1 - beta)

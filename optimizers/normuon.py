@@ -1,0 +1,29 @@
+"""NorMuon: Muon with the rows of an update normalised by their running size (arXiv:2510.05491).
+
+    M, U as in Muon,  O = sqrt(max(m, n)) newton_schulz(U)
+    v <- beta2 v + (1 - beta2) mean over the columns of O^2        (m,), from 0
+    D =  O / (sqrt(v) + eps), scaled to the norm of O
+    W <- (1 - lr weight_decay) W - lr D
+
+lr means what it means in Muon, because the norm is that of O. The three blocks of a fused q, k, v count as matrices.
+
+    python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.normuon:NorMuon
+"""
+import torch
+
+from optimizers import average
+from train_gpt2 import Muon, as_blocks
+
+
+class NorMuon(Muon):
+    def __init__(self, params, lr=3.6e-4, beta2=0.95, eps=1e-8, **settings):
+        if not 0 <= beta2 < 1 or eps < 0:
+            raise ValueError(f"beta2 = {beta2}, eps = {eps}: must be 0 or more, beta2 below 1")
+        super().__init__(params, lr, beta2=beta2, eps=eps, **settings)
+
+    def orthogonalize(self, matrices, U, group):
+        O = super().orthogonalize(matrices, U, group)
+        parts = O.square().mean(-1, keepdim=True).split(len(as_blocks(matrices[0])))  # (blocks, m, 1) of each matrix
+        v = torch.cat([average(self.state[p], "row_squares", part, group["beta2"]) for p, part in zip(matrices, parts)])
+        D = O / (v.sqrt() + group["eps"])
+        return D * (O.norm(dim=(-2, -1), keepdim=True) / D.norm(dim=(-2, -1), keepdim=True))
