@@ -114,11 +114,11 @@ def test_a_failed_factorisation_keeps_the_last_preconditioner_and_is_counted(kin
 
 
 def test_signum_follows_its_equation():
-    w = torch.nn.Parameter(torch.tensor([1.0, 1.0, 1.0]))
+    w = torch.nn.Parameter(torch.ones(1, 3))
     optimizer = Signum([w], lr=0.1, momentum=0.5, nesterov=False, weight_decay=0.5)
-    M, W = torch.zeros(3), torch.ones(3)
+    M, W = torch.zeros(1, 3), torch.ones(1, 3)
     for grad in ([1.0, -1.0, 0.0], [-3.0, -1.0, 0.0]):
-        w.grad = torch.tensor(grad)
+        w.grad = torch.tensor([grad])
         optimizer.step()
         M = 0.5 * M + 0.5 * w.grad
         W = W * 0.95 - 0.1 * M.sign()
