@@ -1,19 +1,351 @@
+"""Compare the optimizers of optimizers/ with Muon, all tuned alike: records/zoo/README.md.
+
+    python scripts/zoo.py --jobs 2            every optimizer on the CPU track: 30 runs each, half an hour of two cores each
+    python scripts/zoo.py soap normuon        these, and Muon, with which all are compared
+    python scripts/zoo.py --track mini        the same on a GPU, on the configurations configs/mini_*.toml
+    python scripts/zoo.py --page              only writes the page of what has been run
+
+Tuning: 12 points of an optimizer, each with the seeds 100 and 101 (seed and data_seed alike), by the mean of the final losses.
+3 x 3 pairs of learning_rate and hidden_learning_rate, a factor of 2 apart; at the best pair two other values of the setting that
+matters most; at the best of these 11 one pair more: the first untried neighbour, at a factor of 2 or else of the square root of 2.
+Results: the best point with the seeds 0 to 5, and Muon also at 0.94 of the steps, which says what a step is worth.
+Time: scripts/bench.py, which alternates the optimizer's steps with Muon's, before the results are run.
+
+Every finished run is a line of records/zoo/TRACK/runs.csv and is not run again: the same command continues, on any machine that has
+that file. To run something again, after a change of its code, remove its lines. A run that diverges has the loss nan and stays.
+"""
+import argparse
+import ast
+import csv
+import importlib
+import inspect
+import json
+import math
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+import runs  # first: it makes train_gpt2 importable
+import estimates
+import records as filing
+import replicate
+import tune
+from train_gpt2 import GPT, UserError, build_optimizers, code_sha256, load_config
+
+RECORDS = runs.ROOT / "records" / "zoo"
+TUNING_SEEDS, SEEDS, SHORTER = (100, 101), range(6), 0.94
 
 
 @dataclass
 class Entry:
     """An optimizer of the comparison."""
     optimizer: str  # as in a configuration
-    setting: str  # the setting that ../shared/reference/RULES.md calls most sensitive
-    values: tuple  # two others than the default, to try
+    setting: str  # the setting that matters most, besides the learning rates
+    values: tuple  # what is tried for it besides its default
     source: str
     arguments: dict = field(default_factory=dict)
-    rates: tuple = (0.02, 0.002)  # centre of the tuned learning rates
+    rates: tuple = (0.02, 0.002)  # centre of the tuning: learning_rate, hidden_learning_rate
 
 
 ZOO = {
+    "muon": Entry("muon", "momentum", (0.9, 0.98), "K. Jordan et al., 2024"),
+    "newton_muon": Entry("newton_muon", "ridge", (0.05, 0.8), "arXiv:2604.01472"),
+    "adamw": Entry("adamw", "beta2", (0.9, 0.99), "arXiv:1711.05101", rates=(0.02, 0.0057)),
     "signum": Entry("optimizers.signum:Signum", "momentum", (0.9, 0.98), "signSGD, ICML 2018"),
     "normuon": Entry("optimizers.normuon:NorMuon", "beta2", (0.9, 0.99), "arXiv:2510.05491"),
     "ef_muon": Entry("optimizers.ef_muon:EFMuon", "momentum", (0.9, 0.98), "arXiv:2605.08980", rates=(0.02, 4.0)),
 }
+
+
+class Point(NamedTuple):
+    """What is run: all that a line of runs.csv says besides the loss and the code."""
+    optimizer: str
+    steps: int
+    learning_rate: float
+    hidden_learning_rate: float
+    setting: str  # the value of the entry's setting; empty: its default
+    seed: int
+
+
+def fields(entry, point):
+    """Command-line arguments of train_gpt2.py that make the track's Muon configuration that run."""
+    arguments = {**entry.arguments, **({entry.setting: json.loads(point.setting)} if point.setting else {})}
+    if ":" in entry.optimizer:
+        arguments = {"optimizer_args": json.dumps(arguments)}
+    arguments = {"optimizer": entry.optimizer, **arguments, **{rate: getattr(point, rate) for rate in tune.RATES},
+                 "seed": point.seed, "data_seed": point.seed, "num_iterations": point.steps}
+    return [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+
+
+class Table:
+    """runs.csv of a track: {Point: final loss, nan if it diverged}, to which every finished run is added at once."""
+
+    def __init__(self, path):
+        self.path, self.losses, self.lock = path, {}, threading.Lock()
+        self.columns = (*Point._fields, "final_val_loss", "code_sha256")
+        if self.path.exists():
+            try:
+                with open(self.path, newline="") as file:
+                    for row in csv.DictReader(file):
+                        point = Point(*(kind(row[name]) for name, kind in Point.__annotations__.items()))
+                        self.losses[point] = float(row["final_val_loss"])
+            except (OSError, KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{self.path} cannot be read ({type(error).__name__}: {error}); restore it from git") from None
+
+    def add(self, point, loss, code):
+        with self.lock:
+            self.losses[point] = loss
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", newline="") as file:
+                lines = csv.writer(file, lineterminator="\n")
+                if not file.tell():
+                    lines.writerow(self.columns)
+                lines.writerow((*point, loss, code))
+
+    def mean(self, optimizer, steps, learning_rate, hidden_learning_rate, setting, seeds):
+        """Mean final loss over the seeds, infinite if one diverged."""
+        loss = np.mean([self.losses[Point(optimizer, steps, learning_rate, hidden_learning_rate, setting, seed)] for seed in seeds])
+        return loss if math.isfinite(loss) else math.inf
+
+    def results(self, optimizer, steps):
+        """{seed: final loss} of the runs that are not tuning."""
+        return {p.seed: loss for p, loss in self.losses.items() if p.optimizer == optimizer and p.steps == steps and p.seed in SEEDS}
+
+
+class Track:
+    """The runs of a track: which there are, and the training of those that are missing."""
+
+    def __init__(self, name, jobs, logs, given, records):
+        self.jobs, self.logs, self.given, self.table = jobs, logs, given, Table(records / name / "runs.csv")
+        self.config = f"configs/{name}_muon.toml"
+        self.full = load_config([self.config, *given])
+        self.steps = self.full.num_iterations
+
+    def train(self, points):
+        """Runs those of `points` that are not in the table."""
+        missing = [point for point in dict.fromkeys(points) if point not in self.table.losses]
+        threads, failed = max(1, (os.cpu_count() or 1) // self.jobs), []
+
+        def one(point):
+            if failed:
+                return
+            name = "_".join(str(value) for value in point if value != "")
+            shorter = ["--warmdown_iters", str(round(self.full.warmdown_iters * point.steps / self.steps))]
+            arguments = [self.config, *self.given, *fields(ZOO[point.optimizer], point), *shorter, "--val_loss_every", "0",
+                         "--log_dir", str(self.logs), "--run_name", name, "--resume", "auto", "--save_every", "250"]
+            loss = tune.train(arguments, self.logs / name, threads)
+            if loss is None and not replicate.diverged(self.logs / name):
+                failed.append(name)
+                return
+            loss = math.nan if loss is None else loss
+            self.table.add(point, loss, code_sha256()[:12])
+            print(f"{name}: {loss:.4f}", flush=True)
+
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(one, missing))
+        if failed:
+            raise UserError(f"the run {failed[0]} in {self.logs} did not end; the same command resumes it")
+
+    def tune(self, name):
+        """(learning_rate, hidden_learning_rate, setting) of the best of 12 points."""
+        entry, tried = ZOO[name], {}  # (pair, setting) -> mean loss
+
+        def rates(pair):
+            return [float(f"{middle * 2 ** (exponent / 2):.3g}") for middle, exponent in zip(entry.rates, pair)]
+
+        def best():
+            return min(tried, key=tried.get)
+
+        def further():
+            setting = best()[1]
+            pair, = tune.next_pairs({pair: loss for (pair, s), loss in tried.items() if s == setting})
+            return [(pair, setting)]
+
+        for stage in ("pairs", "setting", "neighbour"):
+            points = ([(pair, "") for pair in tune.next_pairs({})] if stage == "pairs" else
+                      [(best()[0], json.dumps(value)) for value in entry.values] if stage == "setting" else further())
+            self.train([Point(name, self.steps, *rates(pair), setting, seed) for pair, setting in points for seed in TUNING_SEEDS])
+            for pair, setting in points:
+                tried[pair, setting] = self.table.mean(name, self.steps, *rates(pair), setting, TUNING_SEEDS)
+        pair, setting = best()
+        return *rates(pair), setting
+
+    def measure(self, name):
+        """Adds the time of a step and the bytes of state to overhead.json, if they are not there."""
+        path, entry = self.table.path.with_name("overhead.json"), ZOO[name]
+        measured = json.loads(path.read_text()) if path.exists() else {}
+        if name in measured:
+            return
+        config = load_config([self.config, *self.given, *fields(entry, Point(name, self.steps, *entry.rates, "", 0))])
+        found = {}
+        if entry.optimizer != "muon":
+            out = self.logs / "bench.json"
+            self.logs.mkdir(parents=True, exist_ok=True)
+            replicate.start(["scripts/bench.py", self.config, "--sides", f"muon,{entry.optimizer}", "--rounds", "12", "--json", str(out),
+                             "--optimizer_args", config.optimizer_args, *self.given],
+                            "the time of a step was not measured; the same command continues")
+            bench = json.loads(out.read_text())
+            ratio = bench["ratios"][f"{entry.optimizer}/muon"]
+            found = {"machine": bench["machine"], **{key: ratio[key] for key in ("mean_step", "low", "high")}}
+        measured[name] = {**found, "state_bytes": state_bytes(config)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(measured, indent=1) + "\n")
+
+    def compare(self, name):
+        """Tunes, times and runs one optimizer."""
+        best = self.tune(name)
+        self.measure(name)
+        lengths = (self.steps, round(SHORTER * self.steps)) if name == "muon" else (self.steps,)
+        self.train([Point(name, steps, *best, seed) for seed in SEEDS for steps in lengths])
+
+
+def state_bytes(config):
+    """Bytes of state for a hidden parameter, after a step and a refresh."""
+    model = GPT(config)
+    hidden, matrices = build_optimizers(model, config)[1], list(model.hidden_matrices().values())
+    for p in matrices:
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    if hasattr(hidden, "refresh"):
+        hidden.refresh([torch.eye(min(p.shape)).repeat(p.size(1) // min(p.shape), 1, 1) for p in matrices], 1)
+    hidden.step()
+    tensors = [value for state in hidden.state.values() for value in state.values() if torch.is_tensor(value)]
+    return sum(t.numel() * t.element_size() for t in tensors) / sum(p.numel() for p in matrices)
+
+
+def lines_of_code(entry):
+    """Lines of the optimizer's module that are neither empty, comments nor its docstring; None for torch's own."""
+    module = entry.optimizer.partition(":")[0]
+    if not module.startswith("optimizers."):
+        return None
+    source = inspect.getsource(importlib.import_module(module))
+    docstring = len(ast.get_docstring(ast.parse(source), clean=False).splitlines())
+    return sum(1 for line in source.splitlines()[docstring:] if line.strip() and not line.strip().startswith("#"))
+
+
+# the page
+
+
+def mean_loss(finals):
+    """Estimate of the mean of {seed: final loss}; nan if one diverged."""
+    values = [*finals.values()]
+    return estimates.mean_interval(values) if np.isfinite(values).all() else estimates.Estimate(math.nan)
+
+
+def row(table, name, steps, measured, muon, shorter):
+    """What the page says of an optimizer: (mean final loss, cells of the table)."""
+    entry, finals = ZOO[name], table.results(name, steps)
+    point = next(p for p in table.losses if p.optimizer == name and p.steps == steps and p.seed in SEEDS)
+    loss = mean_loss(finals)
+    against, saved = "", ""
+    if name != "muon" and math.isfinite(loss.mean):
+        gap = estimates.mean_interval([finals[seed] - muon[seed] for seed in finals])
+        against = f"{gap.mean:+.4f}"
+        if gap.low is not None:
+            against += f" ({gap.low:+.4f} to {gap.high:+.4f})" + ("" if gap.low * gap.high > 0 else " =")
+        # the steps that Muon saves against the optimizer are those that the optimizer loses against Muon
+        found = estimates.steps_saved(finals, muon, shorter, 1 - SHORTER)
+        saved = estimates.saved_text(found._replace(mean=found.mean and -found.mean, low=-found.high, high=-found.low, way=""))
+    time = "" if "mean_step" not in measured else f"{measured['mean_step']:.2f} ({measured['low']:.2f} to {measured['high']:.2f})"
+    rates = f"{point.learning_rate:g}, {point.hidden_learning_rate:g}" + (f", {entry.setting} {point.setting}" if point.setting else "")
+    code = lines_of_code(entry)
+    final = f"{loss.mean:.4f} ({loss.low:.4f} to {loss.high:.4f})" if loss.low is not None else f"{loss.mean:.4f}"
+    return loss.mean, (f"`{name}`", final, against, saved, time, f"{measured['state_bytes']:.1f}", str(code or ""), rates, entry.source)
+
+
+def section(folder):
+    """The part of the page on the track in `folder`, and the points of its plot: (text, [(name, time of a step, final loss), ...])."""
+    table = Table(folder / "runs.csv")
+    steps = max(point.steps for point in table.losses)
+    measured = json.loads((folder / "overhead.json").read_text())
+    muon, shorter = table.results("muon", steps), table.results("muon", round(SHORTER * steps))
+    complete = [name for name in ZOO if name in measured and set(table.results(name, steps)) == set(SEEDS)]
+    rows = [row(table, name, steps, measured[name], muon, shorter) for name in complete]
+    rows.sort(key=lambda row: math.inf if math.isnan(row[0]) else row[0])
+    waiting = [name for name in ZOO if name not in complete]
+    text = [f"## {folder.name}\n", f"{steps} steps, {len(SEEDS)} seeds; {len(rows)} of {len(ZOO)} optimizers.\n",
+            filing.markdown([("optimizer", "final loss (95 %)", "against Muon, by pairs", "steps saved", "time of a step",
+                              "state, bytes", "lines", "rates, setting", "source"), *(cells for _, cells in rows)])]
+    if waiting:
+        text.append("Not run yet, or not to the end: " + ", ".join(f"`{name}`" for name in waiting) + ".\n")
+    text.append(f"![loss against the time of a step]({folder.name}/loss_time.png)\n")
+    return "\n".join(text), [(name, measured[name].get("mean_step", 1.0), mean_loss(table.results(name, steps))) for name in complete]
+
+
+HEAD = """# The optimizers people ask about
+
+`python scripts/zoo.py` tunes each with the same effort, runs it with six seeds of its own, and writes this page; how, it says
+under `--help`. Every run is a line of `runs.csv`. Sorted by final loss. **=** marks what cannot be told from Muon: the 95 % interval
+of the difference over the seeds, which all optimizers share, holds 0. With as many optimizers as here, one in twenty that are equal
+will look different. Steps saved are what the difference is worth at the slope of Muon's loss between 0.94 and all of the steps.
+The time of a step is the ratio to Muon's, alternating in one process, on the machine that `overhead.json` names; the state is in
+bytes for each hidden parameter (fp32), lines are those of code in `optimizers/`.
+"""
+
+
+def write_page(records, check=False):
+    sections = {path.parent.name: section(path.parent) for path in sorted(records.glob("*/overhead.json"))}
+    text, path = HEAD + "".join("\n" + text for text, _ in sections.values()), records / "README.md"
+    if check:
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            raise UserError(f"{path} is stale; run `python scripts/zoo.py --page`")
+        return
+    path.write_text(text, encoding="utf-8")
+    for track, (_, points) in sections.items():
+        figure = Figure(figsize=(9, 5.5), layout="constrained")
+        axes = figure.subplots()
+        for name, time, loss in points:
+            if math.isfinite(loss.mean):
+                half = 0 if loss.low is None else loss.high - loss.mean
+                axes.errorbar(time, loss.mean, half, fmt="o", color="C1" if name == "muon" else "C0", capsize=2)
+                axes.annotate(name, (time, loss.mean), xytext=(5, 3), textcoords="offset points", fontsize=8)
+        axes.set(xlabel="time of a step, relative to Muon's", ylabel="final loss, mean and 95 % interval", xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+        figure.savefig(records / track / "loss_time.png", dpi=110)
+    print(f"{path}: {', '.join(f'{track} {len(points)}' for track, (_, points) in sections.items()) or 'no'} optimizers")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                                     usage="%(prog)s [NAME ...] [options] [--field value ...]")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ZOO)} (default: all)")
+    parser.add_argument("--track", choices=("cpu", "mini"), default="cpu", help="(default: cpu)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the CPU cores (default: 1)")
+    parser.add_argument("--log_dir", type=Path, help="folder of the runs, from that of the repository (default: logs/zoo_TRACK)")
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    parser.add_argument("--records", type=Path, default=RECORDS, help=argparse.SUPPRESS)  # for the tests
+    args, given = parser.parse_known_args()
+    os.chdir(runs.ROOT)  # configurations name their data from there
+    unknown = [name for name in args.names if name not in ZOO]
+    if unknown:
+        raise UserError(f"there is no optimizer '{unknown[0]}' here; there are {', '.join(ZOO)}")
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: must be at least 1")
+    if not (args.page or args.check):
+        track = Track(args.track, args.jobs, args.log_dir or Path("logs") / f"zoo_{args.track}", given, args.records)
+        if not any(field.startswith("--input_bin") for field in given):
+            replicate.start(["data/shakespeare.py"] if args.track == "cpu" else ["data/fineweb.py", track.config],
+                            "the data are not there; the same command continues")
+        for name in dict.fromkeys(["muon", *(args.names or ZOO)]):  # all are compared with Muon
+            track.compare(name)
+            write_page(args.records)
+    else:
+        write_page(args.records, args.check)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command continues")

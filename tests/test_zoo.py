@@ -1,17 +1,23 @@
-"""What every optimizer of scripts/zoo.py has in common; the rule of each is tested in test_rules_*.py."""
+"""What every optimizer of scripts/zoo.py has in common (the rule of each is tested in test_rules_*.py), and their comparison."""
+import csv
 import importlib
 import inspect
 import io
 import json
+import math
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
+import zoo
 from conftest import ROOT
 from test_distributed import ENV, logged, torchrun, write_config
-from train_gpt2 import load_config, build_optimizers
+from train_gpt2 import UserError
 from zoo import ZOO
 
 OURS = [name for name, entry in ZOO.items() if entry.optimizer.startswith("optimizers.")]
@@ -88,10 +94,108 @@ def test_processes_agree(shards, tmp_path):
         runs = [[str(config), "--optimizer", entry.optimizer, "--optimizer_args", json.dumps(entry.arguments), "--run_name", name,
                  "--hidden_learning_rate", str(entry.rates[1])] for name, entry in ZOO.items()]
         command = [ROOT / "tests" / "sequence.py", json.dumps(runs)]
-        done = subprocess.run(torchrun(2, *command) if processes > 1 else [sys.executable, *command], env=ENV, capture_output=True, text=True,
-                              timeout=240)
+        command = torchrun(2, *command) if processes > 1 else [sys.executable, *command]
+        done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
         logs[processes] = {name: logged(tmp_path / str(processes) / "logs" / name) for name in ZOO}
     for name, one in logs[1].items():
         two = logs[2][name]
         assert one.keys() == two.keys() and max(abs(two[key] - one[key]) / one[key] for key in one) < 2e-4, name
+
+
+# the comparison, of runs whose losses are a known function of their settings
+
+
+@pytest.fixture
+def compare(call, monkeypatch, tmp_path):
+    """compare(*arguments) calls the script; compare.runs counts what it trained, compare.loss(values of fields) is their final loss."""
+    def train(arguments, folder, threads):
+        compare.runs += 1
+        values = dict(zip(arguments[1::2], arguments[2::2]))
+        values = {name[2:]: float(value) if re.fullmatch(r"[\d.e-]+", value) else value for name, value in values.items()}
+        loss = compare.loss(values)
+        return None if math.isnan(loss) else loss
+
+    def bench(arguments, otherwise):
+        if arguments[0] == "scripts/bench.py":
+            side = arguments[arguments.index("--sides") + 1]
+            pair = "/".join(reversed(side.split(",")))
+            ratio = dict(mean_step=1.5, low=1.4, high=1.6)
+            (tmp_path / "logs/bench.json").write_text(json.dumps(dict(machine="a CPU", ratios={pair: ratio})))
+
+    def compare(*arguments):
+        compare.runs = 0
+        return call(zoo, *arguments, "--log_dir", tmp_path / "logs", "--records", tmp_path / "zoo")
+
+    monkeypatch.setattr(zoo.tune, "train", train)
+    monkeypatch.setattr(zoo.replicate, "start", bench)
+    monkeypatch.setattr(zoo.replicate, "diverged", lambda folder: True)
+    compare.loss = bowl
+    return compare
+
+
+def bowl(values):
+    """Best at twice the hidden rate of the centre, a small beta2, and an embedding's rate beyond the grid."""
+    at = [math.log2(values["learning_rate"] / 0.08), math.log2(values["hidden_learning_rate"] / 0.004)]
+    beta2 = json.loads(values.get("optimizer_args", "{}")).get("beta2", 0.95)
+    noise = 0.001 * math.sin(values["seed"] * (1 + len(values["optimizer"])))
+    other = beta2 / 100 + 0.05 * ("Signum" in values["optimizer"]) - values["num_iterations"] / 1e4
+    return 3 + 0.01 * sum(x * x for x in at) + other + noise
+
+
+def test_equal_tuning_then_fresh_seeds(compare, tmp_path):
+    done = compare("normuon")
+    assert done.returncode == 0, done.stderr
+    assert compare.runs == 2 * 12 + 2 * 6 + 2 * 12 + 6  # Muon also at 0.94 of the steps
+    with open(tmp_path / "zoo/cpu/runs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    points = {(row["optimizer"], int(row["seed"]) >= 100): set() for row in rows}
+    for row in rows:
+        points[row["optimizer"], int(row["seed"]) >= 100].add((row["learning_rate"], row["hidden_learning_rate"], row["setting"]))
+    assert len(points["muon", True]) == len(points["normuon", True]) == 12
+    assert points["normuon", False] == {("0.08", "0.004", "0.9")}  # twice the largest rate of the grid: the neighbour
+    assert compare("normuon").returncode == 0 and compare.runs == 0
+
+
+def test_page(compare, tmp_path):
+    compare("normuon", "signum")
+    text = (tmp_path / "zoo/README.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    assert [line.split("`")[1] for line in lines] == ["normuon", "muon", "signum"]  # by loss
+    best = dict(num_iterations=600, learning_rate=0.08, hidden_learning_rate=0.004)
+    losses = [[bowl(dict(best, optimizer=optimizer, optimizer_args=arguments, seed=seed)) for seed in range(6)]
+              for optimizer, arguments in (("optimizers.normuon:NorMuon", '{"beta2": 0.9}'), ("muon", "{}"))]
+    gaps = np.subtract(*losses)
+    half = stats.t.ppf(0.975, 5) * gaps.std(ddof=1) / math.sqrt(6)
+    assert f"{gaps.mean():+.4f} ({gaps.mean() - half:+.4f} to {gaps.mean() + half:+.4f}) =" in lines[0]
+    assert f"{np.mean(losses[0]):.4f} (" in lines[0] and "1.50 (1.40 to 1.60)" in lines[0]
+    assert compare("--check").returncode == 0
+    with open(tmp_path / "zoo/cpu/runs.csv", "a") as file:
+        file.write("signum,600,0.02,0.002,,5,9.0,abc\n")
+    with pytest.raises(UserError, match="is stale"):
+        compare("--check")
+
+
+def test_divergence_is_a_result(compare, tmp_path):
+    compare.loss = lambda values: math.nan if values.get("optimizer", "").startswith("optimizers.signum") else bowl(values)
+    assert compare("signum").returncode == 0
+    assert "| `signum` | nan |" in (tmp_path / "zoo/README.md").read_text()
+
+
+def test_an_interrupted_run_is_not_a_result(compare, monkeypatch, tmp_path):
+    monkeypatch.setattr(zoo.replicate, "diverged", lambda folder: False)
+    compare.loss = lambda values: math.nan
+    with pytest.raises(UserError, match="did not end; the same command resumes it"):
+        compare("signum")
+    assert not (tmp_path / "zoo/cpu/runs.csv").exists()
+
+
+@pytest.mark.parametrize("arguments, sentence", [(["nobody"], "no optimizer 'nobody'"), (["--jobs", "0"], "--jobs 0")])
+def test_bad_arguments(compare, arguments, sentence):
+    with pytest.raises(UserError, match=sentence):
+        compare(*arguments)
+
+
+@pytest.mark.skipif(not zoo.RECORDS.exists(), reason="nothing is filed")
+def test_the_filed_page_is_up_to_date(call):
+    assert call(zoo, "--check").returncode == 0
