@@ -77,9 +77,8 @@ def next_pairs(tried):
 
 
 def at_edge(tried):
-    """Whether the best pair lacks a tried neighbour on one of its four sides."""
-    best = min(tried, key=tried.get)
-    return any(all((best[0] + factor * i, best[1] + factor * j) not in tried for factor in (1, 2)) for i, j in AXES)
+    """Whether a rate of the best pair is the smallest or the largest that was tried."""
+    return any(rate in (min(tried_rates), max(tried_rates)) for rate, tried_rates in zip(min(tried, key=tried.get), zip(*tried)))
 
 
 def protocol(configs, fields, points, seeds, log_dir, jobs):
