@@ -1,6 +1,6 @@
 """Generate text from a run's last checkpoint.
 
-    python scripts/sample.py logs/cpu/muon_seed-0 --prompt "ROMEO"
+    python scripts/sample.py logs/cpu/muon_600_seed-1 --prompt "ROMEO"
 
 Tokens are bytes for a vocabulary of 256 and GPT-2's BPE for one of 50257; runs on other tokens cannot be sampled. Each next token is drawn
 from softmax(logits / temperature) over the --top_k most likely ones, until --tokens are there or the document ends.

@@ -33,13 +33,14 @@ def losses(*gains, n=5, seed=0):
 # the arms
 
 
-@pytest.mark.parametrize("track, steps, warmdown", [("cpu", {600, 564}, 169), ("speedrun", {6200, 5828}, 1692)])
-def test_arms(track, steps, warmdown, monkeypatch, tmp_path):
+@pytest.mark.parametrize("track, steps, warmdown, first", [("cpu", {600, 564}, 169, 1), ("speedrun", {6200, 5828}, 1692, 0)])
+def test_arms(track, steps, warmdown, first, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     plan = replicate.plan_runs(track, ["newton_muon", "adamw", "muon"], 3, tmp_path, [])
     N, short = max(steps), min(steps)
     assert set(plan) == {("muon", N), ("newton_muon", N), ("newton_muon", short), ("adamw", N)}
     for (optimizer, length), seeds in plan.items():
+        assert list(seeds) == [first, first + 1, first + 2]
         for seed, (folder, arguments, config) in seeds.items():
             asked = load_config([f"configs/{track}_{optimizer}.toml"])
             same = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) == getattr(asked, field.name)}
@@ -47,7 +48,7 @@ def test_arms(track, steps, warmdown, monkeypatch, tmp_path):
             changed = {"seed", "data_seed"} if seed else set()
             changed |= {"num_iterations", "warmdown_iters"} if length == short else set()
             assert {field.name for field in dataclasses.fields(config)} - same == changed | {"run_name", "log_dir", "resume", "save_every"}
-    assert plan["newton_muon", short][0][2].warmdown_iters == warmdown
+    assert plan["newton_muon", short][2][2].warmdown_iters == warmdown
     assert len({folder for seeds in plan.values() for folder, _, _ in seeds.values()}) == 12
 
 
@@ -168,7 +169,7 @@ def test_it_trains_compares_and_judges_and_repeats_nothing(replicated, tmp_path)
     text = replicated("--seeds", 2)
     assert replicated.started == ["data/shakespeare.py", *["train_gpt2.py"] * 3] and "3 of 6 runs" in text
     assert "overhead of Newton-Muon's step: +2.0% (95 %: +1.0% to +3.0%)" in text and text.splitlines()[-1].startswith("verdict: ")
-    finals = [json.loads((tmp_path / f"runs/newton_muon_19_seed-{seed}/run.json").read_text())["final_val_loss"] for seed in (0, 1)]
+    finals = [json.loads((tmp_path / f"runs/newton_muon_19_seed-{seed}/run.json").read_text())["final_val_loss"] for seed in (1, 2)]
     assert f"final loss of newton_muon after 19 steps: {np.mean(finals):.4f}" in text
     text = replicated("--seeds", 2, "--target_val_loss", "5.2")
     assert replicated.started == [] and "first 5.2: step" in text  # another target needs no other runs
@@ -176,7 +177,7 @@ def test_it_trains_compares_and_judges_and_repeats_nothing(replicated, tmp_path)
 
 def test_a_run_that_diverges_counts_and_is_not_repeated(replicated):
     text = replicated("--seeds", 2, "--hidden_learning_rate", "1e14")
-    assert replicated.started.count("train_gpt2.py") == 6 and "muon_20_seed-0 diverged: its arm has no result" in text
+    assert replicated.started.count("train_gpt2.py") == 6 and "muon_20_seed-1 diverged: its arm has no result" in text
     assert "6 of 6 runs diverged" in text and text.splitlines()[-1] == "verdict: undecided"
     replicated("--seeds", 2, "--hidden_learning_rate", "1e14")
     assert replicated.started == []

@@ -163,7 +163,7 @@ def test_page(compare, tmp_path):
     lines = [line for line in text.splitlines() if line.startswith("| `")]
     assert [line.split("`")[1] for line in lines] == ["normuon", "muon", "signum"]  # by loss
     best = dict(num_iterations=600, learning_rate=0.08, hidden_learning_rate=0.004)
-    losses = [[bowl(dict(best, optimizer=optimizer, optimizer_args=arguments, seed=seed)) for seed in range(6)]
+    losses = [[bowl(dict(best, optimizer=optimizer, optimizer_args=arguments, seed=seed)) for seed in zoo.SEEDS]
               for optimizer, arguments in (("optimizers.normuon:NorMuon", '{"beta2": 0.9}'), ("muon", "{}"))]
     gaps = np.subtract(*losses)
     half = stats.t.ppf(0.975, 5) * gaps.std(ddof=1) / math.sqrt(6)
