@@ -141,7 +141,7 @@ def load_config(argv):
     parser = argparse.ArgumentParser(usage="[torchrun ...] train_gpt2.py CONFIG.toml [--field value ...]", description=__doc__,
                                      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG.toml", help="configuration file, for example configs/cpu_muon.toml")
-    comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE))
     for field in dataclasses.fields(Config):
         parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type, metavar=field.type.__name__,
                             default=argparse.SUPPRESS, help=f"{comments[field.name]} (default: {json.dumps(field.default)})")

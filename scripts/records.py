@@ -37,7 +37,8 @@ MEASURED = re.compile(r"^step:(\d{1,12})/\d{1,12} (val_loss|train_loss):(\S+) tr
 PUBLISHED = {"optimizer": reading.TEXT, "hardware": reading.TEXT, "steps": reading.COUNT, "final_val_loss": reading.FINITE,
              "seconds": reading.FINITE, "source": reading.TEXT, "curve?": reading.TEXT}
 TRACK = {"title": reading.TEXT, "run": reading.TEXT, "target_val_loss": reading.FINITE, "config": {"*": reading.SIMPLE},
-         "train_shards": [reading.SHARD], "val_shards": [reading.SHARD], "published?": [PUBLISHED], "superseded?": {"*": reading.TEXT}, "plan?": {"*": reading.TEXT}}
+         "train_shards": [reading.SHARD], "val_shards": [reading.SHARD], "published?": [PUBLISHED], "superseded?": {"*": reading.TEXT},
+         "plan?": {"*": reading.TEXT}}
 HEAD = """# Records
 
 A record is a number of runs of one configuration, of which only the seeds differ: the order of the data and the initial
@@ -266,7 +267,8 @@ def section(name, records=RECORDS):
     target, superseded, published = track["target_val_loss"], track.get("superseded", {}), track.get("published", [])
     text = [f"## {name}: {cell(track['title'])}\n", f"Target {target:g}. Run it: `{printable(track['run'])}`\n"]
     if "plan" in track:
-        text.append("Planned before the runs, in track.toml:\n" + "".join(f"- {cell(what)}: {cell(plan)}\n" for what, plan in track["plan"].items()))
+        lines = [f"- {cell(what)}: {cell(plan)}\n" for what, plan in track["plan"].items()]
+        text.append("Planned before the runs, in track.toml:\n" + "".join(lines))
     links = {path: f"[{path.name}]({name}/{path.name}/)" for path in sorted((records / name).glob("2*_*"))}
     counted = counted_records(name, track, records)
     home = {}  # a run's record

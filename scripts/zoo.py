@@ -123,8 +123,8 @@ class Table:
 class Track:
     """The runs of a track: which there are, and the training of those that are missing."""
 
-    def __init__(self, name, jobs, logs, given, records):
-        self.jobs, self.logs, self.given, self.table = jobs, logs, given, Table(records / name / "runs.csv")
+    def __init__(self, name, jobs, logs, given, table):
+        self.jobs, self.logs, self.given, self.table = jobs, logs, given, table
         self.config = f"configs/{name}_muon.toml"
         self.full = load_config([self.config, *given])
         self.steps = self.full.num_iterations
@@ -331,7 +331,8 @@ def main():
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: must be at least 1")
     if not (args.page or args.check):
-        track = Track(args.track, args.jobs, args.log_dir or Path("logs") / f"zoo_{args.track}", given, args.records)
+        track = Track(args.track, args.jobs, args.log_dir or Path("logs") / f"zoo_{args.track}", given,
+                      Table(args.records / args.track / "runs.csv"))
         if not any(field.startswith("--input_bin") for field in given):
             replicate.start(["data/shakespeare.py"] if args.track == "cpu" else ["data/fineweb.py", track.config],
                             "the data are not there; the same command continues")

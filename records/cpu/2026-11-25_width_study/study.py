@@ -1,0 +1,85 @@
+"""Does what Newton-Muon saves change with the width of the model? The CPU track at widths 32, 64 and 128, depth 4, the same tokens.
+
+    python records/cpu/2026-11-25_width_study/study.py --jobs 2     runs what is missing, and writes results.md and saving.png
+    python records/cpu/2026-11-25_width_study/study.py --page       only writes them
+
+For each width and optimizer the same grid: learning_rate 0.02, on which both optimizers hardly depend (tuning.csv of the track's record),
+and hidden_learning_rate from 0.001 to 0.004 in steps of the square root of 2, by the mean final loss of the seeds 100 and 101. Then the
+best with the seeds 1 to 6: Muon and Newton-Muon at 600 steps, Newton-Muon at 564. Every finished run is a line of width_N/runs.csv: the
+same command continues.
+"""
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
+import zoo  # first: it makes train_gpt2 importable
+import estimates
+import runs
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+WIDTHS = (32, 64, 128)
+GRID = [(0.02, hidden) for hidden in (0.001, 0.0014, 0.002, 0.0028, 0.004)]
+ARMS = (("muon", 600), ("newton_muon", 600), ("newton_muon", 564))
+
+
+def best_pair(table, optimizer):
+    """The pair of the grid with the lowest mean final loss; None while a run is missing."""
+    try:
+        return min(GRID, key=lambda pair: table.mean(optimizer, 600, *pair, "", zoo.TUNING_SEEDS))
+    except KeyError:
+        return None
+
+
+def train(width, jobs):
+    track = zoo.Track("cpu", jobs, Path("logs") / f"width_{width}", ["--n_embd", str(width)], zoo.Table(HERE / f"width_{width}" / "runs.csv"))
+    track.train([zoo.Point(optimizer, 600, *pair, "", seed) for optimizer in ("muon", "newton_muon") for pair in GRID
+                 for seed in zoo.TUNING_SEEDS])
+    best = {optimizer: best_pair(track.table, optimizer) for optimizer in ("muon", "newton_muon")}
+    track.train([zoo.Point(optimizer, steps, *best[optimizer], "", seed) for seed in zoo.SEEDS for optimizer, steps in ARMS])
+
+
+def write_page():
+    lines = ["| width | optimizer | best rates | at an edge | final loss at 600 | at 564 | steps saved |", "|" + " --- |" * 7]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for width in WIDTHS:
+        table = zoo.Table(HERE / f"width_{width}" / "runs.csv")
+        arms = [table.results(*arm) for arm in ARMS]
+        if not all(len(arm) == len(zoo.SEEDS) for arm in arms):
+            lines.append(f"| {width} | not run to the end | | | | | |")
+            continue
+        saved = estimates.steps_saved(*arms, 0.06)
+        for optimizer, finals in (("muon", arms[:1]), ("newton_muon", arms[1:])):
+            pair = best_pair(table, optimizer)
+            edge = pair[1] in (GRID[0][1], GRID[-1][1])
+            cells = [f"{loss.mean:.4f} ({loss.low:.4f} to {loss.high:.4f})" for loss in map(zoo.mean_loss, finals)]
+            lines.append(f"| {width} | {optimizer} | {pair[0]:g}, {pair[1]:g} | {'yes' if edge else 'no'} | {' | '.join(cells)} |"
+                         + (" | |" if optimizer == "muon" else f" {estimates.saved_text(saved)} |"))
+        if saved.mean is not None:
+            bars = [[100 * (saved.mean - saved.low)], [100 * (saved.high - saved.mean)]]
+            axes.errorbar(width, 100 * saved.mean, bars, fmt="o", color="C0", capsize=3)
+    axes.axhline(0, color="black", lw=0.8)
+    axes.axhline(6, color="C1", ls="--", label="claimed for the speedrun")
+    axes.set(xlabel="width", ylabel="steps saved by Newton-Muon, % (95 %)", xscale="log", xticks=WIDTHS, xticklabels=WIDTHS, xlim=(25, 160))
+    axes.legend()
+    figure.savefig(HERE / "saving.png", dpi=110)
+    (HERE / "results.md").write_text("\n".join(lines) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--page", action="store_true")
+    args = parser.parse_args()
+    os.chdir(runs.ROOT)
+    for width in () if args.page else args.widths:
+        train(width, args.jobs)
+    write_page()
+
+
+if __name__ == "__main__":
+    main()
