@@ -26,4 +26,4 @@ class NorMuon(Muon):
         parts = O.square().mean(-1, keepdim=True).split(len(as_blocks(matrices[0])))  # (blocks, m, 1) of each matrix
         v = torch.cat([average(self.state[p], "row_squares", part, group["beta2"]) for p, part in zip(matrices, parts)])
         D = O / (v.sqrt() + group["eps"])
-        return D * (O.norm(dim=(-2, -1), keepdim=True) / D.norm(dim=(-2, -1), keepdim=True))
+        return D * (O.norm(dim=(-2, -1), keepdim=True) / D.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30))

@@ -1,0 +1,375 @@
+"""The rules of optimizers/ that average squares or covariances, against the same equations written plainly in float64."""
+import io
+
+import pytest
+import torch
+from scipy.linalg import fractional_matrix_power
+
+from optimizers.adopt import ADOPT
+from optimizers.lion import Lion
+from optimizers.normuon import NorMuon
+from optimizers.pmuon import PMuon
+from optimizers.sf_normuon import SFNorMuon
+from optimizers.shampoo import Shampoo
+from optimizers.signum import Signum
+from optimizers.soap import SOAP
+from optimizers.soap_muon import SOAPMuon
+from train_gpt2 import Muon, newton_schulz
+
+CLOSE = dict(rtol=0, atol=1e-9)  # of updates of about 0.1: rounding in float64, magnified by inverse roots
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def gradients(count, *shape):
+    """Random, with singular values and rows of different sizes, as in training."""
+    scales = torch.logspace(0, -1, shape[0], dtype=torch.float64)[:, None]
+    return [scales * normal(*shape, seed=seed + 1) for seed in range(count)]
+
+
+def rotation(n, seed):
+    return torch.linalg.qr(normal(n, n, seed=seed))[0]
+
+
+def trained(optimizer, start, grads, **settings):
+    """Weights after a step with each gradient."""
+    W = torch.nn.Parameter(start.clone())
+    optimizer = optimizer([W], **settings)
+    for G in grads:
+        W.grad = G.clone()
+        optimizer.step()
+    return W.detach()
+
+
+def momenta(grads, mu):
+    """U of Muon with Nesterov momentum in each step."""
+    M = torch.zeros_like(grads[0])
+    for G in grads:
+        M = mu * M + G
+        yield G + mu * M
+
+
+@pytest.mark.parametrize("optimizer", [NorMuon, SFNorMuon, SOAP, SOAPMuon, Shampoo, PMuon])
+def test_blocks_of_a_fused_qkv_count_as_matrices(optimizer):
+    start, grads = normal(24, 8), gradients(4, 24, 8)
+    parts = [trained(optimizer, start[i:i + 8], [G[i:i + 8] for G in grads], lr=0.1) for i in (0, 8, 16)]
+    torch.testing.assert_close(trained(optimizer, start, grads, lr=0.1), torch.cat(parts), **CLOSE)
+
+
+@pytest.mark.parametrize("optimizer", [NorMuon, SFNorMuon, SOAP, SOAPMuon, Shampoo, PMuon])
+def test_gradients_of_zeros_change_nothing(optimizer):
+    torch.testing.assert_close(trained(optimizer, normal(6, 10), [torch.zeros(6, 10).double()] * 3, lr=0.1), normal(6, 10))
+
+
+# NorMuon
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
+def test_normuon_follows_its_equations(shape):
+    W, grads, v = normal(*shape), gradients(4, *shape), torch.zeros(shape[0], dtype=torch.float64)
+    result = trained(NorMuon, W, grads, lr=0.1, beta2=0.7, momentum=0.9, weight_decay=0.5, eps=0.01)
+    for U in momenta(grads, 0.9):
+        O = 10 ** 0.5 * newton_schulz(U)
+        v = 0.7 * v + 0.3 * (O ** 2).mean(1)
+        D = O / (v ** 0.5 + 0.01)[:, None]
+        W = (1 - 0.1 * 0.5) * W - 0.1 * D * torch.linalg.norm(O) / torch.linalg.norm(D)
+    torch.testing.assert_close(result, W, **CLOSE)
+
+
+@pytest.mark.parametrize("beta2", [0.0, 0.95])
+def test_normuon_is_muon_where_rows_have_equal_size(beta2):
+    grads = [rotation(8, seed) for seed in range(3)]  # Newton-Schulz scales an orthogonal matrix
+    settings = dict(lr=0.1, momentum=0.0)
+    muon = trained(Muon, normal(8, 8), grads, **settings)
+    torch.testing.assert_close(trained(NorMuon, normal(8, 8), grads, beta2=beta2, **settings), muon, rtol=0, atol=1e-7)  # eps = 1e-8
+
+
+def test_normuon_without_a_past_gives_all_rows_the_same_size():
+    step = trained(NorMuon, torch.zeros(6, 10, dtype=torch.float64), gradients(1, 6, 10), lr=1.0, beta2=0.0)
+    rows = step.norm(dim=1)
+    assert rows.max() / rows.min() < 1 + 1e-7
+
+
+# SOAP and SOAP-Muon
+
+
+def refreshed(Q, A):
+    """(new basis, order of the old one's columns)."""
+    order = torch.argsort(torch.diag(Q.T @ A @ Q), descending=True)
+    return torch.linalg.qr((A + 1e-4 * torch.trace(A) / len(A) * torch.eye(len(A)).double()) @ Q[:, order])[0], order
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_soap_follows_its_equations(shape, one_sided):
+    """Written as in the authors' code: with a momentum in the basis, which a refresh takes to the new basis."""
+    W, (first, *grads) = normal(*shape), gradients(8, *shape)
+    result = trained(SOAP, W, [first, *grads], lr=0.1, beta1=0.8, beta2=0.7, weight_decay=0.5, eps=0.01, refresh_interval=2,
+                     one_sided=one_sided)
+    left, right = not one_sided or shape[0] < shape[1], not one_sided or shape[0] > shape[1]
+    L, R = 0.3 * first @ first.T, 0.3 * first.T @ first
+    QL = torch.linalg.svd(first)[0] if left else torch.eye(shape[0]).double()
+    QR = torch.linalg.svd(first.T)[0] if right else torch.eye(shape[1]).double()
+    m = v = torch.zeros(shape, dtype=torch.float64)
+    for t, G in enumerate(grads, start=1):
+        rotated = QL.T @ G @ QR
+        m, v = 0.8 * m + 0.2 * rotated, 0.7 * v + 0.3 * rotated ** 2
+        N = m / (1 - 0.8 ** t) / ((v / (1 - 0.7 ** t)) ** 0.5 + 0.01)
+        W = (1 - 0.1 * 0.5) * W - 0.1 * QL @ N @ QR.T
+        L, R = 0.7 * L + 0.3 * G @ G.T, 0.7 * R + 0.3 * G.T @ G
+        if t % 2 == 0:
+            M = QL @ m @ QR.T
+            if left:
+                QL, order = refreshed(QL, L)
+                v = v[order]
+            if right:
+                QR, order = refreshed(QR, R)
+                v = v[:, order]
+            m = QL.T @ M @ QR
+    torch.testing.assert_close(result, W, **CLOSE)
+
+
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_soap_in_the_identity_basis_is_adam(one_sided):
+    start, grads = normal(8, 8), gradients(6, 8, 8)
+    first = torch.diag(torch.arange(8, 0, -1, dtype=torch.float64))  # its singular vectors are unit vectors
+    soap = trained(SOAP, start, [first, *grads], lr=0.1, beta1=0.8, beta2=0.9, refresh_interval=100, one_sided=one_sided)
+    torch.testing.assert_close(soap, trained(torch.optim.Adam, start, grads, lr=0.1, betas=(0.8, 0.9)), **CLOSE)
+
+
+def test_soap_is_adam_in_a_lasting_eigenbasis():
+    """Gradients that have the same singular vectors keep the basis, though refreshed in each step, up to its order."""
+    U, V, diagonals = rotation(8, 1), rotation(8, 2), [torch.diag(normal(8, seed=seed)) for seed in range(20, 28)]
+    start = torch.zeros(8, 8, dtype=torch.float64)
+    soap = trained(SOAP, start, [U @ D @ V.T for D in diagonals], lr=0.1, beta1=0.8, beta2=0.9, refresh_interval=1)
+    adam = trained(torch.optim.Adam, start, diagonals[1:], lr=0.1, betas=(0.8, 0.9))
+    torch.testing.assert_close(soap, U @ adam @ V.T, rtol=0, atol=1e-6)  # off the diagonal 1e-16 / eps in each step
+
+
+@pytest.mark.parametrize("optimizer, shape, settings", [
+    (SOAP, (8, 8), dict(refresh_interval=1)), (SOAP, (6, 10), dict(refresh_interval=1, one_sided=True)),
+    (SOAP, (10, 6), dict(refresh_interval=1, one_sided=True)), (SOAPMuon, (8, 8), {}), (Shampoo, (6, 10), {}), (PMuon, (8, 8), {})])
+def test_rotated_problems_have_rotated_solutions(optimizer, shape, settings):
+    start, grads, (m, n) = normal(*shape), gradients(5, *shape), shape
+    one_sided = settings.get("one_sided")
+    U = rotation(m, 1) if not one_sided or m < n else torch.eye(m).double()
+    V = rotation(n, 2) if not one_sided or m > n else torch.eye(n).double()
+    rotated = trained(optimizer, U @ start @ V.T, [U @ G @ V.T for G in grads], lr=0.1, **settings)
+    torch.testing.assert_close(rotated, U @ trained(optimizer, start, grads, lr=0.1, **settings) @ V.T, rtol=0, atol=1e-7)
+
+
+def test_soap_muon_follows_its_equations():
+    W, grads, v = normal(6, 10), gradients(6, 6, 10), torch.zeros(6, 10, dtype=torch.float64)
+    result = trained(SOAPMuon, W, grads, lr=0.1, beta2=0.7, eps=0.2, momentum=0.9)
+    L, R, QL = torch.zeros(6, 6).double(), torch.zeros(10, 10).double(), None
+    for G, U in zip(grads, momenta(grads, 0.9)):
+        L, R = 0.7 * L + 0.3 * G @ G.T, 0.7 * R + 0.3 * G.T @ G
+        if QL is None:
+            QL, QR = torch.linalg.svd(G)[0], torch.linalg.svd(G.T)[0]
+        else:
+            V = QL.T @ U @ QR
+            v = 0.7 * v + 0.3 * V ** 2
+            U = QL @ (V / (v ** 0.5).clamp(min=0.2 * v.mean() ** 0.5)) @ QR.T
+            (QL, rows), (QR, columns) = refreshed(QL, L), refreshed(QR, R)
+            v = v[rows][:, columns]
+        W = W - 0.1 * 10 ** 0.5 * newton_schulz(U)
+    torch.testing.assert_close(result, W, **CLOSE)
+
+
+# Shampoo and PMuon
+
+
+def power(A, exponent, ridge):
+    A = A + ridge * torch.trace(A) / len(A) * torch.eye(len(A)).double()
+    return torch.from_numpy(fractional_matrix_power(A.numpy(), exponent).real)
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_shampoo_follows_its_equations(interval):
+    W, grads = normal(6, 10), gradients(7, 6, 10)
+    result = trained(Shampoo, W, grads, lr=0.1, momentum=0.8, beta2=0.7, eps=0.01, weight_decay=0.5, refresh_interval=interval)
+    M, L, R = (torch.zeros(shape, dtype=torch.float64) for shape in ((6, 10), (6, 6), (10, 10)))
+    for t, G in enumerate(grads, start=1):
+        M, L, R = 0.8 * M + 0.2 * G, 0.7 * L + 0.3 * G @ G.T, 0.7 * R + 0.3 * G.T @ G
+        if t % interval == 1 % interval:
+            left, right = (power(A / (1 - 0.7 ** t), -0.25, ridge=0.01) for A in (L, R))
+        W = (1 - 0.1 * 0.5) * W - 0.1 * 10 ** 0.5 * left @ M @ right
+    torch.testing.assert_close(result, W, **CLOSE)
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
+def test_shampoo_without_a_past_steps_along_the_orthogonal_factor(shape):
+    G, = gradients(1, *shape)
+    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+    step = -trained(Shampoo, torch.zeros_like(G), [G], lr=1.0, momentum=0.0, beta2=0.0, eps=1e-9)
+    torch.testing.assert_close(step, 10 ** 0.5 * U @ Vh, rtol=0, atol=1e-5)
+
+
+def test_pmuon_starts_between_powers_of_the_covariances():
+    G, = gradients(1, 6, 10)
+    step = -trained(PMuon, torch.zeros_like(G), [G], lr=1.0, power=0.2, eps=1e-9, momentum=0.0)
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)  # (G G^T)^-0.2 G (G^T G)^-0.2 has the values S^0.2
+    torch.testing.assert_close(step, 10 ** 0.5 * newton_schulz(U @ torch.diag(S ** 0.2) @ Vh), rtol=0, atol=1e-6)  # 1e-7 beside the norm
+
+
+def test_pmuon_follows_its_equations():
+    W, grads = normal(6, 10), gradients(6, 6, 10)
+    result = trained(PMuon, W, grads, lr=0.1, beta=0.8, power=0.3, eps=0.3, momentum=0.9)
+    A, Q = [torch.zeros(6, 6).double(), torch.zeros(10, 10).double()], []
+    for U in momenta(grads, 0.9):
+        L = []
+        for i, C in enumerate((U @ U.T, U.T @ U)):
+            A[i] = 0.8 * A[i] + 0.2 * C
+            L.append(0.8 * A[i] + 0.2 * C)
+        Q = [torch.linalg.qr(l @ q)[0] for l, q in zip(L, Q)] or [torch.linalg.svd(U)[0], torch.linalg.svd(U.T)[0]]
+        P = []
+        for l, q in zip(L, Q):
+            e = torch.diag(q.T @ l @ q).clamp(min=0.3 * torch.trace(l) / len(l))
+            P.append(q @ torch.diag(e ** -0.3) @ q.T)
+        W = W - 0.1 * 10 ** 0.5 * newton_schulz(P[0] @ U @ P[1])
+    torch.testing.assert_close(result, W, **CLOSE)
+
+
+def test_pmuon_of_power_zero_is_muon():
+    start, grads = normal(6, 10), gradients(5, 6, 10)
+    torch.testing.assert_close(trained(PMuon, start, grads, lr=0.1, power=0.0), trained(Muon, start, grads, lr=0.1), **CLOSE)
+
+
+# SF-NorMuon
+
+
+def test_sf_normuon_follows_its_equations():
+    """Gradients are a function of y, and x is the mean of all z with weights lr^2."""
+    target, W, rates = normal(6, 10, seed=1), torch.nn.Parameter(normal(6, 10)), [0.01, 0.02, 0.02, 0.01, 0.005]
+    optimizer = SFNorMuon([W], momentum=0.8, beta1=0.9, beta2=0.7, weight_decay=0.5, eps=0.0)
+    z = y = W.detach().clone()
+    M, v, zs = torch.zeros(6, 10).double(), torch.zeros(6).double(), []
+    for lr in rates:
+        optimizer.param_groups[0]["lr"] = lr
+        W.grad = (W - target).detach() ** 3
+        optimizer.step()
+        M = 0.8 * M + 0.2 * (y - target) ** 3
+        O = newton_schulz(M)
+        v = 0.7 * v + 0.3 * (O ** 2).mean(1)
+        D = O / (v ** 0.5)[:, None]
+        z = (1 - lr * 0.5) * z - lr * 10 ** 0.5 * D * torch.linalg.norm(O) / torch.linalg.norm(D)
+        zs.append(z)
+        x = sum(r ** 2 * z for r, z in zip(rates, zs)) / sum(r ** 2 for r in rates[:len(zs)])
+        y = 0.1 * z + 0.9 * x
+    torch.testing.assert_close(W.detach(), y, **CLOSE)
+    optimizer.eval()
+    torch.testing.assert_close(W.detach(), x, **CLOSE)
+
+
+def sf_steps(optimizer, W, numbers):
+    for number in numbers:
+        W.grad = (W - normal(6, 10, seed=number).float()).detach()
+        optimizer.step()
+
+
+def test_evaluations_of_sf_normuon_change_nothing():
+    plain, evaluated = (torch.nn.Parameter(normal(6, 10).float()) for _ in range(2))
+    a, b = SFNorMuon([plain], lr=0.02), SFNorMuon([evaluated], lr=0.02)
+    b.eval()
+    b.train()
+    for number in range(6):
+        sf_steps(a, plain, [number])
+        sf_steps(b, evaluated, [number])
+        seen = []
+        for switch in (b.eval, b.eval, b.train, b.train):
+            switch()
+            seen.append(evaluated.detach().clone())
+        assert torch.equal(seen[0], seen[1]) and torch.equal(seen[2], plain) and torch.equal(seen[3], plain)
+        assert number == 0 or not torch.equal(seen[0], plain)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_sf_normuon_resumes_from_either_mode(mode):
+    whole, parts = (torch.nn.Parameter(normal(6, 10).float()) for _ in range(2))
+    sf_steps(SFNorMuon([whole], lr=0.02), whole, range(7))
+    first = SFNorMuon([parts], lr=0.02)
+    sf_steps(first, parts, range(4))
+    getattr(first, mode)()
+    file = io.BytesIO()
+    torch.save((first.state_dict(), parts.detach()), file)
+    file.seek(0)
+    state, weights = torch.load(file, weights_only=True)
+    resumed = torch.nn.Parameter(weights)
+    second = SFNorMuon([resumed], lr=0.02)
+    second.load_state_dict(state)
+    getattr(second, mode)()
+    assert torch.equal(resumed, weights)
+    second.train()
+    sf_steps(second, resumed, range(4, 7))
+    assert torch.equal(resumed, whole)
+
+
+def test_sf_normuon_refuses_a_step_at_the_average():
+    W = torch.nn.Parameter(normal(6, 10))
+    optimizer = SFNorMuon([W], lr=0.02)
+    sf_steps(optimizer, W, range(2))
+    optimizer.eval()
+    with pytest.raises(RuntimeError, match=r"step\(\) after eval\(\): call train\(\) first"):
+        sf_steps(optimizer, W, [2])
+
+
+@pytest.mark.parametrize("save_every", [5, 8])  # after an evaluation, and without one
+def test_a_run_with_sf_normuon_resumes_from_either_mode(start, tmp_path, save_every):
+    fields = dict(optimizer="optimizers.sf_normuon:SFNorMuon", save_every=save_every)
+    assert start(run_name="sf", **fields).returncode == 0
+    folder = tmp_path / "logs" / "sf"
+    checkpoint = torch.load(folder / "checkpoints" / f"step_{save_every:06d}.pt", weights_only=True)
+    assert checkpoint["optimizers"][1]["param_groups"][0]["training"] is (save_every == 8)
+    final = folder / "checkpoints" / "step_000010.pt"
+    weights = torch.load(final, weights_only=True)["model"]
+    final.unlink()
+    resumed = start(**fields, resume=str(folder))
+    assert resumed.returncode == 0 and f"resumed at step {save_every}" in resumed.stdout
+    again = torch.load(final, weights_only=True)["model"]
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+# Lion and ADOPT
+
+
+def test_lion_follows_its_equations():
+    W, grads, M = normal(6, 10), gradients(6, 6, 10), torch.zeros(6, 10).double()
+    result = trained(Lion, W, grads, lr=0.1, beta1=0.6, beta2=0.9, weight_decay=0.5)
+    for G in grads:
+        W = (1 - 0.1 * 0.5) * W - 0.1 * torch.sign(0.6 * M + 0.4 * G)
+        M = 0.9 * M + 0.1 * G
+    torch.testing.assert_close(result, W, **CLOSE)
+
+
+def test_lion_of_equal_betas_is_signum():
+    start, grads = normal(6, 10), gradients(6, 6, 10)
+    signum = trained(Signum, start, grads, lr=0.1, momentum=0.9, nesterov=False)
+    torch.testing.assert_close(trained(Lion, start, grads, lr=0.1, beta1=0.9, beta2=0.9), signum, **CLOSE)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_adopt_follows_its_equations(clip):
+    W, (first, *grads) = normal(6, 10), gradients(8, 6, 10)
+    result = trained(ADOPT, W, [first, *grads], lr=0.1, beta1=0.8, beta2=0.7, weight_decay=0.5, eps=0.1, clip=clip)
+    M, v = torch.zeros(6, 10).double(), first ** 2
+    for t, G in enumerate(grads, start=1):
+        N = G / torch.clip(v ** 0.5, 0.1)
+        M = 0.8 * M + 0.2 * (N.clip(-t ** 0.25, t ** 0.25) if clip else N)
+        W = (1 - 0.1 * 0.5) * W - 0.1 * M
+        v = 0.7 * v + 0.3 * G ** 2
+    torch.testing.assert_close(result, W, **CLOSE)
+
+
+@pytest.mark.parametrize("optimizer, settings, end", [(ADOPT, dict(beta1=0.0, beta2=0.1, clip=False), -1.0),
+                                                      (torch.optim.Adam, dict(betas=(0.0, 0.1)), 1.0)])
+def test_adopt_goes_down_where_adam_goes_up(optimizer, settings, end):
+    """Gradients 3, -1, -1, 3, ...: their mean is positive (Reddi, Kale, Kumar, "On the Convergence of Adam", 2018)."""
+    W = torch.nn.Parameter(torch.zeros(1, 1))
+    optimizer = optimizer([W], lr=0.01, **settings)
+    for step in range(900):
+        W.grad = torch.full((1, 1), 3.0 if step % 3 == 0 else -1.0)
+        optimizer.step()
+        W.data.clamp_(-1, 1)
+    assert abs(W.item() - end) < 0.1
