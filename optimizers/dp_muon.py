@@ -7,8 +7,8 @@
 The paper clips the gradient of every example before it averages them. The trainer has only the mean gradient of a batch, and that is
 what is clipped here: the unit of privacy is the whole batch. What that gives: each step is a Gaussian mechanism for the presence of its
 batch, in each matrix with noise_multiplier; all L matrices together (3 for a fused q, k, v) have the effective multiplier
-noise_multiplier / sqrt(L), which is the number to give to an accountant, one release a step. With one example in a batch the unit is
-the example, and the rule the paper's. What it does not give:
+noise_multiplier / sqrt(L), which is the number to give to an accountant, one release for each step that uses the batch. With one
+example in a batch the unit is the example, and the rule the paper's. What it does not give:
 - example-level privacy as the paper accounts for it: one of B examples can change H by as much as the whole batch, not by 1 / B of it, so
   the same epsilon takes B times the paper's noise; and none of its amplification by sampling, as the order of the data is fixed;
 - privacy of the model: the trainer's AdamW updates the table, which is also the head, without noise, and the losses are logged;

@@ -29,7 +29,7 @@ class MuonIGT(MatrixOptimizer):
         if not group["training"]:
             raise RuntimeError("step() after eval(): call train() before the gradient is computed, which must be that of another point")
         M = average(state, "momentum_buffer", G, group["momentum"])
-        W = state.get("W", Y.clone())
+        W = state["W"] if "W" in state else Y.clone()
         D = newton_schulz(M, group["ns_steps"]) * math.sqrt(max(W.shape[-2:]))
         state["V"], state["W"] = W, W * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * D
         self.load(Y, state, group)

@@ -5,8 +5,8 @@
     W <- (1 - eta) W - eta radius sqrt(m / n) O,   eta = lr sqrt(min(m, n)) / radius
 
 so that ||W||_2 comes into the ball of radius * sqrt(m / n), the corners of which are radius sqrt(m / n) O, and stays there while eta is
-at most 1; newton_schulz exceeds 1 by up to 0.2, and the ball is that much larger. constrained = false leaves out (1 - eta), which leaves
-no effect to `radius`. The paper has an average of the gradients, whose direction is that of M, and its alpha is 1 - momentum. It has eta
+at most 1; newton_schulz exceeds 1 by up to 0.2, and the ball is that much larger. With constrained = false there is no (1 - eta), and
+`radius` has no effect. The paper has an average of the gradients, whose direction is that of M, and its alpha is 1 - momentum. It has eta
 itself as the rate; here lr is the root-mean-square of an element's update in square and tall matrices, as in Muon, and lr m / n in wide
 ones: sqrt(m / n), instead of Muon's sqrt(max(m, n)), is Scion's. Its rule for the table and the head is left to the trainer's AdamW,
 and its initial weights on the ball to the model.

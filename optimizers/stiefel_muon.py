@@ -1,4 +1,4 @@
-"""StiefelMuon: Muon for weights whose singular values are all equal: steepest descent in the spectral norm on the Stiefel manifold.
+"""StiefelMuon: steepest descent in the spectral norm on the Stiefel manifold (for the geometry see iMuon, arXiv:2605.09238).
 
 W = radius X, X^T X = I (for m < n: X X^T = I, and everything below transposed). The first step moves W onto the manifold: X = msgn(W), the
 nearest point; radius is the root-mean-square of the initial W's singular values, ||W||_F / sqrt(min(m, n)), and stays.
@@ -8,12 +8,12 @@ nearest point; radius is the root-mean-square of the initial W's singular values
     W <- radius msgn(X - eta A X),           eta = lr sqrt(max(m, n)) / radius
     M <- M - X (X^T M + M^T X) / 2           the momentum's tangent part at the new X
 
-msgn is U V^T of the singular value decomposition. Of all tangents D (X^T D + D^T X = 0) with ||D||_2 <= 1, A X has the largest <M, D>: the
-closed form of what J. Bernstein ("Modular manifolds", 2025) finds by dual ascent; msgn of the gradient's tangent part, as in SPEL
-(arXiv:2601.21487), is no tangent. See arXiv:2605.09238 for the geometry. A has rank at most 2 n, so it is found in the basis of [X, M].
-X - eta A X has singular values between 1 and sqrt(1 + eta^2), for which 5 steps X <- (3 X - X X^T X) / 2 after division by the
-larger are exact to 1e-6 up to eta = 1. lr is the root-mean-square of an element's update, as in Muon, where A has no kernel. There is no
-weight decay, which would do nothing.
+msgn is U V^T of the singular value decomposition. Of all tangents D (X^T D + D^T X = 0) with ||D||_2 <= 1, A X has the largest <M, D>. That
+closed form was derived here, from no paper, and is tested against the dual bound: ||M + X L||_* >= <M, D> for all symmetric L. Manifold
+Muon (J. Bernstein, "Modular manifolds", 2025) comes to the same by an inner loop of dual ascent; SPEL (arXiv:2601.21487) takes msgn
+of the gradient's tangent part, which is no tangent. A has rank at most 2 n, so it is found in an orthonormal basis of [X, M].
+X - eta A X has singular values between 1 and sqrt(1 + eta^2); after division by the larger, 5 steps X <- (3 X - X X^T X) / 2 are exact
+to 1e-6 up to eta = 1. lr is the root-mean-square of an element's update, as in Muon, where A has no kernel. Weight decay would do nothing.
 
     python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.stiefel_muon:StiefelMuon
 """
@@ -35,6 +35,14 @@ def descent(X, G):
 class StiefelMuon(MatrixOptimizer):
     def __init__(self, params, lr=3.6e-4, momentum=0.95):
         super().__init__(params, lr=lr, momentum=momentum)
+
+    def step(self, closure=None):
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")  # TF32 keeps 11 bits, and the constraint to 1e-3
+        try:
+            return super().step(closure)
+        finally:
+            torch.set_float32_matmul_precision(precision)
 
     def update(self, W, G, state, group):
         M = average(state, "momentum_buffer", G, group["momentum"])

@@ -19,7 +19,7 @@ ZOO = {
     "power_newton_muon": Entry("optimizers.power_newton_muon:PowerNewtonMuon", "power", (0.25, 0.75), "arXiv:2604.01472",
                                {"refresh_interval": 8}),
     "polar_muon": Entry("optimizers.polar_muon:PolarMuon", "momentum", (0.9, 0.98), "arXiv:2505.16932"),
-    "exact_muon": Entry("optimizers.polar_muon:PolarMuon", "momentum", (0.9, 0.98), "exact U V^T", {"exact": True}),
+    "exact_muon": Entry("optimizers.polar_muon:PolarMuon", "momentum", (0.9, 0.98), "Muon, by SVD", {"exact": True}),
     "low_rank_muon": Entry("optimizers.low_rank_muon:LowRankMuon", "rank_fraction", (0.125, 0.5), "arXiv:2509.11983"),
     "dion": Entry("optimizers.dion:Dion", "rank_fraction", (0.125, 0.5), "arXiv:2504.05295"),
     "orth_dion": Entry("optimizers.dion:OrthDion", "rank_fraction", (0.125, 0.5), "arXiv:2605.16341"),
