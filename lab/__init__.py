@@ -8,6 +8,8 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
+from optimizers.polar_muon import msgn  # noqa: F401  the experiments take it from here
+
 
 @dataclass
 class Result:
@@ -22,13 +24,6 @@ class Result:
     figure: Figure
     summary: str
     source: str
-
-
-def msgn(X):
-    """The matrix sign U V^T of X = U S V^T (..., m, n), exactly, by SVD; singular values below rounding count as 0."""
-    U, S, V = torch.linalg.svd(X, full_matrices=False)
-    kept = S > S[..., :1] * max(X.shape[-2:]) * torch.finfo(S.dtype).eps
-    return (U * kept.unsqueeze(-2)) @ V
 
 
 def exponent(x, y):

@@ -9,25 +9,10 @@ from matplotlib.figure import Figure
 import train_gpt2
 from lab import Result, msgn
 from lab.training import SMALL, cpu_config, new_model, open_shards, training_steps
+from optimizers.polar_muon import polar_express
 from train_gpt2 import evaluate, newton_schulz
 
 SPEEDRUN = (3.4445, -4.7750, 2.0315)
-POLAR_EXPRESS = ((8.28721201814563, -23.595886519098837, 17.300387312530933), (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-                 (3.9486908534822946, -2.908902115962949, 0.5518191394370137), (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-                 (2.300652019954817, -1.6689039845749493, 0.4188073119525673), (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-                 (1.8750014808534479, -1.2500016453999487, 0.3750001645474248), (1.875, -1.25, 0.375))
-
-
-def polar_express(U, steps=5):
-    """newton_schulz with coefficients of its own for each step (arXiv:2505.16932), with the paper's safety factor of 1.01."""
-    X = U.mT if U.size(-2) > U.size(-1) else U
-    X = X / (1.01 * X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for i in range(steps):
-        a, b, c = POLAR_EXPRESS[min(i, 7)]
-        s = 1.01 if i < steps - 1 else 1.0
-        A = X @ X.mT
-        X = a / s * X + (b / s ** 3 * A + c / s ** 5 * A @ A) @ X
-    return X.mT if U.size(-2) > U.size(-1) else X
 
 
 def with_condition(condition, n, repeats, generator):

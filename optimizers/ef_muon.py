@@ -10,8 +10,8 @@ lr is in units of a weight per gradient. exact: msgn by SVD; else Newton-Schulz,
 """
 import torch
 
-from lab import msgn
 from optimizers import MatrixOptimizer, average
+from optimizers.polar_muon import msgn
 from train_gpt2 import newton_schulz
 
 

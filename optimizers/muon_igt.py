@@ -1,0 +1,51 @@
+"""MuonIGT: Muon with implicit gradient transport: gradients at an extrapolated point (arXiv:2605.05577, arXiv:2605.18528).
+
+    G at Y = W + momentum / (1 - momentum) (W - V),   V the W of one step before; at first both are W
+    M <- momentum M + (1 - momentum) G
+    V <- W
+    W <- (1 - lr weight_decay) W - lr sqrt(max(m, n)) newton_schulz(M)
+
+An average of old gradients lags behind W by momentum / (1 - momentum) steps; where the gradient is linear and the steps are equal,
+gradients at Y make M the gradient at W (up to the start). lr means what it means in Muon. weight_decay is not in the papers.
+
+After train(), which is the mode at first, the parameters hold Y; after eval(), W: call eval() before an evaluation, and train() before the
+next gradient. The state has W and V themselves, so the calls can be repeated, and a run continues from a checkpoint of either mode.
+
+    python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.muon_igt:MuonIGT
+"""
+import math
+
+import torch
+
+from optimizers import MatrixOptimizer, average
+from train_gpt2 import as_blocks, newton_schulz
+
+
+class MuonIGT(MatrixOptimizer):
+    def __init__(self, params, lr=3.6e-4, momentum=0.9, ns_steps=5, weight_decay=0.0):
+        super().__init__(params, lr=lr, momentum=momentum, ns_steps=ns_steps, weight_decay=weight_decay, training=True)
+
+    def update(self, Y, G, state, group):
+        if not group["training"]:
+            raise RuntimeError("step() after eval(): call train() before the gradient is computed, which must be that of another point")
+        M = average(state, "momentum_buffer", G, group["momentum"])
+        W = state["W"] if "W" in state else Y.clone()
+        D = newton_schulz(M, group["ns_steps"]) * math.sqrt(max(W.shape[-2:]))
+        state["V"], state["W"] = W, W * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * D
+        self.load(Y, state, group)
+
+    def load(self, p, state, group):
+        """p <- Y or W, by the mode."""
+        W, momentum = state["W"], group["momentum"]
+        p.copy_(torch.add(W, W - state["V"], alpha=momentum / (1 - momentum)) if group["training"] else W)
+
+    @torch.no_grad()
+    def train(self, training=True):
+        for group in self.param_groups:
+            group["training"] = training
+            for p in group["params"]:
+                if p in self.state:
+                    self.load(as_blocks(p), self.state[p], group)
+
+    def eval(self):
+        self.train(False)

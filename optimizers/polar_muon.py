@@ -1,0 +1,54 @@
+"""PolarMuon: Muon that orthogonalizes to 1 instead of 0.7 to 1.2 (Amsel et al., "The Polar Express", arXiv:2505.16932), or exactly.
+
+    M, U as in Muon
+    X <- U / (1.01 ||U||_F + 1e-7), transposed if m > n
+    ns_steps times:  A = X X^T,  X <- a / s X + (b / s^3 A + c / s^5 A A) X
+    W <- (1 - lr weight_decay) W - lr sqrt(max(m, n)) X
+
+(a, b, c) differ from step to step: the paper's, each the best for what the step before leaves of singular values of 1e-3 to 1. From the
+eighth on they repeat. s = 1.01, a margin for rounding, in all steps but the last. bf16 on GPUs that have it, as in Muon. lr means what
+it means in Muon. exact: X is U' V^T of the singular value decomposition U = U' S V^T; singular values below rounding give 0.
+
+    python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.polar_muon:PolarMuon
+"""
+import math
+
+import torch
+
+from train_gpt2 import Muon, fast_dtype
+
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933), (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137), (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673), (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248), (1.875, -1.25, 0.375),
+)
+
+
+def polar_express(U, steps=5):
+    """Approximately U' V^T of the singular value decomposition U = U' S V^T of each matrix in U (..., m, n)."""
+    X, tall = U.to(fast_dtype(U.device)) if U.is_cuda else U, U.size(-2) > U.size(-1)
+    X = X.mT if tall else X
+    X = X / (1.01 * X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for i in range(steps):
+        a, b, c = POLAR_EXPRESS[min(i, 7)]
+        s = 1.01 if i < steps - 1 else 1.0
+        A = X @ X.mT
+        X = a / s * X + (b / s ** 3 * A + c / s ** 5 * A @ A) @ X
+    return X.mT if tall else X
+
+
+def msgn(X):
+    """The matrix sign U V^T of X = U S V^T (..., m, n), exactly, by SVD; singular values below rounding count as 0. NaN if not finite."""
+    finite = X.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    U, S, V = torch.linalg.svd(torch.where(finite, X, 0), full_matrices=False)
+    kept = S > S[..., :1] * max(X.shape[-2:]) * torch.finfo(S.dtype).eps
+    return torch.where(finite, (U * kept.unsqueeze(-2)) @ V, math.nan)
+
+
+class PolarMuon(Muon):
+    def __init__(self, params, lr=3.6e-4, exact=False, **settings):
+        super().__init__(params, lr, exact=exact, **settings)
+
+    def orthogonalize(self, matrices, U, group):
+        return (msgn(U) if group["exact"] else polar_express(U, group["ns_steps"])) * math.sqrt(max(U.shape[-2:]))

@@ -1,0 +1,65 @@
+"""StiefelMuon: steepest descent in the spectral norm on the Stiefel manifold (for the geometry see iMuon, arXiv:2605.09238).
+
+W = radius X, X^T X = I (for m < n: X X^T = I, and everything below transposed). The first step moves W onto the manifold: X = msgn(W), the
+nearest point; radius is the root-mean-square of the initial W's singular values, ||W||_F / sqrt(min(m, n)), and stays.
+
+    M <- momentum M + (1 - momentum) G
+    A = msgn(M X^T - X M^T)                  (m, m), skew
+    W <- radius msgn(X - eta A X),           eta = lr sqrt(max(m, n)) / radius
+    M <- M - X (X^T M + M^T X) / 2           the momentum's tangent part at the new X
+
+msgn is U V^T of the singular value decomposition. Of all tangents D (X^T D + D^T X = 0) with ||D||_2 <= 1, A X has the largest <M, D>. That
+closed form was derived here, from no paper, and is tested against the dual bound: ||M + X L||_* >= <M, D> for all symmetric L. Manifold
+Muon (J. Bernstein, "Modular manifolds", 2025) comes to the same by an inner loop of dual ascent; SPEL (arXiv:2601.21487) takes msgn
+of the gradient's tangent part, which is no tangent. A has rank at most 2 n, so it is found in an orthonormal basis of [X, M].
+X - eta A X has singular values between 1 and sqrt(1 + eta^2); after division by the larger, 5 steps X <- (3 X - X X^T X) / 2 are exact
+to 1e-6 up to eta = 1. lr is the root-mean-square of an element's update, as in Muon, where A has no kernel. Weight decay would do nothing.
+
+    python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.stiefel_muon:StiefelMuon
+"""
+import math
+
+import torch
+
+from optimizers import MatrixOptimizer, average
+from optimizers.polar_muon import msgn
+
+
+def descent(X, G):
+    """The tangent D at X (..., m, n), X^T X = I, with ||D||_2 <= 1 and the largest <G, D>."""
+    Q = torch.linalg.qr(torch.cat([X, G], -1))[0]
+    K = Q.mT @ G @ (Q.mT @ X).mT
+    return Q @ (msgn(K - K.mT) @ (Q.mT @ X))
+
+
+class StiefelMuon(MatrixOptimizer):
+    def __init__(self, params, lr=3.6e-4, momentum=0.95):
+        super().__init__(params, lr=lr, momentum=momentum)
+
+    def step(self, closure=None):
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")  # TF32 keeps 11 bits, and the constraint to 1e-3
+        try:
+            return super().step(closure)
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+    def update(self, W, G, state, group):
+        M = average(state, "momentum_buffer", G, group["momentum"])
+        if W.size(-2) < W.size(-1):
+            W, M = W.mT, M.mT
+        m, n = W.shape[-2:]
+        if "radius" not in state:
+            state["radius"] = W.norm(dim=(-2, -1), keepdim=True) / math.sqrt(n)
+            X = msgn(W)
+            if (X.norm(dim=(-2, -1)) < 0.999 * math.sqrt(n)).any():
+                raise ValueError(f"a matrix of shape {tuple(W.shape[-2:])} has a rank below {n}: no point of the manifold is nearest")
+        else:
+            X = W / state["radius"]
+        eta = group["lr"] * math.sqrt(m) / state["radius"]
+        X = (X - eta * descent(X, M)) / (1 + eta ** 2).sqrt()
+        for _ in range(5):
+            X = 1.5 * X - 0.5 * X @ (X.mT @ X)
+        W.copy_(state["radius"] * X)
+        S = X.mT @ M
+        M.sub_(X @ (S + S.mT), alpha=0.5)
