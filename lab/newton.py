@@ -1,4 +1,6 @@
 """Where does Newton-Muon's preconditioner help: for which condition of a layer's inputs, noise of its gradient, shape and curvature?"""
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from matplotlib.colors import TwoSlopeNorm
@@ -62,8 +64,10 @@ def run(size="full", seed=0):
     def ratio(shape, curvature, steps, ridge, conditions, noises):
         """(ratio of the mean decreases, its standard error by jackknife) for each pair of a condition and a noise."""
         (m, n), (rates, repeats) = shapes[shape], grids[steps]
-        with_it, without = (decreases(conditions.flatten(), noises.flatten(), spectrum(curvatures[curvature], m), n, r, steps, rates, repeats, seed)
-                            for r in (ridge, None))
+        h = spectrum(curvatures[curvature], m)
+        with ThreadPoolExecutor(2) as pool:  # svd of many small matrices keeps one core busy
+            with_it, without = pool.map(lambda r: decreases(conditions.flatten(), noises.flatten(), h, n, r, steps, rates, repeats, seed),
+                                        (ridge, None))
         left_out = [(x.sum(1, keepdim=True) - x) for x in (with_it, without)]
         spread = (left_out[0] / left_out[1]).std(1, correction=0) * (repeats - 1) ** 0.5
         return (with_it.mean(1) / without.mean(1)).view(conditions.shape).numpy(), spread.view(conditions.shape).numpy()
