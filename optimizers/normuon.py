@@ -22,7 +22,7 @@ class NorMuon(Muon):
         super().__init__(params, lr, beta2=beta2, eps=eps, **settings)
 
     def orthogonalize(self, matrices, U, group):
-        O = super().orthogonalize(matrices, U, group)
+        O = super().orthogonalize(matrices, U, group).to(U.dtype)  # bf16 on a GPU, too coarse for an average
         parts = O.square().mean(-1, keepdim=True).split(len(as_blocks(matrices[0])))  # (blocks, m, 1) of each matrix
         v = torch.cat([average(self.state[p], "row_squares", part, group["beta2"]) for p, part in zip(matrices, parts)])
         D = O / (v.sqrt() + group["eps"])

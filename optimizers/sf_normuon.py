@@ -35,7 +35,7 @@ class SFNorMuon(MatrixOptimizer):
         if not state:
             state.update(z=W.clone(), x=W.clone(), squares_of_rates=0.0)
         M = average(state, "momentum_buffer", G, group["momentum"])
-        O = newton_schulz(M, group["ns_steps"]) * math.sqrt(max(M.shape[-2:]))
+        O = newton_schulz(M, group["ns_steps"]).to(M.dtype) * math.sqrt(max(M.shape[-2:]))
         D = O / (average(state, "row_squares", O.square().mean(-1, keepdim=True), group["beta2"]).sqrt() + group["eps"])
         D *= O.norm(dim=(-2, -1), keepdim=True) / D.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)
         state["z"].mul_(1 - group["lr"] * group["weight_decay"]).sub_(D, alpha=group["lr"])
