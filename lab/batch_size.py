@@ -1,10 +1,14 @@
 """Which batch size needs the fewest samples, how does it move with momentum and weight decay, and does decay bound the weights?"""
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 from lab import Result
-from lab.training import cpu_config, new_model, open_shards, training_steps
+from lab.training import cpu_config, new_model, open_shards, training_steps, two_processes
 from train_gpt2 import as_blocks
 
 TARGET = 2.6  # nats of validation loss; at the start 5.6
@@ -15,8 +19,9 @@ VARIANTS = {"Nesterov 0.95": (0.95, True, 0.0), "momentum 0.95": (0.95, False, 0
 
 def config_of(variant, batch, rate, seed, steps):
     momentum, nesterov, decay = VARIANTS[variant]
-    return cpu_config(n_layer=1, n_head=2, n_embd=32, sequence_length=16, batch_size=batch, seed=seed, data_seed=seed + 1, num_iterations=steps,
-                      warmdown_iters=0, hidden_learning_rate=rate, learning_rate=5 * rate, momentum=momentum, nesterov=nesterov, weight_decay=decay)
+    return cpu_config(n_layer=1, n_head=2, n_embd=32, sequence_length=16, batch_size=batch, seed=seed, data_seed=seed + 1,
+                      num_iterations=steps, warmdown_iters=0, hidden_learning_rate=rate, learning_rate=5 * rate, momentum=momentum,
+                      nesterov=nesterov, weight_decay=decay)
 
 
 def steps_to_target(variant, batch, rate, seed, most):
@@ -45,6 +50,15 @@ def tuned(variant, batch, seed, rate, most):
     return best, rate
 
 
+def all_steps(variant, batches, seed, seeds, most):
+    """Steps to the target at the tuned rate of each batch size: (batch sizes, seeds)."""
+    rate, found = 0.005, []
+    for batch in batches:
+        first, rate = tuned(variant, batch, seed, rate, most)
+        found.append([first] + [steps_to_target(variant, batch, rate, s, most) for s in range(seed + 1, seed + seeds)])
+    return np.array(found)
+
+
 def norms(variant, rate, steps, seed):
     """(largest |W|_2 / sqrt(max(m, n)) of a hidden block, norm of the gradient) in each step."""
     config = config_of(variant, 32, rate, seed, steps)
@@ -71,14 +85,8 @@ def run(size="full", seed=0):
     full = size == "full"
     batches, most, seeds = ((8, 32, 128, 512), 600, 3) if full else ((8, 32), 12, 1)
     names = list(VARIANTS) if full else ["Nesterov 0.95"]
-    steps, rates = {}, {}
-    for name in names:
-        rate, found = 0.005, []
-        for batch in batches:
-            first, rate = tuned(name, batch, seed, rate, most)
-            found.append([first] + [steps_to_target(name, batch, rate, s, most) for s in range(seed + 1, seed + seeds)])
-            rates[name, batch] = rate
-        steps[name] = np.array(found)  # (batch sizes, seeds)
+    with two_processes() if full else nullcontext(SimpleNamespace(map=map)) as pool:
+        steps = dict(zip(names, pool.map(partial(all_steps, batches=batches, seed=seed, seeds=seeds, most=most), names)))
     samples = {name: steps[name] * np.array(batches)[:, None] for name in names}
     best = {name: batches[samples[name].mean(1).argmin()] for name in names}
     critical = {}  # b_c of each seed

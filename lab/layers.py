@@ -61,7 +61,9 @@ def track_gain():
     """(mean final loss of Muon minus that of Newton-Muon, its standard error, folder) in the newest comparison in records/cpu/."""
     for folder in sorted((ROOT / "records/cpu").glob("*_muon_newton_muon*"), reverse=True):
         runs = [json.loads(path.read_text()) for path in folder.glob("*/run.json")]
-        muon, newton = (np.array([r["final_val_loss"] for r in runs if r["config"]["optimizer"] == name]) for name in ("muon", "newton_muon"))
+        steps = max(run["config"]["num_iterations"] for run in runs if run["config"]["optimizer"] == "muon")
+        muon, newton = (np.array([run["final_val_loss"] for run in runs if run["config"]["optimizer"] == name
+                                  and run["config"]["num_iterations"] == steps]) for name in ("muon", "newton_muon"))
         if min(len(muon), len(newton)) > 1:
             error = math.sqrt(sum(losses.var(ddof=1) / len(losses) for losses in (muon, newton)))
             return muon.mean() - newton.mean(), error, folder.name

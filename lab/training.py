@@ -1,5 +1,7 @@
 """A small GPT on Shakespeare's bytes and the trainer's own step, for the experiments that train one."""
 import glob
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -9,6 +11,11 @@ from train_gpt2 import GPT, Config, Shards, UserError, accumulate, build_optimiz
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT  # where the paths of the shards in the configurations start
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, batch_size=16, sequence_length=64)  # a step takes about 10 ms on one core
+
+
+def two_processes():
+    """A pool of two processes with one thread each: models this small gain nothing from a second thread."""
+    return ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,))
 
 
 def cpu_config(**fields):
@@ -33,7 +40,7 @@ def new_model(config):
 
 
 def training_steps(config, model, optimizers, shards):
-    """Takes config.num_iterations steps of training. Yields the loss of each batch when its gradient is there, before the weights change."""
+    """Takes config.num_iterations steps of training. Yields the loss of each batch when its gradient is there, before weights change."""
     table, hidden = optimizers
     for step in range(config.num_iterations):
         for optimizer, rate in ((table, config.learning_rate), (hidden, config.hidden_learning_rate)):
