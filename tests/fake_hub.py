@@ -67,7 +67,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fault = next(hub.faults.get((method, name), iter(())), {})
         if "status" in fault:
             return self.reply(fault["status"], **fault.get("headers", {}))
-        if name not in hub.files:
+        if hub.files.get(name) is None:
             return self.reply(404, X_Error_Code="EntryNotFound")
         content = fault.get("content", hub.files[name])
         headers = dict(X_Repo_Commit="0" * 40, ETag='"' + "1" * 40 + '"') if hub.is_a_hub else {}
@@ -83,7 +83,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(content[start:][:min((fault[key] for key in ("cut", "reset", "stall") if key in fault), default=None)])
         if "stall" in fault:
             hub.stalled.set()
-            hub.closed.wait(timeout=60)
+            hub.closed.wait()
         if "reset" in fault:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())  # and not close(), which would send a FIN first

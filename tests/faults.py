@@ -37,12 +37,11 @@ class Dies(Faulty):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class DiesOnce(Faulty):
+class DiesOnce(Dies):
     def fault(self):
-        marker = Path(os.environ["FAULT_MARKER"])
-        if not marker.exists():
-            marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        with contextlib.suppress(FileExistsError):
+            Path(os.environ["FAULT_MARKER"]).touch(exist_ok=False)
+            super().fault()
 
 
 class Hangs(Faulty):
@@ -57,7 +56,5 @@ class TurnsNaN(Faulty):
 
 
 class FillsDisk(Faulty):
-    """From here on as in full_disk(FAULT_BYTES), to the end of the process."""
-
     def fault(self):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["FAULT_BYTES"]), resource.RLIM_INFINITY))
+        full_disk(int(os.environ["FAULT_BYTES"])).__enter__()  # to the end of the process
