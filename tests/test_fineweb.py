@@ -171,6 +171,7 @@ BUSY = dict(status=503)
     (2, dict(gets=[dict(content=GOOD[:-3] + b"???")])),
     (3, dict(gets=[dict(content=GOOD + b"more")])),
     (11, dict(gets=[dict(content=GOOD[:i]) for i in range(1000, 11000, 1000)])),  # little by little
+    ([0], dict(lfs=False, there={ONE: random_shard(4000, 1)})),  # good, but not the hub's
     ([0, 0, len(GOOD) - 2], dict(lfs=False, gets=[dict(content=b"x" + GOOD[1:]), dict(content=GOOD[:-2])])),  # no SHA-256
     (1, dict(heads=[BUSY] * 4, waits=[1, 2, 4, 8])),
     (5, dict(gets=[BUSY] * 4, waits=[2, 4, 8, 16])),
