@@ -56,5 +56,7 @@ class TurnsNaN(Faulty):
 
 
 class FillsDisk(Faulty):
+    """From here on as in full_disk(FAULT_BYTES), to the end of the process."""
+
     def fault(self):
-        full_disk(int(os.environ["FAULT_BYTES"])).__enter__()  # to the end of the process
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["FAULT_BYTES"]), resource.RLIM_INFINITY))

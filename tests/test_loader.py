@@ -18,7 +18,7 @@ T, CPU = 4, torch.device("cpu")
 
 
 def test_batches_are_the_sequences_in_order(tmp_path):
-    for i, n in enumerate((10, 3, 14)):  # in sequences of 4 and the token after them: 2, 0 and 3
+    for i, n in enumerate((10, 4, 14)):  # in sequences of 4 and the token after them: 2, 0 and 3
         write_shard(tmp_path / f"{i}.bin", np.arange(n) + 100 * i)
     shards = Shards(str(tmp_path / "*.bin"), T, 300)
     idx, targets = shards.batch(range(5))

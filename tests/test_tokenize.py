@@ -160,14 +160,15 @@ def test_every_format_gives_the_same_tokens(tmp_path, out, tokenize, files):
 
 def test_a_data_set_replaces_only_its_predecessor(out, tokenize, monkeypatch):
     assert tokenize("--shard_tokens", 10, "--val_tokens", 5).returncode == 0
-    for name in ("mine_b_train_000001.bin", "other_train_000001.bin"):
+    others = {"mine_b_train_000001.bin", "mine_train_b.bin", "other_train_000001.bin"}
+    for name in others:
         write_shard(out / name, [1])
     (out / "mine.partial-killed").mkdir()  # as a killed process leaves it
     (out / "mine.partial-killed" / "mine_train_000001.bin").write_bytes(bytes(5000))
     with monkeypatch.context() as patch:  # and no signal splits the replacement
         patch.setattr(os, "replace", lambda old, new, replace=os.replace: (os.kill(os.getpid(), signal.SIGTERM), replace(old, new)))
         assert tokenize().returncode == 0
-    assert set(contents(out)) == {"mine.json", "mine_train_000001.bin", "mine_b_train_000001.bin", "other_train_000001.bin"}
+    assert set(contents(out)) == {"mine.json", "mine_train_000001.bin", *others}
 
 
 # GPT-2's tokenizer
@@ -258,9 +259,10 @@ LONG = "".join(json.dumps({"text": np.random.default_rng(i).bytes(200).hex()}) +
     ("parquet", parquet("text", pyarrow.nulls(3)), ": no text: all 3 documents"),
     ("parquet", parquet("id body", [1], ["a"]), ": should have one column 'text', but has id, body; name the text's column"),
     ("parquet", parquet("text text", ["a"], ["b"]), ": should have one column 'text', but has text, text; name"),
+    *((f"{kind}.{packed}", b"", ": holds no document") for kind in ("jsonl", "txt") for packed in ("gz", "zst")),
     *((kind, whole[:size], ": ") for kind, whole in (
         ("jsonl.gz", gzip.compress(LONG)), ("txt.gz", gzip.compress(LONG)), ("jsonl.zst", zstd(LONG)), ("txt.zst", zstd(LONG)),
-        ("parquet", parquet("text", LONG.decode().splitlines()))) for size in (0, len(whole) // 2, len(whole) - 1)),
+        ("parquet", parquet("text", LONG.decode().splitlines()))) for size in (10, len(whole) // 2, len(whole) - 1)),
 ])
 def test_unreadable_text_is_refused_with_its_place(tmp_path, out, tokenize, monkeypatch, kind, content, words):
     monkeypatch.setattr(tokenize_text, "CHUNK", 10)  # a chunk for each line or row
