@@ -1,4 +1,4 @@
-"""data/fineweb.py against a local hub and its faults: `fetch` in this process, with a clock that only notes the waits, or `script`."""
+"""data/fineweb.py against a local hub and its faults: in this process, with a clock that only notes the waits, and as a script."""
 import contextlib
 import fcntl
 import hashlib
@@ -21,20 +21,20 @@ from huggingface_hub import constants
 import fineweb
 from fake_hub import FakeHub
 from faults import full_disk
-from fineweb import shards_needed
 from train_gpt2 import Config
 
 VAL, ONE, TWO, THREE = NAMES = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in (1, 2, 3))]
+PART = f"{ONE}.partial"
 MB = 1_000_000
 UNREACHABLE = "http://127.0.0.1:1"
 
 
-def shard_bytes(tokens):
+def shard(tokens):
     return np.array([20240520, 1, len(tokens), *[0] * 253], "<i4").tobytes() + np.asarray(tokens, "<u2").tobytes()
 
 
 def random_shard(n, seed):
-    return shard_bytes(np.random.default_rng(seed).integers(0, 50257, n, np.uint16))
+    return shard(np.random.default_rng(seed).integers(0, 50257, n, np.uint16))
 
 
 GOOD, OTHER = random_shard(5001, 1), random_shard(5001, 7)
@@ -75,21 +75,9 @@ def fetch(hub, out, monkeypatch, call):
     return fetch
 
 
-@pytest.fixture
-def script(hub, out, launch, tmp_path):
-    """script(*arguments, **Popen's) starts data/fineweb.py."""
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_secret",
-                   "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"}
-    return lambda *arguments, **options: launch("data/fineweb.py", *arguments, "--out", out, env=environment, **options)
-
-
-def whole_files(out):
-    """{name: content} of what carries a final name, without the manifest."""
-    return {path.name: path.read_bytes() for path in out.iterdir() if path.suffix not in (".json", ".partial")}
-
-
-def partials(out):
-    return sorted(path.name for path in out.glob("*.partial"))
+def files(out):
+    """{name: content} of the folder without the manifest."""
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".json"}
 
 
 def only(hub, *names):
@@ -99,49 +87,47 @@ def only(hub, *names):
 # what is downloaded
 
 
-def test_n_shards_are_fetched_and_listed(hub, fetch, out):
-    done = fetch(2)
-    assert done.error is None and whole_files(out) == only(hub, VAL, ONE, TWO) and partials(out) == []
-    assert [done.stdout.count(f"] {name}: downloaded, good\n") for name in NAMES] == [1, 1, 1, 0]
-    manifest = json.loads((out / "fineweb.json").read_text())
-    assert manifest["shards"] == [dict(file=name, tokens=n, bytes=1024 + 2 * n, sha256=hashlib.sha256(hub.files[name]).hexdigest())
-                                  for name, n in ((ONE, 5001), (TWO, 5002), (VAL, 5000))]
-    assert manifest["tokenizer"] == "gpt2" and "kjj0/fineweb10B-gpt2" in manifest["source"]
-
-
-def test_later_runs_fetch_only_what_is_missing(hub, fetch, out):
-    fetch(1)
+def test_shards_are_fetched_and_listed(hub, fetch, out):
+    done = fetch(1)
+    assert (done.error, done.stderr, files(out)) == (None, "", only(hub, VAL, ONE)) and len(done.stdout.splitlines()) == 4
+    assert [done.stdout.count(f"] {name}: downloaded, good\n") for name in NAMES] == [1, 1, 0, 0]
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     done = fetch(1)
     assert done.error is None and "all 2 files are there and good, 10,001 tokens" in done.stdout
     assert {request.method for request in hub.requests} == {"HEAD"} and {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     (out / VAL).write_bytes(b"damaged")
-    assert fetch(3).error is None and whole_files(out) == only(hub, *NAMES)
-    assert {request.name for request in hub.requests if request.method == "GET"} == {VAL, TWO, THREE}
-    assert [shard["file"] for shard in json.loads((out / "fineweb.json").read_text())["shards"]] == [ONE, TWO, THREE, VAL]
+    assert fetch(3).error is None and files(out) == only(hub, *NAMES) and not hub.starts(ONE)
+    manifest = json.loads((out / "fineweb.json").read_text())
+    assert manifest["tokenizer"] == "gpt2" and "kjj0/fineweb10B-gpt2" in manifest["source"]
+    assert manifest["shards"] == [dict(file=name, tokens=n, bytes=1024 + 2 * n, sha256=hashlib.sha256(hub.files[name]).hexdigest())
+                                  for name, n in ((ONE, 5001), (TWO, 5002), (THREE, 5003), (VAL, 5000))]
 
 
-@pytest.mark.parametrize("content", ['{"shards": [', "[1]", "[" * 100_000, '{"shards": [{"file": 5}, {"file": "../out"}]}'])
-def test_an_invalid_manifest_is_rewritten(hub, fetch, out, content):
+def test_an_invalid_manifest_is_rewritten(hub, fetch, out):
     fetch(1)
     good = (out / "fineweb.json").read_text()
-    (out / "fineweb.json").write_text(content)
-    assert fetch(1).error is None and (out / "fineweb.json").read_text() == good
+    for content in ('{"shards": [', "[1]", "[" * 100_000, '{"shards": [{"file": 5}, {"file": "../out"}]}'):
+        (out / "fineweb.json").write_text(content)
+        assert fetch(1).error is None and (out / "fineweb.json").read_text() == good, content
 
 
-def test_several_files_are_fetched_together(hub, fetch):
+def test_jobs_run_at_the_same_time(hub, fetch):
     barrier = threading.Barrier(3)
-    hub.faults = {("GET", name): iter([{"barrier": barrier}]) for name in (VAL, ONE, TWO)}
+
+    def wait_for_others():
+        barrier.wait(timeout=30)
+        yield {}
+    hub.faults = {("GET", name): wait_for_others() for name in (VAL, ONE, TWO)}
     assert fetch(2, "--jobs", 3).error is None
     assert not barrier.broken and len(hub.requests) == 1 + 3 + 3
 
 
 def test_configurations_say_how_many_shards(hub, fetch, out, tmp_path):
-    assert shards_needed(Config()) == 33
-    assert shards_needed(SimpleNamespace(num_iterations=900, batch_size=128, sequence_length=1024)) == 2
+    assert fineweb.shards_needed(Config()) == 33
+    assert fineweb.shards_needed(SimpleNamespace(num_iterations=900, batch_size=128, sequence_length=1024)) == 2
     (tmp_path / "c.toml").write_text("num_iterations = 380\nwarmdown_iters = 0\n")  # 199,229,440 tokens
     done = fetch(tmp_path / "c.toml")
-    assert done.error is None and "c.toml needs 2 training shards" in done.stdout and whole_files(out) == only(hub, VAL, ONE, TWO)
+    assert done.error is None and "c.toml needs 2 training shards" in done.stdout and files(out) == only(hub, VAL, ONE, TWO)
     (tmp_path / "c.toml").write_text("num_iterations = 20000\nallow_repeat = true")
     assert len(fineweb.file_names(str(tmp_path / "c.toml"))) == 104
 
@@ -155,105 +141,90 @@ def test_configurations_say_how_many_shards(hub, fetch, out, tmp_path):
     ("sequence_length = 0", "sequence_length = 0"),
     ("input_bin = 'data/shakespeare/shakespeare_train_*.bin'", "not FineWeb"),
     ("num_iterations = 20000", "105 training shards: the data set has 1 to 103; lower num_iterations"),
+    ("1 --out c.toml", "c.toml: cannot be used (File exists); choose another folder with --out"),
 ])
 def test_impossible_arguments_are_refused(fetch, hub, out, tmp_path, monkeypatch, argument, words):
     monkeypatch.chdir(tmp_path)
     out.rmdir()
-    if "=" in argument:
-        (tmp_path / "c.toml").write_text(argument)
-        argument = "c.toml"
-    done = fetch(argument)
+    (tmp_path / "c.toml").write_text(argument)
+    done = fetch(*["c.toml"] if " = " in argument else argument.split())
     assert words in done.error and "\n" not in done.error and not hub.requests and not out.exists()
-    out.touch()
-    done = fetch(1)
-    assert done.error.startswith(f"{out}: cannot be used (File exists)") and "--out" in done.error and not hub.requests
 
 
 # faults of the hub and of the connection
 
 
-PART = f"{ONE}.partial"
+BUSY = dict(status=503)
 
 
-@pytest.mark.parametrize("name, left, faults, starts", [  # what is there; faults of the downloads; their first bytes, or their number
-    pytest.param(ONE, GOOD[:-10], [], [None], id="short"),
-    pytest.param(ONE, GOOD + b"more", [], [None], id="long"),
-    pytest.param(ONE, b"x" + GOOD[1:], [], [None], id="magic"),
-    pytest.param(ONE, GOOD[:-1] + b"?", [], [None], id="last byte"),
-    pytest.param(ONE, b"", [], [None], id="empty"),
-    pytest.param(PART, GOOD[:7000], [], [7000], id="part"),
-    pytest.param(PART, GOOD, [], [], id="all but the name"),
-    pytest.param(PART, b"wrong" * 1000, [], [5000, None], id="wrong part"),
-    pytest.param(PART, GOOD * 2, [], [len(GOOD) * 2, None], id="too long a part"),
-    pytest.param(PART, b"", [dict(cut=6500), dict(cut=2500)], [None, 6000, 8000], id="cut"),
-    pytest.param(PART, b"", [dict(stall=6500), dict(stall=2500)], [None, 6000, 8000], id="stall"),
-    pytest.param(PART, b"", [dict(reset=6500)], 2, id="reset"),  # what was on its way is lost
-    pytest.param(PART, b"", [dict(length=1000, cut=1000)] * 10, 11, id="little by little"),
-    pytest.param(PART, b"", [dict(content=GOOD[:-1000])], 2, id="sent short"),
-    pytest.param(PART, b"", [dict(content=GOOD + b"more")], 3, id="sent long"),
-    pytest.param(PART, b"", [dict(content=GOOD[:-3] + b"???")], 2, id="sent changed"),
-])
-def test_passing_faults_are_survived(hub, fetch, out, monkeypatch, name, left, faults, starts):
+@pytest.mark.parametrize("outcome, fault", [  # the first bytes of the downloads of ONE, or their number, or the error
+    ([0], dict(there={ONE: GOOD[:-10]})),
+    ([0], dict(there={ONE: GOOD[:-1] + b"?"})),
+    ([7000], dict(there={PART: GOOD[:7000]})),
+    ([], dict(there={PART: GOOD})),
+    ([5000, 0], dict(there={PART: b"wrong" * 1000})),
+    ([len(GOOD) * 2, 0], dict(there={PART: GOOD * 2})),
+    ([0, 6000, 8000], dict(gets=[dict(cut=6500), dict(cut=2500)])),
+    ([0, 6000, 8000], dict(gets=[dict(stall=6500), dict(stall=2500)])),
+    (2, dict(gets=[dict(reset=6500)])),  # what was on its way is lost
+    (2, dict(gets=[dict(content=GOOD[:-1000])])),
+    (2, dict(gets=[dict(content=GOOD[:-3] + b"???")])),
+    (3, dict(gets=[dict(content=GOOD + b"more")])),
+    (11, dict(gets=[dict(content=GOOD[:i]) for i in range(1000, 11000, 1000)])),  # little by little
+    ([0], dict(lfs=False, there={ONE: random_shard(4000, 1)})),  # good, but not the hub's
+    ([0, 0, len(GOOD) - 2], dict(lfs=False, gets=[dict(content=b"x" + GOOD[1:]), dict(content=GOOD[:-2])])),  # no SHA-256
+    (1, dict(heads=[BUSY] * 4, waits=[1, 2, 4, 8])),
+    (5, dict(gets=[BUSY] * 4, waits=[2, 4, 8, 16])),
+    *((1 + (how == "gets"), {how: [dict(status=status, headers={"Retry-After": 77})], "waits": [77]})
+      for how in ("heads", "gets") for status in (429, 503)),
+    ("damaged: SHA-256", dict(gets=itertools.repeat(dict(content=OTHER)))),
+    ("damaged: SHA-256", dict(gets=itertools.cycle([dict(content=OTHER[:1000]), dict(content=OTHER)]))),  # in spite of progress
+    ("size 11026 but has size 0", dict(gets=itertools.repeat(dict(content=b"")))),
+    ("closed connection", dict(gets=itertools.repeat(dict(cut=0)))),
+    ("localhost answers 503", dict(gets=itertools.repeat(BUSY))),
+    ("answers 429", dict(gets=itertools.repeat(dict(status=429, headers={"Retry-After": 1})))),
+    ("answers 403", dict(gets=[dict(status=403)])),
+    ("answers 404 Not Found; check HF_ENDPOINT", dict(file=None)),
+    ("127.0.0.1 answers 404 Not Found; check HF_ENDPOINT", dict(file=None, name=VAL)),
+    ("not a token shard", dict(file=b"not a shard" * 1000)),
+    ("damaged", dict(file=GOOD[:-2])),
+    ("outside GPT-2's vocabulary", dict(file=shard([50257]))),
+], ids=lambda value: " ".join(value) if isinstance(value, dict) else str(value))
+def test_a_fault_costs_one_file_at_most(hub, fetch, out, monkeypatch, outcome, fault):
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
-    hub.faults[("GET", ONE)] = iter(faults)
-    (out / name).write_bytes(left)
-    done = fetch(1)
-    assert done.error is None and whole_files(out) == only(hub, VAL, ONE) and partials(out) == []
-    assert name == PART or re.search(f"{ONE}: (damaged|not a token shard).*; downloading it again", done.stderr)
-    assert starts in ([request.start for request in hub.gets(ONE)], len(hub.gets(ONE)))
-    assert starts != [7000] or hub.gets(ONE)[0].sent == len(GOOD) - 7000
-
-
-@pytest.mark.parametrize("name, fault, words", [  # in every request (a list), or in the file itself (bytes, None)
-    (ONE, [dict(content=OTHER)], "damaged: SHA-256"),
-    (ONE, [dict(content=b"")], "size 11026 but has size 0"),
-    (ONE, [dict(cut=0)], "closed connection"),
-    (ONE, [dict(content=OTHER, length=1000, cut=1000), dict(content=OTHER)], "damaged: SHA-256"),
-    (ONE, [dict(status=503)], "localhost answers 503"),
-    (ONE, [dict(status=429, headers={"Retry-After": 1})], "answers 429"),
-    (ONE, [dict(status=403)], "answers 403"),
-    (ONE, None, "answers 404 Not Found; check HF_ENDPOINT"),
-    (VAL, None, "127.0.0.1 answers 404 Not Found; check HF_ENDPOINT"),
-    (ONE, b"not a shard" * 1000, "not a token shard"),
-    (ONE, GOOD[:-2], "damaged"),
-    (ONE, b"", "not a token shard"),
-    (ONE, shard_bytes([50257]), "outside GPT-2's vocabulary"),
-])
-def test_lasting_faults_cost_one_file(hub, fetch, out, name, fault, words):
-    others = only(hub, *set(NAMES) - {name})
-    if isinstance(fault, list):
-        hub.faults[("GET", name)] = iter(fault * 50)
-    elif fault is None:
-        del hub.files[name]
+    name, there = fault.get("name", ONE), fault.get("there", {})
+    hub.files[name], hub.lfs = fault.get("file", GOOD), fault.get("lfs", True)
+    hub.faults = {("GET", name): iter(fault.get("gets", ())), ("HEAD", name): iter(fault.get("heads", ()))}
+    for left, content in there.items():
+        (out / left).write_bytes(content)
+    done, found = fetch(2), files(out)
+    if isinstance(outcome, str):
+        assert done.error.startswith(f"{name}: ") and outcome in done.error and "\n" not in done.error
+        assert done.error.endswith(", then run the script again to resume")
+        assert (found.pop(PART, None) is None or "gets" in fault) and found == only(hub, *{VAL, ONE, TWO} - {name})
     else:
-        hub.files[name] = fault
-    done = fetch(3)
-    assert done.error.startswith(f"{name}: ") and words in done.error and "\n" not in done.error
-    assert done.error.endswith(", then run the script again to resume")
-    assert whole_files(out) == others and (isinstance(fault, list) or partials(out) == [])
+        assert done.error is None and found == only(hub, VAL, ONE, TWO)
+        assert outcome in (hub.starts(ONE), len(hub.starts(ONE)))
+        assert ONE not in there or re.search(f"{ONE}: damaged.*; downloading it again", done.stderr)
+        assert done.waits == pytest.approx(fault.get("waits", done.waits), abs=1)
 
 
-@pytest.mark.parametrize("method", ["HEAD", "GET"])
-@pytest.mark.parametrize("faults, growth", [
-    ([dict(status=429, headers={"Retry-After": 77})], [1]),
-    ([dict(status=503, headers={"Retry-After": 77})], [1]),
-    ([dict(status=503)] * 4, [1, 2, 4, 8]),
+@pytest.mark.parametrize("fault, words", [
+    (401, "127.0.0.1 answers 401 Unauthorized; log in with `hf auth login`, or set HF_TOKEN"),
+    (403, "127.0.0.1 answers 403 Forbidden; log in with `hf auth login` to an account that may"),
+    (429, "127.0.0.1 answers 429 Too Many Requests; wait a few minutes, use fewer --jobs"),
+    (500, "127.0.0.1 answers 500 Internal Server Error; wait a few minutes"),
+    ("another server", "does not answer like the hub; check HF_ENDPOINT"),
+    ("unreachable", f"a request to {UNREACHABLE} failed"),
 ])
-def test_waits_follow_the_hub_or_double(hub, fetch, out, method, faults, growth):
-    hub.faults[(method, ONE)] = iter(faults)
-    done = fetch(1)
-    assert done.error is None and whole_files(out) == only(hub, VAL, ONE)
-    assert len(done.waits) == len(growth) and (growth != [1] or 77 <= done.waits[0] <= 78)
-    assert [wait / done.waits[0] for wait in done.waits] == growth
-
-
-@pytest.mark.parametrize("status, words", [(401, "HF_TOKEN"), (403, "account that may"), (429, "--jobs"), (500, "wait a few")])
-def test_a_refusal_is_reported_once(hub, fetch, out, status, words):
-    hub.faults = {("HEAD", name): itertools.repeat(dict(status=status)) for name in NAMES}
-    done = fetch(3)
-    assert done.error.endswith("run the script again to resume") and done.error.count(f"127.0.0.1 answers {status}") == 1
-    assert words in done.error and " and 1 more: " in done.error and not whole_files(out)
-    assert len(hub.requests) <= 6  # the other files do not wait for the same
+def test_a_refusal_is_reported_once(hub, fetch, out, fault, words):
+    if fault == "another server":
+        hub.lfs = hub.is_a_hub = False
+    hub.faults = {("HEAD", name): itertools.repeat(dict(status=fault)) for name in NAMES if isinstance(fault, int)}
+    done = fetch(3, url=UNREACHABLE if fault == "unreachable" else hub.url)
+    assert done.error.count(words) == 1 and " and 1 more: " in done.error and "\n" not in done.error and files(out) == {}
+    assert done.error.endswith(", then run the script again to resume")
+    assert len(hub.requests) <= 6 and sum(done.waits) < 60  # the other files do not wait for the same
 
 
 def test_different_failures_are_all_reported(hub, fetch, out):
@@ -264,28 +235,6 @@ def test_different_failures_are_all_reported(hub, fetch, out):
     assert sorted(line.partition(":")[0] for line in done.error.splitlines()) == [ONE, TWO, THREE]
     assert f"{TWO}: Is a directory; move it away" in done.error and (out / TWO).is_dir()
     assert (out / VAL).read_bytes() == hub.files[VAL]
-
-
-def test_another_server_is_not_the_hub(hub, fetch, out):
-    hub.lfs = hub.is_a_hub = False
-    done = fetch(1)
-    assert "does not answer like the hub" in done.error and "HF_ENDPOINT" in done.error and not whole_files(out)
-
-
-def test_without_sha256_size_and_content_count(hub, fetch, out):
-    hub.lfs = False
-    hub.faults[("GET", ONE)] = iter([dict(content=b"x" + GOOD[1:]), dict(content=GOOD[:-2])])
-    assert fetch(1).error is None and whole_files(out) == only(hub, VAL, ONE)
-    assert [request.start for request in hub.gets(ONE)] == [None, None, len(GOOD) - 2]
-
-
-# without the hub
-
-
-def test_an_unreachable_hub_is_reported_once(fetch):
-    done = fetch(3, url=UNREACHABLE)
-    assert f"a request to {UNREACHABLE} failed" in done.error and "and 1 more" in done.error and "\n" not in done.error
-    assert sum(done.waits) < 60
 
 
 def test_the_manifest_verifies_without_the_hub(hub, fetch, out):
@@ -307,13 +256,17 @@ def test_the_manifest_verifies_without_the_hub(hub, fetch, out):
 
 
 def test_room_is_checked_first(hub, fetch, out, monkeypatch):
-    monkeypatch.setattr(fineweb.shutil, "disk_usage", lambda path: SimpleNamespace(free=500 * MB))
+    def leave(free):
+        monkeypatch.setattr(fineweb.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    leave(500 * MB)
     done = fetch(2)
     assert "3 files need 0.6 GB more, 0.5 GB are free" in done.error and "--out" in done.error and not hub.requests
     (out / VAL).write_bytes(hub.files[VAL])
-    (out / f"{ONE}.partial").write_bytes(GOOD[:9000])
-    monkeypatch.setattr(fineweb.shutil, "disk_usage", lambda path: SimpleNamespace(free=200_001_024 - 9000))
+    (out / PART).write_bytes(GOOD[:9000])
+    leave(200_001_024 - 9000)
     assert fetch(1).error is None
+    leave(200_001_024 - 1)
+    assert "1 files need 0.2 GB" in fetch(2).error
 
 
 def test_a_full_disk_keeps_the_part(hub, fetch, out):
@@ -321,9 +274,8 @@ def test_a_full_disk_keeps_the_part(hub, fetch, out):
     with full_disk(60_000):
         done = fetch(2)
     assert done.error == f"{ONE}: File too large; make room, then run the script again to resume"
-    assert whole_files(out) == only(hub, VAL, TWO) and (out / f"{ONE}.partial").stat().st_size == 60_000
-    assert fetch(2).error is None
-    assert whole_files(out) == only(hub, VAL, ONE, TWO) and [request.start for request in hub.gets(ONE)] == [60_000]
+    assert files(out) == {**only(hub, VAL, TWO), PART: hub.files[ONE][:60_000]}
+    assert fetch(2).error is None and files(out) == only(hub, VAL, ONE, TWO) and hub.starts(ONE) == [60_000]
 
 
 def test_a_second_process_waits(hub, fetch, out, monkeypatch):
@@ -333,48 +285,34 @@ def test_a_second_process_waits(hub, fetch, out, monkeypatch):
 
     def flock(folder, operation, flock=fcntl.flock):
         if operation == fcntl.LOCK_EX:  # it is about to wait: now the first one ends
-            requests.extend(hub.requests)
+            requests.append(len(hub.requests))
             os.close(first)
         flock(folder, operation)
     monkeypatch.setattr(fcntl, "flock", flock)
     done = fetch(1)
-    assert done.error is None and "another process" in done.stdout and requests == [] and whole_files(out) == only(hub, VAL, ONE)
+    assert done.error is None and "another process" in done.stdout and requests == [0] and files(out) == only(hub, VAL, ONE)
 
 
-# as a script
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_script_resumes(hub, script, fetch, out, how):
+@pytest.mark.parametrize("how, code", [(signal.SIGKILL, -9), (signal.SIGINT, 1)])
+def test_a_script_in_a_terminal_can_be_stopped(hub, fetch, launch, out, tmp_path, how, code):
     hub.files[ONE] = random_shard(15 * MB, 1)  # 30 MB, written in pieces of 10 MiB; the connection buffers fewer than 15 MB
     hub.faults[("GET", ONE)] = iter([dict(stall=28 * MB)])
-    process = script(1)
-    assert hub.stalled.wait(timeout=60)
-    process.send_signal(how)
-    stdout, stderr = process.communicate(timeout=20)  # at once, though a download is under way
-    assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 1}[how] and "Traceback" not in stderr
-    assert how == signal.SIGKILL or "interrupted; run the script again to resume" in stderr
-    assert whole_files(out) == only(hub, VAL) and partials(out) == [f"{ONE}.partial"]
-    assert fetch(1).error is None
-    assert whole_files(out) == only(hub, VAL, ONE) and not hub.gets(VAL)
-    assert [request.start >= 10 * MB and request.sent <= 20 * MB for request in hub.gets(ONE)] == [True]
-
-
-def test_only_the_hub_gets_the_token(hub, script, out):
-    stdout, stderr = (process := script(1)).communicate(timeout=60)
-    assert process.returncode == 0 and stderr == ""
-    assert len(stdout.splitlines()) == 4 and whole_files(out) == only(hub, VAL, ONE)
-    assert {(request.host, request.token) for request in hub.requests} == {("127.0.0.1", "Bearer hf_secret"), ("localhost", None)}
-
-
-def test_a_terminal_shows_bars(script):
     ours, its = pty.openpty()
     termios.tcsetwinsize(its, (24, 100))
-    process = script(1, stdout=its, stderr=its)
+    process = launch("data/fineweb.py", 1, "--out", out, stdout=its, stderr=its, env={
+        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"})
     os.close(its)
+    threading.Thread(target=lambda: hub.stalled.wait(300) and process.send_signal(how)).start()
     shown = b""
     with contextlib.suppress(OSError):  # a terminal's way to say that nobody writes to it any more
         while piece := os.read(ours, 65536):
             shown += piece
-    assert process.wait(timeout=60) == 0
-    assert b"%|" in shown and ONE.encode() in shown and b"downloaded, good" in shown
+    os.close(ours)
+    assert process.wait(timeout=20) == code and b"Traceback" not in shown, shown
+    assert b"%|" in shown and ONE.encode() in shown and f"{VAL}: downloaded, good".encode() in shown
+    assert how == signal.SIGKILL or b"interrupted; run the script again to resume" in shown
+    assert set(files(out)) == {VAL, PART}  # it stopped at once, though a download was under way
+    assert {(request.host, request.token) for request in hub.requests} == {("127.0.0.1", "Bearer hf_secret"), ("localhost", None)}
+    assert fetch(1).error is None and files(out) == only(hub, VAL, ONE)
+    assert not hub.starts(VAL) and [start >= 10 * MB for start in hub.starts(ONE)] == [True]
