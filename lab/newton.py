@@ -58,7 +58,7 @@ def run(size="full", seed=0):
     axis_of = (10.0 ** torch.arange(7), 10.0 ** torch.arange(-2, 1.1, 0.5)) if full else (torch.tensor([1.0, 1e3]), torch.tensor([0.01, 10.0]))
     conditions, noises = torch.meshgrid(*axis_of, indexing="ij")
     shapes = {"wide (MLP's c_proj)": (8, 32), "square (q, k, v, c_proj)": (16, 16), "tall (c_fc)": (32, 8)}
-    grids = {1: (0.02 * 1.3 ** torch.arange(24), 16 if full else 4), 50 if full else 5: (0.015 * 1.5 ** torch.arange(10), 4 if full else 2)}
+    grids = {1: (0.02 * 1.3 ** torch.arange(24), 8 if full else 4), 50 if full else 5: (0.03 * 1.7 ** torch.arange(6), 3 if full else 2)}
     curvatures = {"H = I": 1.0, "cond(H) = 100": 100.0}
 
     def ratio(shape, curvature, steps, ridge, conditions, noises):
