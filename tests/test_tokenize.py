@@ -261,7 +261,7 @@ LONG = "".join(json.dumps({"text": np.random.default_rng(i).bytes(200).hex()}) +
     ("parquet", parquet("text text", ["a"], ["b"]), ": should have one column 'text', but has text, text; name"),
     *((f"{kind}.{packed}", b"", ": holds no document") for kind in ("jsonl", "txt") for packed in ("gz", "zst")),
     *((kind, whole[:size], ": ") for kind, whole in (
-        ("jsonl.gz", gzip.compress(LONG)), ("txt.gz", gzip.compress(LONG)), ("jsonl.zst", zstd(LONG)), ("txt.zst", zstd(LONG)),
+        ("jsonl.gz", gzip.compress(LONG, mtime=0)), ("txt.gz", gzip.compress(LONG, mtime=0)), ("jsonl.zst", zstd(LONG)), ("txt.zst", zstd(LONG)),
         ("parquet", parquet("text", LONG.decode().splitlines()))) for size in (10, len(whole) // 2, len(whole) - 1)),
 ])
 def test_unreadable_text_is_refused_with_its_place(tmp_path, out, tokenize, monkeypatch, kind, content, words):
