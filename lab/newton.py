@@ -57,6 +57,7 @@ def run(size="full", seed=0):
     full = size == "full"
     axis_of = (10.0 ** torch.arange(7), 10.0 ** torch.arange(-2, 1.1, 0.5)) if full else (torch.tensor([1.0, 1e3]), torch.tensor([0.01, 10.0]))
     conditions, noises = torch.meshgrid(*axis_of, indexing="ij")
+    log_conditions, log_noises = conditions.log10().numpy(), noises.log10().numpy()
     shapes = {"wide (MLP's c_proj)": (8, 32), "square (q, k, v, c_proj)": (16, 16), "tall (c_fc)": (32, 8)}
     grids = {1: (0.02 * 1.3 ** torch.arange(24), 8 if full else 4), 50 if full else 5: (0.03 * 1.7 ** torch.arange(6), 3 if full else 2)}
     curvatures = {"H = I": 1.0, "cond(H) = 100": 100.0}
@@ -83,10 +84,10 @@ def run(size="full", seed=0):
         for j, (steps, curvature) in enumerate((s, c) for s in grids for c in curvatures):
             r, _ = maps[shape, ridge, steps, curvature] = ratio(shape, curvature, steps, ridge, conditions, noises)
             axis = axes[i, j]
-            image = axis.pcolormesh(conditions.log10(), noises.log10(), r, cmap="RdBu", shading="nearest",
+            image = axis.pcolormesh(log_conditions, log_noises, r, cmap="RdBu", shading="nearest",
                                     norm=TwoSlopeNorm(1, 0.4, 1.6))
             if full:
-                axis.contour(conditions[1:].log10(), noises[1:].log10(), r[1:], [1.0], colors="black", linewidths=1)
+                axis.contour(log_conditions[1:], log_noises[1:], r[1:], [1.0], colors="black", linewidths=1)
             for (x, y), value in np.ndenumerate(r) if full else ():
                 if x in (2, 4, 6) and y % 2 == 0:
                     color = "black" if 0.6 < value < 1.4 else "white"
