@@ -309,7 +309,7 @@ def prefetched(shards, batches, device):
             yield batch
 
 
-# ---- Model: pre-norm GPT-2 with RMSNorm, rotary embeddings, no biases, no learned norm gains, tied embedding and head 
+# ---- Model: pre-norm GPT-2 with RMSNorm, rotary embeddings, no biases, no learned norm gains, tied embedding and head
 
 def norm(x):
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)

@@ -8,8 +8,6 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
-from optimizers.polar_muon import msgn  # noqa: F401  the experiments take it from here
-
 
 @dataclass
 class Result:

@@ -1,14 +1,12 @@
 """Which batch size needs the fewest samples, how does it move with momentum and weight decay, and does decay bound the weights?"""
-from contextlib import nullcontext
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 from lab import Result
-from lab.training import cpu_config, new_model, open_shards, training_steps, two_processes
+from lab.training import cpu_config, new_model, open_shards, parallel, training_steps
 from train_gpt2 import as_blocks
 
 TARGET = 2.6  # nats of validation loss; at the start 5.6
@@ -85,8 +83,7 @@ def run(size="full", seed=0):
     full = size == "full"
     batches, most, seeds = ((8, 32, 128, 512), 600, 3) if full else ((8, 32), 12, 1)
     names = list(VARIANTS) if full else ["Nesterov 0.95"]
-    with two_processes() if full else nullcontext(SimpleNamespace(map=map)) as pool:
-        steps = dict(zip(names, pool.map(partial(all_steps, batches=batches, seed=seed, seeds=seeds, most=most), names)))
+    steps = dict(zip(names, parallel(partial(all_steps, batches=batches, seed=seed, seeds=seeds, most=most), names)))
     samples = {name: steps[name] * np.array(batches)[:, None] for name in names}
     best = {name: batches[samples[name].mean(1).argmin()] for name in names}
     critical = {}  # b_c of each seed

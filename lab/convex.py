@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from lab import Result, msgn
+from lab import Result
 from optimizers.ef_muon import EFMuon
+from optimizers.polar_muon import msgn
 from train_gpt2 import Muon
 
 SOURCE = '"Muon Does Not Converge on Convex Lipschitz Functions", [arXiv:2605.08980](https://arxiv.org/abs/2605.08980)'

@@ -17,8 +17,9 @@ place of msgn, and in float32, to see what rounding does: it may grow, as the pa
 import torch
 from matplotlib.figure import Figure
 
-from lab import Result, factorisation, in_context, msgn
+from lab import Result, factorisation, in_context
 from lab.factorisation import SOURCE
+from optimizers.polar_muon import msgn
 from train_gpt2 import newton_schulz
 
 

@@ -2,7 +2,8 @@
 import torch
 from matplotlib.figure import Figure
 
-from lab import exponent, msgn
+from lab import exponent
+from optimizers.polar_muon import msgn
 from train_gpt2 import newton_schulz
 
 DIRECTIONS = {"Muon": msgn, "Muon, Newton-Schulz": newton_schulz, "gradient descent": lambda G: G, "Adam": None}

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from lab import Result, exponent, msgn
+from lab import Result, exponent
+from optimizers.polar_muon import msgn
 from train_gpt2 import newton_schulz
 
 SOURCE = ('"Muon with Nesterov Momentum: Heavy-Tailed Noise and (Randomized) Inexact Polar Decomposition", '

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import torch
 
-from lab import msgn
 from lab.training import ROOT, cpu_config, new_model, open_shards, training_steps
+from optimizers.polar_muon import msgn
 from train_gpt2 import accumulate, as_blocks
 
 RIDGE = 0.2  # the trainer's

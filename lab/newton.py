@@ -6,9 +6,10 @@ import torch
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from lab import Result, msgn
+from lab import Result
 from lab.layers import RIDGE, measure_layers, track_gain
 from lab.training import SMALL
+from optimizers.polar_muon import msgn
 
 
 def spectrum(condition, n):

@@ -7,9 +7,9 @@ import torch
 from matplotlib.figure import Figure
 
 import train_gpt2
-from lab import Result, msgn
+from lab import Result
 from lab.training import SMALL, cpu_config, new_model, open_shards, training_steps
-from optimizers.polar_muon import polar_express
+from optimizers.polar_muon import msgn, polar_express
 from train_gpt2 import evaluate, newton_schulz
 
 SPEEDRUN = (3.4445, -4.7750, 2.0315)

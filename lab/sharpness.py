@@ -4,8 +4,9 @@ import torch
 from matplotlib.figure import Figure
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lab import Result, msgn
+from lab import Result
 from lab.training import SMALL, cpu_config, new_model, open_shards, training_steps
+from optimizers.polar_muon import msgn
 from train_gpt2 import Muon
 
 SIGN = "sign (Adam's first step)"

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from lab import Result, exponent, msgn
+from lab import Result, exponent
+from optimizers.polar_muon import msgn
 from train_gpt2 import newton_schulz
 
 SOURCE = ('Tao, Yu, Zhang, "When and Why SignSGD Outperforms SGD", [arXiv:2605.06615](https://arxiv.org/abs/2605.06615)')

@@ -7,8 +7,9 @@ import torch
 from matplotlib.figure import Figure
 from numpy.lib.stride_tricks import sliding_window_view
 
-from lab import Result, msgn
+from lab import Result
 from lab.training import SMALL, cpu_config, new_model, open_shards, training_steps
+from optimizers.polar_muon import msgn
 from train_gpt2 import newton_schulz
 
 

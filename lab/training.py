@@ -13,9 +13,12 @@ DATA = ROOT  # where the paths of the shards in the configurations start
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, batch_size=16, sequence_length=64)  # a step takes about 10 ms on one core
 
 
-def two_processes():
-    """A pool of two processes with one thread each: models this small gain nothing from a second thread."""
-    return ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,))
+def parallel(function, items):
+    """[function(item), ...], two at a time, in processes with one thread each: models this small gain nothing from a second thread."""
+    if len(items) == 1:
+        return [function(items[0])]
+    with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return list(pool.map(function, items))
 
 
 def cpu_config(**fields):

@@ -10,6 +10,14 @@ import torch
 from train_gpt2 import as_blocks
 
 
+def check(**settings):
+    """Raises ValueError unless rates and decays are 0 or more, and weights of an average below 1."""
+    for name, value in settings.items():
+        averages = name.startswith(("beta", "momentum"))
+        if (averages and not 0 <= value < 1) or (name in ("lr", "weight_decay", "eps") and not 0 <= value < float("inf")):
+            raise ValueError(f"{name} = {value}: must be 0 or more" + (" and below 1" if averages else ", and finite"))
+
+
 class MatrixOptimizer(torch.optim.Optimizer):
     """Calls update(W, G, state, group) for each matrix, which changes W in place: W and its gradient G are (blocks, m, n), three
     blocks for a fused q, k, v and otherwise one; `state` is a dict, empty before the first step; `group` has the settings.
@@ -19,16 +27,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params, **settings):
         super().__init__(params, settings)
-        self.check(**settings)
+        check(**settings)
         if other := [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.ndim != 2]:
             raise ValueError(f"a parameter of shape {other[0]}: {type(self).__name__} updates matrices only")
-
-    def check(self, **settings):
-        """Raises ValueError unless rates and decays are 0 or more, and weights of an average below 1."""
-        for name, value in settings.items():
-            averages = name.startswith(("beta", "momentum"))
-            if (averages and not 0 <= value < 1) or (name in ("lr", "weight_decay", "eps") and not 0 <= value < float("inf")):
-                raise ValueError(f"{name} = {value}: must be 0 or more" + (" and below 1" if averages else ", and finite"))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -41,6 +42,36 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 if p.grad is not None:
                     self.update(as_blocks(p), as_blocks(p.grad), self.state[p], group)
         return loss
+
+
+class TwoPointOptimizer(MatrixOptimizer):
+    """A MatrixOptimizer whose gradients are taken at other weights than its loss: load(W, state, group) puts the first into W where
+    group["training"], else the second, both from the state.
+
+    train(), the mode at first, and eval() switch, at any time and as often as one likes. The mode is saved with the state.
+    """
+
+    def __init__(self, params, **settings):
+        super().__init__(params, training=True, **settings)
+
+    def step(self, closure=None):
+        if not all(group["training"] for group in self.param_groups):
+            raise RuntimeError("step() after eval(): call train() first, which loads the weights at which gradients are taken")
+        return super().step(closure)
+
+    def train(self):
+        self.switch(True)
+
+    def eval(self):
+        self.switch(False)
+
+    @torch.no_grad()
+    def switch(self, training):
+        for group in self.param_groups:
+            group["training"] = training
+            for p in group["params"]:
+                if p in self.state:  # else there was no step, and both are the initial weights
+                    self.load(as_blocks(p), self.state[p], group)
 
 
 def average(state, name, value, beta):

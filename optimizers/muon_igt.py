@@ -17,17 +17,15 @@ import math
 
 import torch
 
-from optimizers import MatrixOptimizer, average
-from train_gpt2 import as_blocks, newton_schulz
+from optimizers import TwoPointOptimizer, average
+from train_gpt2 import newton_schulz
 
 
-class MuonIGT(MatrixOptimizer):
+class MuonIGT(TwoPointOptimizer):
     def __init__(self, params, lr=3.6e-4, momentum=0.9, ns_steps=5, weight_decay=0.0):
-        super().__init__(params, lr=lr, momentum=momentum, ns_steps=ns_steps, weight_decay=weight_decay, training=True)
+        super().__init__(params, lr=lr, momentum=momentum, ns_steps=ns_steps, weight_decay=weight_decay)
 
     def update(self, Y, G, state, group):
-        if not group["training"]:
-            raise RuntimeError("step() after eval(): call train() before the gradient is computed, which must be that of another point")
         M = average(state, "momentum_buffer", G, group["momentum"])
         W = state["W"] if "W" in state else Y.clone()
         D = newton_schulz(M, group["ns_steps"]) * math.sqrt(max(W.shape[-2:]))
@@ -38,14 +36,3 @@ class MuonIGT(MatrixOptimizer):
         """p <- Y or W, by the mode."""
         W, momentum = state["W"], group["momentum"]
         p.copy_(torch.add(W, W - state["V"], alpha=momentum / (1 - momentum)) if group["training"] else W)
-
-    @torch.no_grad()
-    def train(self, training=True):
-        for group in self.param_groups:
-            group["training"] = training
-            for p in group["params"]:
-                if p in self.state:
-                    self.load(as_blocks(p), self.state[p], group)
-
-    def eval(self):
-        self.train(False)

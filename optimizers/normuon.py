@@ -11,19 +11,23 @@ lr means what it means in Muon, because the norm is that of O. The three blocks 
 """
 import torch
 
-from optimizers import average
-from train_gpt2 import Muon, as_blocks
+from optimizers import average, check
+from train_gpt2 import Muon
+
+
+def normalize_rows(O, states, group):
+    """D of O (matrices x blocks, m, n), matrices of one shape, which have their v in `states`."""
+    parts = O.square().mean(-1, keepdim=True).split(len(O) // len(states))  # (blocks, m, 1) of each matrix
+    v = torch.cat([average(state, "row_squares", part, group["beta2"]) for state, part in zip(states, parts)])
+    D = O / (v.sqrt() + group["eps"])
+    return D * (O.norm(dim=(-2, -1), keepdim=True) / D.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30))
 
 
 class NorMuon(Muon):
     def __init__(self, params, lr=3.6e-4, beta2=0.95, eps=1e-8, **settings):
-        if not 0 <= beta2 < 1 or eps < 0:
-            raise ValueError(f"beta2 = {beta2}, eps = {eps}: must be 0 or more, beta2 below 1")
+        check(beta2=beta2, eps=eps)
         super().__init__(params, lr, beta2=beta2, eps=eps, **settings)
 
     def orthogonalize(self, matrices, U, group):
         O = super().orthogonalize(matrices, U, group).to(U.dtype)  # bf16 on a GPU, too coarse for an average
-        parts = O.square().mean(-1, keepdim=True).split(len(as_blocks(matrices[0])))  # (blocks, m, 1) of each matrix
-        v = torch.cat([average(self.state[p], "row_squares", part, group["beta2"]) for p, part in zip(matrices, parts)])
-        D = O / (v.sqrt() + group["eps"])
-        return D * (O.norm(dim=(-2, -1), keepdim=True) / D.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30))
+        return normalize_rows(O, [self.state[p] for p in matrices], group)

@@ -15,14 +15,15 @@ and adds 1e-6 I to L, which depends on the gradients' scale: hence eps relative 
 """
 import torch
 
-from optimizers import average
+from optimizers import average, check
 from train_gpt2 import Muon, as_blocks
 
 
 class PMuon(Muon):
     def __init__(self, params, lr=3.6e-4, beta=0.95, power=0.3, eps=1e-6, **settings):
-        if not 0 <= beta < 1 or not 0 <= power <= 0.5 or eps < 0:
-            raise ValueError(f"beta = {beta}, power = {power}, eps = {eps}: must be 0 or more, beta below 1, power at most 0.5")
+        check(beta=beta, eps=eps)
+        if not 0 <= power <= 0.5:
+            raise ValueError(f"power = {power}: must be 0 or more, and at most 0.5")
         super().__init__(params, lr, beta=beta, power=power, eps=eps, **settings)
 
     def orthogonalize(self, matrices, U, group):

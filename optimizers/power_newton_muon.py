@@ -2,7 +2,7 @@
 
     P = (K + (ridge tr(K) / n + 1e-8) I)^-power,  0 < power <= 1, by eigenvalues; power -> 0 would be Muon
 
-    python train_gpt2.py configs/cpu_newton_muon.toml --optimizer optimizers.power_newton_muon:PowerNewtonMuon --optimizer_args '{"power": 0.5}'
+    python train_gpt2.py configs/cpu_newton_muon.toml --optimizer optimizers.power_newton_muon:PowerNewtonMuon
 """
 import math
 

@@ -18,26 +18,21 @@ and evaluations change nothing in the training, bit for bit, because x and z are
 """
 import math
 
-import torch
+from optimizers import TwoPointOptimizer, average
+from optimizers.normuon import normalize_rows
+from train_gpt2 import newton_schulz
 
-from optimizers import MatrixOptimizer, average
-from train_gpt2 import as_blocks, newton_schulz
 
-
-class SFNorMuon(MatrixOptimizer):
+class SFNorMuon(TwoPointOptimizer):
     def __init__(self, params, lr=2e-3, momentum=0.8, beta1=0.9, beta2=0.95, eps=1e-8, ns_steps=5, weight_decay=0.0):
-        super().__init__(params, lr=lr, momentum=momentum, beta1=beta1, beta2=beta2, eps=eps, ns_steps=ns_steps, weight_decay=weight_decay,
-                         training=True)
+        super().__init__(params, lr=lr, momentum=momentum, beta1=beta1, beta2=beta2, eps=eps, ns_steps=ns_steps, weight_decay=weight_decay)
 
     def update(self, W, G, state, group):
-        if not group["training"]:
-            raise RuntimeError("step() after eval(): call train() first, which loads the weights at which gradients are taken")
         if not state:
             state.update(z=W.clone(), x=W.clone(), squares_of_rates=0.0)
         M = average(state, "momentum_buffer", G, group["momentum"])
         O = newton_schulz(M, group["ns_steps"]).to(M.dtype) * math.sqrt(max(M.shape[-2:]))
-        D = O / (average(state, "row_squares", O.square().mean(-1, keepdim=True), group["beta2"]).sqrt() + group["eps"])
-        D *= O.norm(dim=(-2, -1), keepdim=True) / D.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)
+        D = normalize_rows(O, [state], group)
         state["z"].mul_(1 - group["lr"] * group["weight_decay"]).sub_(D, alpha=group["lr"])
         state["squares_of_rates"] += group["lr"] ** 2
         state["x"].lerp_(state["z"], group["lr"] ** 2 / (state["squares_of_rates"] or 1))
@@ -45,17 +40,3 @@ class SFNorMuon(MatrixOptimizer):
 
     def load(self, W, state, group):
         W.copy_(state["z"].lerp(state["x"], group["beta1"]) if group["training"] else state["x"])
-
-    def train(self):
-        self.switch(True)
-
-    def eval(self):
-        self.switch(False)
-
-    @torch.no_grad()
-    def switch(self, training):
-        for group in self.param_groups:
-            group["training"] = training  # saved with the state
-            for p in group["params"]:
-                if p in self.state:  # else there was no step, and x = y
-                    self.load(as_blocks(p), self.state[p], group)

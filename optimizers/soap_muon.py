@@ -17,15 +17,14 @@ under sqrt(v) is 1e-8 in the record; here it is relative, so that the gradients'
 """
 import torch
 
-from optimizers import average
+from optimizers import average, check
 from optimizers.soap import observe, rotate
 from train_gpt2 import Muon, as_blocks
 
 
 class SOAPMuon(Muon):
     def __init__(self, params, lr=3.6e-4, beta2=0.9, eps=1e-3, **settings):
-        if not 0 <= beta2 < 1 or eps < 0:
-            raise ValueError(f"beta2 = {beta2}, eps = {eps}: must be 0 or more, beta2 below 1")
+        check(beta2=beta2, eps=eps)
         super().__init__(params, lr, beta2=beta2, eps=eps, **settings)
 
     def orthogonalize(self, matrices, U, group):

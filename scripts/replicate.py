@@ -138,6 +138,13 @@ def start(arguments, otherwise, published=None):
         raise UserError(f"that command ended with code {code}: {otherwise}")
 
 
+def fetch_data(track, fields):
+    """Makes or downloads the track's shards, unless the `fields` from the command line name others."""
+    if not any(field.startswith("--input_bin") for field in fields):
+        start(["data/shakespeare.py"] if track == "cpu" else ["data/fineweb.py", f"configs/{track}_muon.toml"],
+              "the data are not there; the same command continues")
+
+
 def read_overhead(path):
     """Estimate of Newton-Muon's overhead in the time of a step, from what bench.py --json wrote."""
     try:
@@ -186,7 +193,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.replace("%", "%%"), formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, usage="%(prog)s [options] [--field value ...]")
     parser.add_argument("--track", choices=("cpu", "mini", "speedrun"), default="cpu", help="(default: cpu)")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each arm, with seeds one after the other (default: 1)")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each arm (default: 1)")
     parser.add_argument("--optimizers", default="muon,newton_muon,adamw", metavar="NAME,...",
                         help="of the configurations TRACK_NAME.toml in configs/ (default: muon,newton_muon,adamw)")
     parser.add_argument("--gpus", type=int, help="processes, one on each GPU (default: all GPUs, but one process on the cpu track)")
@@ -219,9 +226,8 @@ def main():
     if args.overhead and claim:
         read_overhead(overhead)
     missing = [run for run in planned if not ended(run[0], run[2])]
-    if missing and not any(field.startswith("--input_bin") for field in fields):
-        start(["data/shakespeare.py"] if args.track == "cpu" else ["data/fineweb.py", f"configs/{args.track}_muon.toml"],
-              "the data are not there; the same command continues")
+    if missing:
+        fetch_data(args.track, fields)
     if claim and not overhead.exists():
         logs.mkdir(parents=True, exist_ok=True)
         unfinished = overhead.with_suffix(".tmp")
@@ -265,10 +271,15 @@ def main():
             print(textwrap.fill(line, 128, subsequent_indent="    "))
 
 
-if __name__ == "__main__":
+def run_resumable(main):
+    """Calls main(), whose work the same command continues; what a user can cause ends the script with a sentence."""
     try:
         main()
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command continues")
+
+
+if __name__ == "__main__":
+    run_resumable(main)

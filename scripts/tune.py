@@ -81,25 +81,27 @@ def at_edge(tried):
     return any(rate in (min(tried_rates), max(tried_rates)) for rate, tried_rates in zip(min(tried, key=tried.get), zip(*tried)))
 
 
+def rates(centre, pair):
+    """[learning_rate, hidden_learning_rate] of a pair of exponents of the square root of 2 on those in `centre`."""
+    return [float(f"{middle * 2 ** (exponent / 2):.3g}") for middle, exponent in zip(centre, pair)]
+
+
 def protocol(configs, fields, points, seeds, log_dir, jobs):
     """Tunes the two rates of each configuration and writes tuning.csv. Returns {path: (learning_rate, hidden_learning_rate)}."""
     centre = {path: [getattr(load_config([path]), rate) for rate in RATES] for path in configs}
     tried, rows = {path: {} for path in configs}, {path: [] for path in configs}
 
-    def rates(path, pair):
-        return {rate: float(f"{middle * 2 ** (exponent / 2):.3g}") for rate, middle, exponent in zip(RATES, centre[path], pair)}
-
     while any(len(pairs) < points or at_edge(pairs) for pairs in tried.values()):
         wanted = [(path, pair) for path in configs for pair in next_pairs(tried[path])]
         if not wanted:
             break
-        settings = [(path, {**fields, **rates(path, pair), "seed": seed, "data_seed": seed})
+        settings = [(path, {**fields, **dict(zip(RATES, rates(centre[path], pair))), "seed": seed, "data_seed": seed})
                     for path, pair in wanted for seed in range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + seeds)]
         losses = iter(train_all(settings, log_dir, jobs).values())
         for path, pair in wanted:
             finals = [math.inf if loss is None else loss for loss in itertools.islice(losses, seeds)]
             tried[path][pair] = sum(finals) / seeds
-            rows[path].append((path, *rates(path, pair).values(), *finals, tried[path][pair]))
+            rows[path].append((path, *rates(centre[path], pair), *finals, tried[path][pair]))
         log_dir.mkdir(parents=True, exist_ok=True)
         with open(log_dir / "tuning.csv", "w", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
@@ -108,9 +110,9 @@ def protocol(configs, fields, points, seeds, log_dir, jobs):
     best = {path: min(tried[path], key=tried[path].get) for path in configs}
     print(f"\n{len(tried[configs[0]])} pairs of each, {seeds} seeds; all losses: {log_dir / 'tuning.csv'}")
     for path, pair in best.items():
-        found = ", ".join(f"{rate} = {value:g}" for rate, value in rates(path, pair).items())
+        found = ", ".join(f"{rate} = {value:g}" for rate, value in zip(RATES, rates(centre[path], pair)))
         print(f"{path}: {found}  (mean final loss {tried[path][pair]:.4f})")
-    return {path: tuple(rates(path, pair).values()) for path, pair in best.items()}
+    return {path: tuple(rates(centre[path], pair)) for path, pair in best.items()}
 
 
 def main():

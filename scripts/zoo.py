@@ -22,7 +22,6 @@ import inspect
 import json
 import math
 import os
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -41,7 +40,8 @@ import tune
 from train_gpt2 import GPT, UserError, build_optimizers, code_sha256, load_config
 
 RECORDS = runs.ROOT / "records" / "zoo"
-TUNING_SEEDS, SEEDS, SHORTER = (100, 101), range(1, 7), 0.94
+TUNING_SEEDS, SEEDS = range(tune.FIRST_TUNING_SEED, tune.FIRST_TUNING_SEED + 2), range(1, 7)
+SHORTER = 1 - replicate.CLAIM["steps"]
 
 
 @dataclass
@@ -111,7 +111,6 @@ class Table:
 
     def __init__(self, path):
         self.path, self.losses, self.lock = path, {}, threading.Lock()
-        self.columns = (*Point._fields, "final_val_loss", "code_sha256")
         if self.path.exists():
             try:
                 with open(self.path, newline="") as file:
@@ -128,7 +127,7 @@ class Table:
             with open(self.path, "a", newline="") as file:
                 lines = csv.writer(file, lineterminator="\n")
                 if not file.tell():
-                    lines.writerow(self.columns)
+                    lines.writerow((*Point._fields, "final_val_loss", "code_sha256"))
                 lines.writerow((*point, loss, code))
 
     def mean(self, optimizer, steps, learning_rate, hidden_learning_rate, setting, seeds):
@@ -179,25 +178,18 @@ class Track:
         """(learning_rate, hidden_learning_rate, setting) of the best of 12 points."""
         entry, tried = ZOO[name], {}  # (pair, setting) -> mean loss
 
-        def rates(pair):
-            return [float(f"{middle * 2 ** (exponent / 2):.3g}") for middle, exponent in zip(entry.rates, pair)]
-
-        def best():
+        def best_of(*points):
+            """The best point so far, after these have been tried."""
+            at = {(pair, setting): (name, self.steps, *tune.rates(entry.rates, pair), setting) for pair, setting in points}
+            self.train([Point(*point, seed) for point in at.values() for seed in TUNING_SEEDS])
+            tried.update({point: self.table.mean(*at[point], TUNING_SEEDS) for point in at})
             return min(tried, key=tried.get)
 
-        def further():
-            setting = best()[1]
-            pair, = tune.next_pairs({pair: loss for (pair, s), loss in tried.items() if s == setting})
-            return [(pair, setting)]
-
-        for stage in ("pairs", "setting", "neighbour"):
-            points = ([(pair, "") for pair in tune.next_pairs({})] if stage == "pairs" else
-                      [(best()[0], json.dumps(value)) for value in entry.values] if stage == "setting" else further())
-            self.train([Point(name, self.steps, *rates(pair), setting, seed) for pair, setting in points for seed in TUNING_SEEDS])
-            for pair, setting in points:
-                tried[pair, setting] = self.table.mean(name, self.steps, *rates(pair), setting, TUNING_SEEDS)
-        pair, setting = best()
-        return *rates(pair), setting
+        pair, _ = best_of(*((pair, "") for pair in tune.next_pairs({})))
+        _, setting = best_of(*((pair, json.dumps(value)) for value in entry.values))
+        further, = tune.next_pairs({pair: loss for (pair, s), loss in tried.items() if s == setting})
+        pair, setting = best_of((further, setting))
+        return *tune.rates(entry.rates, pair), setting
 
     def measure(self, name):
         """Adds the time of a step and the bytes of state to overhead.json, if they are not there."""
@@ -261,7 +253,7 @@ def mean_loss(finals):
 
 
 def row(table, name, steps, measured, muon, shorter):
-    """What the page says of an optimizer: (mean final loss, cells of the table)."""
+    """What the page says of an optimizer: (Estimate of the mean final loss, cells of the table)."""
     entry, finals = ZOO[name], table.results(name, steps)
     point = next(p for p in table.losses if p.optimizer == name and p.steps == steps and p.seed in SEEDS)
     loss = mean_loss(finals)
@@ -273,12 +265,12 @@ def row(table, name, steps, measured, muon, shorter):
             against += f" ({gap.low:+.4f} to {gap.high:+.4f})" + ("" if gap.low * gap.high > 0 else " =")
         # the steps that Muon saves against the optimizer are those that the optimizer loses against Muon
         found = estimates.steps_saved(finals, muon, shorter, 1 - SHORTER)
-        saved = estimates.saved_text(found._replace(mean=found.mean and -found.mean, low=-found.high, high=-found.low, way=""))
+        saved = estimates.saved_text(found._replace(mean=found.mean and -found.mean, low=-found.high, high=-found.low))
     time = "" if "mean_step" not in measured else f"{measured['mean_step']:.2f} ({measured['low']:.2f} to {measured['high']:.2f})"
     rates = f"{point.learning_rate:g}, {point.hidden_learning_rate:g}" + (f", {entry.setting} {point.setting}" if point.setting else "")
     code = lines_of_code(entry)
     final = f"{loss.mean:.4f} ({loss.low:.4f} to {loss.high:.4f})" if loss.low is not None else f"{loss.mean:.4f}"
-    return loss.mean, (f"`{name}`", final, against, saved, time, f"{measured['state_bytes']:.1f}", str(code or ""), rates, entry.source)
+    return loss, (f"`{name}`", final, against, saved, time, f"{measured['state_bytes']:.1f}", str(code or ""), rates, entry.source)
 
 
 def section(folder):
@@ -288,8 +280,8 @@ def section(folder):
     measured = json.loads((folder / "overhead.json").read_text())
     muon, shorter = table.results("muon", steps), table.results("muon", round(SHORTER * steps))
     complete = [name for name in ZOO if name in measured and set(table.results(name, steps)) == set(SEEDS)]
-    rows = [row(table, name, steps, measured[name], muon, shorter) for name in complete]
-    rows.sort(key=lambda row: math.inf if math.isnan(row[0]) else row[0])
+    found = {name: row(table, name, steps, measured[name], muon, shorter) for name in complete}
+    rows = sorted(found.values(), key=lambda row: math.inf if math.isnan(row[0].mean) else row[0].mean)
     waiting = [name for name in ZOO if name not in complete]
     text = [f"## {folder.name}\n", f"{steps} steps, {len(SEEDS)} seeds; {len(rows)} of {len(ZOO)} optimizers.\n",
             filing.markdown([("optimizer", "final loss (95 %)", "against Muon, by pairs", "steps saved", "time of a step",
@@ -297,7 +289,7 @@ def section(folder):
     if waiting:
         text.append("Not run yet, or not to the end: " + ", ".join(f"`{name}`" for name in waiting) + ".\n")
     text.append(f"![loss against the time of a step]({folder.name}/loss_time.png)\n")
-    return "\n".join(text), [(name, measured[name].get("mean_step", 1.0), mean_loss(table.results(name, steps))) for name in complete]
+    return "\n".join(text), [(name, measured[name].get("mean_step", 1.0), loss) for name, (loss, _) in found.items()]
 
 
 HEAD = """# The optimizers people ask about
@@ -354,9 +346,7 @@ def main():
     if not (args.page or args.check):
         track = Track(args.track, args.jobs, args.log_dir or Path("logs") / f"zoo_{args.track}", given,
                       Table(args.records / args.track / "runs.csv"))
-        if not any(field.startswith("--input_bin") for field in given):
-            replicate.start(["data/shakespeare.py"] if args.track == "cpu" else ["data/fineweb.py", track.config],
-                            "the data are not there; the same command continues")
+        replicate.fetch_data(args.track, given)
         for name in dict.fromkeys(["muon", *(args.names or ZOO)]):  # all are compared with Muon
             track.compare(name)
             write_page(args.records)
@@ -365,9 +355,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command continues")
+    replicate.run_resumable(main)

@@ -7,8 +7,9 @@ import matplotlib.image
 import pytest
 import torch
 
-from lab import descent, exponent, factorisation, in_context, msgn
+from lab import descent, exponent, factorisation, in_context
 from optimizers.ef_muon import EFMuon
+from optimizers.polar_muon import msgn
 from scripts import lab as script
 
 MINE = ("factorisation", "in_context", "decoupling", "sign_noise", "convex", "heavy_tails")

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from lab import batch_size, layers, msgn, newton, polar, sharpness, step_size, training
+from lab import batch_size, layers, newton, polar, sharpness, step_size, training
+from optimizers.polar_muon import msgn
 from shards import write_shard
 from train_gpt2 import UserError
 
