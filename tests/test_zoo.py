@@ -146,13 +146,18 @@ def bowl(values):
 def test_equal_tuning_then_fresh_seeds(compare, tmp_path):
     done = compare("normuon")
     assert done.returncode == 0, done.stderr
-    assert compare.runs == 2 * 12 + 2 * 6 + 2 * 12 + 6  # Muon also at 0.94 of the steps
     with open(tmp_path / "zoo/cpu/runs.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     points = {(row["optimizer"], int(row["seed"]) >= 100): set() for row in rows}
     for row in rows:
         points[row["optimizer"], int(row["seed"]) >= 100].add((row["learning_rate"], row["hidden_learning_rate"], row["setting"]))
     assert len(points["muon", True]) == len(points["normuon", True]) == 12
+    losses = {key: {} for key in points}
+    for row in rows:
+        losses[row["optimizer"], int(row["seed"]) >= 100].setdefault(tuple(row.values())[1:5], []).append(float(row["final_val_loss"]))
+    for tuning in (losses["muon", True].values(), losses["normuon", True].values()):
+        best = min(found[0] for found in tuning)
+        assert {len(found) for found in tuning} == {1, 2} and all(len(found) == 2 or found[0] > best + 0.03 for found in tuning)
     assert points["normuon", False] == {("0.08", "0.004", "0.9")}  # twice the largest rate of the grid: the neighbour
     assert compare("normuon").returncode == 0 and compare.runs == 0
 
