@@ -177,6 +177,14 @@ class Track:
         if failed:
             raise UserError(f"the run {failed[0]} in {self.logs} did not end; the same command resumes it")
 
+    def losses_of(self, points, best=math.inf):
+        """{point: mean loss over the tuning seeds} of points without a seed, after their training; `best` is the least loss so far."""
+        self.train([Point(*point, TUNING_SEEDS[0]) for point in points])
+        first = {point: self.table.mean(*point, TUNING_SEEDS[:1]) for point in points}
+        bound = min(best, *first.values()) + HOPELESS
+        self.train([Point(*point, seed) for point in points if first[point] <= bound for seed in TUNING_SEEDS[1:]])
+        return {point: self.table.mean(*point, TUNING_SEEDS) for point in points}
+
     def tune(self, name):
         """(learning_rate, hidden_learning_rate, setting) of the best of 12 points."""
         entry, tried = ZOO[name], {}  # (pair, setting) -> mean loss
@@ -184,11 +192,8 @@ class Track:
         def best_of(*points):
             """The best point so far, after these have been tried."""
             at = {(pair, setting): (name, self.steps, *tune.rates(entry.rates, pair), setting) for pair, setting in points}
-            self.train([Point(*point, TUNING_SEEDS[0]) for point in at.values()])
-            tried.update({point: self.table.mean(*at[point], TUNING_SEEDS[:1]) for point in at})
-            bound = min(tried.values()) + HOPELESS
-            self.train([Point(*at[point], seed) for point in at if tried[point] <= bound for seed in TUNING_SEEDS[1:]])
-            tried.update({point: self.table.mean(*at[point], TUNING_SEEDS) for point in at})
+            losses = self.losses_of(at.values(), min(tried.values(), default=math.inf))
+            tried.update({point: losses[at[point]] for point in at})
             return min(tried, key=tried.get)
 
         pair, _ = best_of(*((pair, "") for pair in tune.next_pairs({})))
