@@ -20,7 +20,7 @@ def config(tmp_path):
     return tmp_path / "tiny.toml"
 
 
-def test_mean_steps_and_ratios_follow_from_the_measured_steps(call, config, tmp_path):
+def test_mean_steps_and_ratios(call, config, tmp_path):
     done = call(bench, config, "--sides", "plain,muon,newton_muon,torch.optim:SGD", "--rounds", 6, "--steps", 3, "--refresh_interval", 4,
                 "--json", tmp_path / "bench.json")
     assert done.returncode == 0, done.stderr
@@ -72,7 +72,7 @@ def test_an_unknown_side_is_named(config):
 # where a step goes
 
 
-def test_the_groups_of_a_profile_add_up_to_the_step(call, config, tmp_path):
+def test_profile_groups_add_up(call, config, tmp_path):
     done = call(bench, config, "--sides", "adamw,newton_muon", "--rounds", 1, "--steps", 1, "--profile", "--json", tmp_path / "bench.json")
     assert done.returncode == 0, done.stderr
     sides = json.loads((tmp_path / "bench.json").read_text())["sides"]
@@ -107,7 +107,7 @@ def test_kernels_are_told_apart(name, operations, phase, expected):
     assert group(name, operations, phase) == expected
 
 
-def test_a_gpu_trace_is_added_up_by_launch():
+def test_gpu_trace():
     """Two steps of 1000 us: a product, a reduction that overlaps half of it, an update of the optimizer's phase; and a kernel outside."""
     def event(cat, name, ts, dur, tid=1, **args):
         return dict(ph="X", cat=cat, name=name, ts=ts, dur=dur, pid=0, tid=tid, args=args)
@@ -143,7 +143,7 @@ def test_gpu_check_without_a_gpu_says_so(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_gpu_check_leaves_all_it_measured_in_one_archive(tmp_path):
+def test_gpu_check_makes_one_archive(tmp_path):
     done = check("--cpu", CUDA_VISIBLE_DEVICES="", OUT=str(tmp_path / "out"))
     assert done.returncode == 0, done.stdout + done.stderr
     listing = subprocess.run(["tar", "-tzf", tmp_path / "out/gpu_check.tar.gz"], capture_output=True, text=True).stdout.split()

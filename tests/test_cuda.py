@@ -80,7 +80,7 @@ def test_the_compiled_loss_is_the_plain_one(dtype, tolerance):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_20_steps_are_near_the_cpu_whatever_the_micro_batch(start, tmp_path, optimizer):
+def test_20_steps_are_near_the_cpu(start, tmp_path, optimizer):
     fields = dict(optimizer=optimizer, refresh_interval=4, num_iterations=20)
     assert start(run_name="cpu", **fields).returncode == 0
     for size in (12, 3):
@@ -116,7 +116,7 @@ def test_a_killed_run_resumes(start, tmp_path):
     assert losses(tmp_path / "logs/killed") == pytest.approx(losses(tmp_path / "logs/whole"), rel=0.002)
 
 
-def test_a_run_chooses_a_micro_batch_that_fits_little_memory(start, tmp_path):
+def test_micro_batch_fits_little_memory(start, tmp_path):
     """65,536 tokens of 4 layers of width 512 keep more than 3 GiB for the backward pass, but a run starts with 2 GiB."""
     fields = dict(device="cuda", compile="true", n_layer=4, n_head=8, n_embd=512, sequence_length=512, batch_size=128, val_tokens=512,
                   allow_repeat="true", num_iterations=2, warmdown_iters=0)

@@ -115,7 +115,7 @@ def rewritten(tokens, tokenizer="bytes"):
     (manifest("[" * 100_000), "mine.json cannot be read"),
     (manifest('{"tokenizer": "gpt2", "source": "", "shards": [{"file": "a"}]}'), "mine.json cannot be read"),
 ], ids=["none", "flipped", "short", "unlisted", "vocabulary", "tokenizer", "json", "deep", "entry"])
-def test_a_bad_shard_is_found_among_good_ones(shard, call, damage, words):
+def test_bad_shard_among_good_ones(shard, call, damage, words):
     write_shard(shard.with_name("good.bin"), [255, 1])
     damage(shard)
     done = call(check_shards, *shard.parent.glob("mine_*.bin"), shard.with_name("good.bin"))

@@ -66,7 +66,7 @@ def worlds(tmp_path_factory, shards):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("processes", [2, 3, 4])
-def test_any_number_of_processes_logs_the_same_losses(worlds, optimizer, processes):
+def test_losses_on_any_number_of_processes(worlds, optimizer, processes):
     one, many = logged(worlds[1][0] / optimizer), logged(worlds[processes][0] / optimizer)
     assert one.keys() == many.keys() and len(one) == STEPS + STEPS // 5 + 1
     assert max(abs(many[key] - one[key]) / one[key] for key in one) < 2e-4
@@ -95,7 +95,7 @@ def test_traffic_between_processes(worlds, optimizer, processes):
         assert "all_reduce" not in report
 
 
-def test_a_checkpoint_of_two_processes_goes_on_with_three(worlds, shards, tmp_path):
+def test_resume_on_three_processes(worlds, shards, tmp_path):
     shutil.copytree(worlds[2][0] / "newton_muon", tmp_path / "logs/newton_muon")
     (tmp_path / "logs/newton_muon/checkpoints/step_000060.pt").unlink()
     config = worlds[2][0].parent / "config.toml"
@@ -110,7 +110,7 @@ def test_a_checkpoint_of_two_processes_goes_on_with_three(worlds, shards, tmp_pa
 # killed, stopped, resumed
 
 
-def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_weights(shards, tmp_path):
+def test_twenty_kills(shards, tmp_path):
     """The runs are forks of one process that has torch imported, so that the kills fall into training and checkpoints, not imports."""
     config = write_config(tmp_path / "config.toml", shards, num_iterations=60, warmdown_iters=20, save_every=1, val_loss_every=10, optimizer="newton_muon",
                           refresh_interval=4)
@@ -168,7 +168,7 @@ def stop_in_the_middle(command, number):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(shards, tmp_path, number, code):
+def test_signal_saves_a_checkpoint(shards, tmp_path, number, code):
     config = write_config(tmp_path / "config.toml", shards, num_iterations=1000, val_loss_every=1)
     command = [sys.executable, ROOT / "train_gpt2.py", config, "--run_name", "a"]
     returned, seconds, output = stop_in_the_middle(command, number)
@@ -178,7 +178,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(shards, t
     assert [key for key in logged(tmp_path / "logs/a") if key[1] == "train_loss"][-1] == (step, "train_loss")
 
 
-def test_a_stopped_run_of_two_processes_goes_on_to_the_weights_of_one_that_was_not(shards, tmp_path):
+def test_stopped_processes_resume_exactly(shards, tmp_path):
     config = write_config(tmp_path / "config.toml", shards, num_iterations=40, val_loss_every=1, optimizer="newton_muon", refresh_interval=3)
     command = torchrun(2, ROOT / "train_gpt2.py", config)
     code, seconds, output = stop_in_the_middle([*command, "--run_name", "stopped"], signal.SIGTERM)
@@ -207,7 +207,7 @@ def error_lines(result):
 
 
 @pytest.mark.parametrize("fault", ["Dies", "Hangs"])
-def test_a_process_that_dies_or_hangs_ends_the_job_and_is_named(shards, tmp_path, fault):
+def test_lost_process_is_named(shards, tmp_path, fault):
     result, seconds, checkpoints = faulty(shards, tmp_path, fault)
     assert result.returncode == 1 and seconds < 60
     lines = error_lines(result)
@@ -215,21 +215,21 @@ def test_a_process_that_dies_or_hangs_ends_the_job_and_is_named(shards, tmp_path
     assert checkpoints == ["step_000002.pt", "step_000004.pt"]
 
 
-def test_a_loss_that_is_no_number_ends_all_processes_and_names_the_first(shards, tmp_path):
+def test_nan_loss_ends_all_processes(shards, tmp_path):
     result, _, checkpoints = faulty(shards, tmp_path, "TurnsNaN", val_loss_every=0)
     assert result.returncode == 1
     assert error_lines(result) == ["error: the train loss is nan at step 6 on process 1; lower learning_rate or hidden_learning_rate"]
     assert checkpoints == ["step_000002.pt", "step_000004.pt"]
 
 
-def test_torchrun_restarts_a_job_from_its_last_checkpoint(shards, tmp_path):
+def test_torchrun_restarts_from_a_checkpoint(shards, tmp_path):
     result, _, _ = faulty(shards, tmp_path, "DiesOnce", launcher=["--max_restarts", "1"], env={"FAULT_MARKER": str(tmp_path / "died")})
     assert result.returncode == 0 and "resumed at step 4" in result.stdout, result.stderr
     assert list(logged(tmp_path / "logs/a"))[-1] == (20, "val_loss")
 
 
 @pytest.mark.parametrize("limit, name", [(20_000, "log.txt"), (200_000, "step_000006.pt")])
-def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(shards, tmp_path, limit, name):
+def test_full_disk_keeps_the_last_checkpoint(shards, tmp_path, limit, name):
     result, _, checkpoints = faulty(shards, tmp_path, "FillsDisk", processes=1, env={"FAULT_BYTES": str(limit)}, n_embd=64)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert len(error_lines(result)) == 1 and name in error_lines(result)[0] and "File too large" in error_lines(result)[0], result.stderr
@@ -238,7 +238,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(shards, tmp_path, li
         torch.load(tmp_path / "logs/a/checkpoints" / checkpoint, weights_only=True)
 
 
-def test_weights_that_are_no_numbers_are_never_saved(shards, tmp_path):
+def test_nan_weights_are_never_saved(shards, tmp_path):
     config = dict(val_loss_every=0, log_every=100)  # nothing else looks at the weights before the checkpoint
     result, _, checkpoints = faulty(shards, tmp_path, "TurnsNaN", processes=1, **config)
     assert result.returncode == 1 and "not finite after step 6" in result.stderr

@@ -92,7 +92,7 @@ def test_track_3_rule_on_published_means():
     assert track3_margin((3.279, 3150, 10), (3.279, 3250, 10)) == pytest.approx(0.0045 / math.sqrt(0.2))
 
 
-def test_noise_is_what_pairs_of_runs_differ_by():
+def test_noise_of_pairs_of_runs():
     rng = np.random.default_rng(0)
     runs = rng.normal(0, 0.0013, (2, 10**5))
     assert np.quantile(abs(runs[0] - runs[1]), 0.95) == pytest.approx(noise(0.0013), rel=0.02)
@@ -124,7 +124,7 @@ def test_interval_is_the_t_test_inverted(n, saving, sd, way):
     assert saved.mean == pytest.approx(F * (B.mean() - C.mean()) / (D.mean() - C.mean()))
 
 
-def test_pairs_are_used_where_seeds_matter_and_only_seeds_of_all_arms():
+def test_pairs_only_where_seeds_matter():
     B, C, D = arms(0.03, 8, 0.95, rng=np.random.default_rng(3))
     assert steps_saved(B, C, D, F).way == "paired"
     assert steps_saved({seed + 1: loss for seed, loss in B.items()}, C, D, F).way == "unpaired"  # wrong partners
@@ -164,20 +164,20 @@ def test_what_gives_no_interval_says_why():
     assert saved[:3] == (None, -math.inf, math.inf) and "too little" in saved_text(saved) and verdict(saved).word == "undecided"
 
 
-def test_two_seeds_of_one_arm_and_one_of_the_others_suffice():
+def test_fewest_seeds():
     assert steps_saved({0: 3.28, 1: 3.2801}, {0: 3.27}, {0: 3.2868}, F).way == "unpaired"
 
 
 # time
 
 
-def test_time_saved_is_known_where_one_part_is_exact():
+def test_time_saved_with_an_exact_part():
     steps = Saved(0.06, 0.05, 0.08)
     assert time_saved(steps, Estimate(0.02, 0.02, 0.02))[:3] == pytest.approx((1 - 0.94 * 1.02, 1 - 0.95 * 1.02, 1 - 0.92 * 1.02))
     assert time_saved(steps, Estimate(0.02)).mean is None and time_saved(Saved(fault="why"), Estimate(0.02, 0.01, 0.03)).fault == "why"
 
 
-def test_interval_of_time_saved_is_that_of_a_simulation():
+def test_interval_of_time_saved_by_simulation():
     rng = np.random.default_rng(0)
     steps, overhead = rng.normal(0.06, 0.005, 10**6), rng.normal(0.02, 0.008, 10**6)
     expected = np.quantile(1 - (1 - steps) * (1 + overhead), [0.5, 0.025, 0.975])
@@ -231,7 +231,7 @@ WRONG = {0: ("reproduced", "partly"), 0.03: ("reproduced", "not reproduced"), 0.
 
 
 @pytest.mark.parametrize("rho", [0, 0.7])
-def test_replications_at_the_speedruns_spread_get_the_right_word(rho):
+def test_replications_get_the_right_word(rho):
     """2,000 replications of 6200 steps with each true saving, 3 and 5 seeds; rho is the correlation of the arms over seeds."""
     rng = np.random.default_rng(0)
     covered = []

@@ -294,7 +294,7 @@ def test_a_second_process_waits(hub, fetch, out, monkeypatch):
 
 
 @pytest.mark.parametrize("how, code", [(signal.SIGKILL, -9), (signal.SIGINT, 1)])
-def test_a_script_in_a_terminal_can_be_stopped(hub, fetch, launch, out, tmp_path, how, code):
+def test_script_stopped_in_a_terminal(hub, fetch, launch, out, tmp_path, how, code):
     hub.files[ONE] = random_shard(15 * MB, 1)  # 30 MB, written in pieces of 10 MiB; the connection buffers fewer than 15 MB
     hub.faults[("GET", ONE)] = iter([dict(stall=28 * MB)])
     ours, its = pty.openpty()

@@ -60,7 +60,7 @@ def test_problem_has_the_prescribed_spectrum():
     assert torch.linalg.eigvalsh(torch.kron(B, A)).max() == pytest.approx(largest)
 
 
-def test_one_step_of_muon_is_the_closed_form():
+def test_one_muon_step_in_closed_form():
     """H = I, square: f falls by |G|_*^2 / (2 tr K) at the best rate, and no preconditioned step can do better."""
     k = newton.spectrum(torch.tensor([100.0]), 6)
     D = torch.randn(1, 1, 1, 6, 6, generator=torch.Generator().manual_seed(5))[0, 0, 0]

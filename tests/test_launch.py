@@ -32,7 +32,7 @@ def run(*command, **env):
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, **env}, timeout=60)
 
 
-def test_slurm_starts_the_launcher_on_each_node_with_its_cpus(stub, tmp_path):
+def test_slurm_starts_the_launcher(stub, tmp_path):
     stub("srun")
     stub("scontrol", '#!/bin/sh\n[ "$*" = "show hostnames node[7-8]" ] && yes node7 | head -n 99999\n')  # more than a pipe holds
     script = tmp_path / "slurm_script"  # Slurm runs a copy
@@ -45,7 +45,7 @@ def test_slurm_starts_the_launcher_on_each_node_with_its_cpus(stub, tmp_path):
         "--save_every", "500"])
 
 
-def test_slurm_writes_its_output_into_a_folder_that_a_clone_has():
+def test_slurm_output_folder_exists():
     output, = re.findall(r"^#SBATCH --output=(.*)$", (ROOT / "scripts/slurm.sbatch").read_text(), re.MULTILINE)
     assert Path(output).parent == Path(".")
     assert subprocess.run(["git", "check-ignore", "-q", output.replace("%j", "1")], cwd=ROOT).returncode == 0

@@ -51,7 +51,7 @@ def test_prefetched_batches_and_errors_keep_their_order(tmp_path):
         next(batches)
 
 
-def test_the_next_batch_is_read_while_this_one_is_used():
+def test_next_batch_is_read_ahead():
     reading = {i: threading.Event() for i in range(5)}
 
     class Recorder:
@@ -136,8 +136,12 @@ def test_damaged_bytes_are_one_error(tmp_path, cases):
     (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
     (lambda path: path.symlink_to("nowhere"), "No such file"),
     (lambda path: path.write_bytes(b""), "not a token shard"),
-], ids=["directory", "pipe", "device", "loop", "dangling", "empty"])
-def test_a_run_refuses_damage_before_its_first_step(start, shards, tmp_path, make, words):
+    (lambda path: path.write_bytes(bytes(4) + GOOD[4:]), "not a token shard (it should start with 20240520)"),
+    (lambda path: path.write_bytes(GOOD[:4] + b"\2" + GOOD[5:]), "version 2"),
+    (lambda path: path.write_bytes(GOOD[:8] + b"\xfb\xff\xff\xff" + GOOD[12:]), "-5 tokens"),
+    (lambda path: path.write_bytes(GOOD[:-3]), "damaged: 1,121 bytes, but its header says 50 tokens"),
+], ids=["directory", "pipe", "device", "loop", "dangling", "empty", "magic", "version", "count", "short"])
+def test_damage_is_refused_at_the_start(start, shards, tmp_path, make, words):
     (tmp_path / "a.bin").symlink_to(shards / "train_000001.bin")
     make(tmp_path / "b.bin")
     done = start(input_bin=tmp_path / "*.bin")

@@ -22,7 +22,7 @@ def fused(monkeypatch):
 
 
 @pytest.mark.parametrize("vocab_size, rows", [(5000, 5120), (4096, 4096), (100, 128)])
-def test_head_loss_is_cross_entropy_of_the_logits(fused, monkeypatch, vocab_size, rows):
+def test_head_loss_is_cross_entropy(fused, monkeypatch, vocab_size, rows):
     monkeypatch.setattr(train_gpt2, "CHUNK", 7)  # of 20 tokens
     torch.manual_seed(0)
     x, weight = (torch.randn(n, 16).to(DEVICE).requires_grad_() for n in (20, rows))
@@ -41,7 +41,7 @@ def test_head_loss_is_cross_entropy_of_the_logits(fused, monkeypatch, vocab_size
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # of the padding, which is masked afterwards
-def test_kernel_survives_huge_logits_and_rounds_only_what_it_stores(fused):
+def test_kernel_with_huge_logits(fused):
     logits = torch.tensor([[1e4, -1e4, 0.0, 9e3], [5.0, 5.0, 5.0, 9e3]], device=DEVICE).bfloat16()
     targets, losses, scale = torch.tensor([1, 2], device=DEVICE), torch.empty(2, device=DEVICE), torch.tensor(0.5, device=DEVICE)
     expected = logits[:, :3].double().log_softmax(1)
@@ -52,7 +52,7 @@ def test_kernel_survives_huge_logits_and_rounds_only_what_it_stores(fused):
     assert logits[:, 3].tolist() == [0, 0]
 
 
-def test_model_has_the_same_loss_gradients_and_grams_on_both_ways(monkeypatch):
+def test_both_losses_agree_in_the_model(monkeypatch):
     torch.manual_seed(0)
     model = GPT(Config(n_layer=1, n_head=2, n_embd=32, vocab_size=300, sequence_length=16)).to(DEVICE)
     idx = torch.randint(300, (2, 16), device=DEVICE)
@@ -71,7 +71,7 @@ def test_model_has_the_same_loss_gradients_and_grams_on_both_ways(monkeypatch):
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
-def test_head_loss_is_a_proper_operator_of_torch(fused):
+def test_head_loss_passes_opcheck(fused):
     x, weight = (torch.randn(n, 16, device=DEVICE, requires_grad=True) for n in (5, 128))
     torch.library.opcheck(head_loss, (x, weight, torch.randint(100, (5,), device=DEVICE), 100))
 

@@ -66,7 +66,7 @@ def test_model_agrees_with_its_equations_in_float64(model, tiny):
         assert gram.shape == (p.shape[1] // 16, 16, 16)
 
 
-def test_a_token_does_not_see_the_ones_after_it(model):
+def test_attention_is_causal(model):
     idx = torch.randint(64, (1, 16), generator=torch.Generator().manual_seed(2))
     changed = idx.clone()
     changed[0, 10:] = 63 - changed[0, 10:]
@@ -75,7 +75,7 @@ def test_a_token_does_not_see_the_ones_after_it(model):
     assert not torch.allclose(before[:, 10:], after[:, 10:])
 
 
-def test_the_rows_that_pad_the_table_are_never_predicted_and_never_move(model, tiny):
+def test_padding_rows_stay(model, tiny):
     assert model.lm_head.weight.shape == (128, 16) and model.logits(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 64)
     before = model.lm_head.weight[64:].clone()
     idx = torch.randint(64, (4, 16))
@@ -90,7 +90,7 @@ def test_the_speedrun_model_has_123532032_parameters():
         assert GPT(Config()).num_parameters() == 123_532_032
 
 
-def test_first_loss_is_near_the_logarithm_of_the_vocabulary():
+def test_first_loss():
     # the table is initialised as the head, within 1 / sqrt(n_embd): the logits of a normed vector have a variance of 1/3
     config = Config(n_layer=2, n_head=4, n_embd=128, vocab_size=5000, sequence_length=64)
     torch.manual_seed(0)
@@ -101,7 +101,7 @@ def test_first_loss_is_near_the_logarithm_of_the_vocabulary():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "newton_muon"])
-def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(tiny, optimizer):
+def test_accumulation_equals_the_whole_batch(tiny, optimizer):
     config = dataclasses.replace(tiny, optimizer=optimizer)
     torch.manual_seed(0)
     whole = GPT(config)

@@ -48,7 +48,7 @@ def kill_node(process):
     process.wait()
 
 
-def test_two_nodes_train_together_and_go_on_after_one_of_them_died(nodes, shards, tmp_path):
+def test_two_nodes_survive_a_death(nodes, shards, tmp_path):
     config = write_config(tmp_path / "config.toml", shards, num_iterations=100, warmdown_iters=20, val_loss_every=2, save_every=2, optimizer="newton_muon",
                           refresh_interval=5, collective_timeout=60)
 

@@ -12,7 +12,7 @@ from train_gpt2 import GPT, Config, Muon, NewtonMuon, assign_owners, newton_schu
 
 
 @pytest.mark.parametrize("name", ["muon_d16.npz", "newton_muon_d16.npz"])
-def test_golden_vectors_replay_to_a_ten_thousandth_of_a_step(name):
+def test_golden_vectors(name):
     assert max(golden.replay(Path(__file__).parent / name).values()) < golden.TOLERANCE
 
 
@@ -22,7 +22,7 @@ def test_golden_replay_notices_another_rule(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (24, 96), (96, 24), (3, 16, 40)])
-def test_newton_schulz_keeps_singular_vectors_and_maps_values_by_its_polynomial(shape):
+def test_newton_schulz_is_its_polynomial(shape):
     U = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     left, values, right = torch.linalg.svd(U, full_matrices=False)
     values = values / U.norm(dim=(-2, -1), keepdim=True).squeeze(-1)
@@ -42,7 +42,7 @@ def test_newton_schulz_is_near_the_orthogonal_factor():
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("shape", [(32, 32), (64, 32), (32, 128)])
-def test_muon_is_torch_optim_muon_up_to_its_bf16_iteration(shape, nesterov):
+def test_muon_against_torch_optim(shape, nesterov):
     generator = torch.Generator().manual_seed(2)
     ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
     settings = dict(momentum=0.9, nesterov=nesterov, weight_decay=0.1)
@@ -59,7 +59,7 @@ def test_muon_is_torch_optim_muon_up_to_its_bf16_iteration(shape, nesterov):
         theirs.data.copy_(ours.data)
 
 
-def test_muon_orthogonalises_the_blocks_of_a_fused_qkv_apart():
+def test_blocks_of_qkv_apart():
     generator = torch.Generator().manual_seed(3)
     fused, parts = torch.nn.Parameter(torch.zeros(24, 8)), [torch.nn.Parameter(torch.zeros(8, 8)) for _ in range(3)]
     fused.grad = torch.randn(24, 8, generator=generator)
@@ -71,7 +71,7 @@ def test_muon_orthogonalises_the_blocks_of_a_fused_qkv_apart():
 
 
 @pytest.mark.parametrize("quarters", [1, 2, 3, 4])
-def test_newton_muon_preconditioner_is_a_power_of_the_damped_inverse_of_the_second_moment(quarters):
+def test_newton_muon_preconditioner(quarters):
     generator = torch.Generator().manual_seed(4)
     wide = torch.nn.Parameter(torch.zeros(6, 24))
     optimizer = PowerNewtonMuon([wide], power=quarters / 4, ewma=0.5, ridge=0.3) if quarters < 4 else NewtonMuon([wide], ewma=0.5, ridge=0.3)
@@ -88,7 +88,7 @@ def test_newton_muon_preconditioner_is_a_power_of_the_damped_inverse_of_the_seco
     torch.testing.assert_close(optimizer.precondition(wide, G), torch.cat([g @ P for g, P in zip(G.split(6, 1), optimizer.state[wide]["P"])], 1))
 
 
-def test_newton_muon_before_its_first_refresh_is_muon():
+def test_newton_muon_without_refresh_is_muon():
     a, b = torch.nn.Parameter(torch.ones(8, 8)), torch.nn.Parameter(torch.ones(8, 8))
     a.grad = b.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(5))
     NewtonMuon([a], lr=0.01).step()
@@ -97,7 +97,7 @@ def test_newton_muon_before_its_first_refresh_is_muon():
 
 
 @pytest.mark.parametrize("kind", [NewtonMuon, PowerNewtonMuon])
-def test_a_failed_factorisation_keeps_the_last_preconditioner_and_is_counted(kind):
+def test_failed_factorisation(kind):
     w = torch.nn.Parameter(torch.zeros(4, 8))
     optimizer = kind([w])
     optimizer.refresh([torch.eye(4).repeat(2, 1, 1)], 1)
@@ -132,7 +132,7 @@ def test_optimizers_refuse_settings_out_of_range(kind, settings):
         kind([torch.nn.Parameter(torch.zeros(2, 2))], **settings)
 
 
-def test_optimizers_refuse_what_is_no_matrix_they_can_update():
+def test_refused_shapes():
     with pytest.raises(ValueError, match="matrices only"):
         Muon([torch.nn.Parameter(torch.zeros(3))])
     with pytest.raises(ValueError, match="whole number"):

@@ -191,7 +191,7 @@ def test_finished(ledger, tmp_path):
         runs.finished(run, config)
 
 
-def test_only_the_target_may_end_a_run_early(start, ledger, tmp_path):
+def test_early_end_needs_the_target(start, ledger, tmp_path):
     losses = [json.loads(line)["val_loss"] for line in (ledger.runs[0] / "metrics.jsonl").read_text().splitlines() if "val_loss" in line]
     target = (losses[0] + losses[1]) / 2  # met at step 5
     assert start(run_name="early", target_val_loss=target, stop_at_target="true", log_every=4).returncode == 0

@@ -65,7 +65,7 @@ def test_without_muon_there_is_no_shorter_arm(monkeypatch, tmp_path):
     (["--num_iterations", "8", "--warmdown_iters", "2"], "num_iterations = 8 of Newton-Muon"),
     (["--overhead", "nowhere.json"], "nowhere.json is not what bench.py"),
 ])
-def test_what_cannot_be_run_is_refused_before_the_first_run(call, tmp_path, arguments, words, monkeypatch):
+def test_refused_before_the_first_run(call, tmp_path, arguments, words, monkeypatch):
     if torch.cuda.is_available() and "mini" in arguments:
         pytest.skip("there is a GPU")
     monkeypatch.setattr(replicate, "start", lambda *_: pytest.fail("starts"))
@@ -115,7 +115,7 @@ def test_a_terminals_progress_line_passes_at_once(monkeypatch):
     assert sys.stdout.getvalue().endswith("val_loss:5.2017 train_time:9ms  published: 5.2017 (+0.0000)\n")
 
 
-def test_a_run_that_is_stopped_ends_by_itself(tmp_path):
+def test_stopped_run_ends_by_itself(tmp_path):
     handler, saved = signal.signal(signal.SIGTERM, signal.SIG_IGN), tmp_path / "saved"
     code = f"""
 import os, signal, sys
@@ -161,7 +161,7 @@ def replicated(call, tmp_path, monkeypatch):
     return replicated
 
 
-def test_it_trains_compares_and_judges_and_repeats_nothing(replicated, tmp_path):
+def test_trains_judges_and_repeats_nothing(replicated, tmp_path):
     text = replicated()
     assert replicated.started == ["data/shakespeare.py", "scripts/bench.py", *["train_gpt2.py"] * 2]
     assert "one seed gives no verdict" in text and "verdict:" not in text and "not known for this configuration" in text
@@ -175,7 +175,7 @@ def test_it_trains_compares_and_judges_and_repeats_nothing(replicated, tmp_path)
     assert replicated.started == [] and "first 5.2: step" in text  # another target needs no other runs
 
 
-def test_a_run_that_diverges_counts_and_is_not_repeated(replicated):
+def test_diverged_run_is_not_repeated(replicated):
     text = replicated("--seeds", 2, "--hidden_learning_rate", "1e14")
     assert replicated.started.count("train_gpt2.py") == 6 and "muon_20_seed-1 diverged: its arm has no result" in text
     assert "6 of 6 runs diverged" in text and text.splitlines()[-1] == "verdict: undecided"
@@ -211,7 +211,7 @@ def test_the_verdict_in_words(saving, word, fewer, as_claimed):
     assert lines[2:] == [f"fewer steps than Muon? {fewer}", f"as many fewer as claimed? {as_claimed}", f"verdict: {word}"]
 
 
-def test_an_undecided_question_names_a_number_of_runs():
+def test_undecided_names_a_number_of_runs():
     arms = {0: 3.281, 1: 3.279}, {0: 3.275, 1: 3.277}, {0: 3.281, 1: 3.283}  # 4 %, on two seeds
     lines = replicate.conclude(*arms, 0.06, Estimate(0.01))
     assert lines[0].startswith("steps saved: 4.0% (95 %: ") and "time saved: unknown" in lines[1]  # without an interval for the overhead
@@ -225,7 +225,7 @@ def test_one_seed_says_what_difference_means_nothing():
     assert "not known" in "\n".join(replicate.conclude(*arms, 0.06, Estimate(0.01)))
 
 
-def test_the_spread_is_that_of_filed_runs_of_the_same_settings(tmp_path, monkeypatch):
+def test_spread_of_filed_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(replicate.runs, "ROOT", tmp_path)
     monkeypatch.chdir(ROOT)
     config = load_config(["configs/cpu_muon.toml"])

@@ -52,7 +52,7 @@ def momenta(grads, mu):
 
 
 @pytest.mark.parametrize("optimizer", [NorMuon, SFNorMuon, SOAP, SOAPMuon, Shampoo, PMuon])
-def test_blocks_of_a_fused_qkv_count_as_matrices(optimizer):
+def test_blocks_of_qkv_count_as_matrices(optimizer):
     start, grads = normal(24, 8), gradients(4, 24, 8)
     parts = [trained(optimizer, start[i:i + 8], [G[i:i + 8] for G in grads], lr=0.1) for i in (0, 8, 16)]
     torch.testing.assert_close(trained(optimizer, start, grads, lr=0.1), torch.cat(parts), **CLOSE)
@@ -79,14 +79,14 @@ def test_normuon_follows_its_equations(shape):
 
 
 @pytest.mark.parametrize("beta2", [0.0, 0.95])
-def test_normuon_is_muon_where_rows_have_equal_size(beta2):
+def test_normuon_is_muon_for_equal_rows(beta2):
     grads = [rotation(8, seed) for seed in range(3)]  # Newton-Schulz scales an orthogonal matrix
     settings = dict(lr=0.1, momentum=0.0)
     muon = trained(Muon, normal(8, 8), grads, **settings)
     torch.testing.assert_close(trained(NorMuon, normal(8, 8), grads, beta2=beta2, **settings), muon, rtol=0, atol=1e-7)  # eps = 1e-8
 
 
-def test_normuon_without_a_past_gives_all_rows_the_same_size():
+def test_first_normuon_step_equalizes_rows():
     step = trained(NorMuon, torch.zeros(6, 10, dtype=torch.float64), gradients(1, 6, 10), lr=1.0, beta2=0.0)
     rows = step.norm(dim=1)
     assert rows.max() / rows.min() < 1 + 1e-7
@@ -200,7 +200,7 @@ def test_shampoo_follows_its_equations(interval):
 
 
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
-def test_shampoo_without_a_past_steps_along_the_orthogonal_factor(shape):
+def test_first_shampoo_step_is_orthogonal(shape):
     G, = gradients(1, *shape)
     U, _, Vh = torch.linalg.svd(G, full_matrices=False)
     step = -trained(Shampoo, torch.zeros_like(G), [G], lr=1.0, momentum=0.0, beta2=0.0, eps=1e-9)
@@ -306,7 +306,7 @@ def test_sf_normuon_resumes_from_either_mode(mode):
     assert torch.equal(resumed, whole)
 
 
-def test_sf_normuon_refuses_a_step_at_the_average():
+def test_sf_normuon_must_train():
     W = torch.nn.Parameter(normal(6, 10))
     optimizer = SFNorMuon([W], lr=0.02)
     sf_steps(optimizer, W, range(2))
@@ -316,7 +316,7 @@ def test_sf_normuon_refuses_a_step_at_the_average():
 
 
 @pytest.mark.parametrize("save_every", [5, 8])  # after an evaluation, and without one
-def test_a_run_with_sf_normuon_resumes_from_either_mode(start, tmp_path, save_every):
+def test_run_with_sf_normuon_resumes(start, tmp_path, save_every):
     fields = dict(optimizer="optimizers.sf_normuon:SFNorMuon", save_every=save_every)
     assert start(run_name="sf", **fields).returncode == 0
     folder = tmp_path / "logs" / "sf"

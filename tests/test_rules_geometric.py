@@ -76,7 +76,7 @@ def test_polar_express_comes_near_1(shape, steps, error):
 
 
 @pytest.mark.parametrize("steps", [1, 5, 10])
-def test_polar_express_maps_singular_values_by_its_polynomials(steps):
+def test_polar_express_is_its_polynomials(steps):
     U = normal(8, 16)
     s = svdvals(U) / (1.01 * U.norm())
     for i in range(steps):
@@ -111,7 +111,7 @@ def test_low_rank_muon_at_full_rank_is_muon(shape):
 
 
 @shapes
-def test_low_rank_muon_finds_a_momentum_of_low_rank(shape):
+def test_momentum_of_low_rank(shape):
     """Of rank k, it has all of its range in the sketch, and the update is Muon's, scaled to the same size of an element."""
     G = with_values([3, 2], *shape)
     expected = last_change(Muon, [G]) * math.sqrt(8 / 2)
@@ -192,7 +192,7 @@ def test_sizes_of_dions_updates(shape):
 
 @pytest.mark.parametrize("kind", [Dion, OrthDion])
 @shapes
-def test_dion_at_full_rank_converges_to_the_polar_factor(kind, shape):
+def test_dion_at_full_rank(kind, shape):
     """Of a gradient that stays: the power iteration turns Q into its singular vectors. Without momentum, B is the gradient."""
     G = with_values(0.7 ** torch.arange(8), *shape)
     change = last_change(kind, [G] * 60, lr=0.1, momentum=0.0, rank_fraction=1.0)  # 0.7 ** (2 * 60) is 3e-19
@@ -259,7 +259,7 @@ def test_muon_igt_follows_its_equations():
     torch.testing.assert_close(W.detach(), X, rtol=1e-5, atol=1e-5)
 
 
-def test_transport_makes_the_average_of_gradients_that_of_now():
+def test_transported_average_is_current():
     """Where the gradient is linear and all steps are equal: f = <D, W>^2 / 2 far from its minimum, with D orthogonal."""
     D = polar(normal(*SQUARE))
     W = torch.nn.Parameter(100 * D)
@@ -322,7 +322,7 @@ def test_muon_igt_resumes_from_either_mode(mode):
 
 
 @shapes
-def test_dp_muon_without_noise_and_clipping_is_muon(shape):
+def test_dp_muon_without_noise_is_muon(shape):
     gradients = [normal(*shape, seed=i) for i in range(3)]
     assert torch.equal(last_change(DPMuon, gradients, noise_multiplier=0.0, clip=math.inf), last_change(Muon, gradients))
 
@@ -335,7 +335,7 @@ def private(G, **settings):
     return optimizer.state[W]["momentum_buffer"]
 
 
-def test_dp_muon_clips_by_the_norm_of_a_matrix():
+def test_dp_muon_clips():
     G = normal(10, 8)
     torch.testing.assert_close(private(G, noise_multiplier=0.0, clip=0.5), G * 0.5 / G.norm())
     torch.testing.assert_close(private(G, noise_multiplier=0.0, clip=100.0), G)
@@ -344,7 +344,7 @@ def test_dp_muon_clips_by_the_norm_of_a_matrix():
     torch.testing.assert_close(private(G, noise_multiplier=0.0, clip=1.0), expected)
 
 
-def test_noise_of_dp_muon_has_the_stated_variance():
+def test_variance_of_dp_muons_noise():
     """0.3 times the clip, Gaussian, in every element, beside the clipped gradient."""
     G = 5 * normal(200, 200)
     Z = (private(G, noise_multiplier=0.3, clip=2.0) - G * 2.0 / G.norm()) / 0.6
@@ -352,7 +352,7 @@ def test_noise_of_dp_muon_has_the_stated_variance():
     assert abs((Z.abs() < 1).double().mean() - 0.6827) < 4 * 0.4655 / 200
 
 
-def test_noise_of_dp_muon_differs_by_seed_matrix_and_step_only():
+def test_seeds_of_dp_muons_noise():
     drawn = []
     for seed in (0, 1, 0):
         matrices = [torch.nn.Parameter(torch.zeros(50, 50)) for _ in range(2)]
@@ -457,7 +457,7 @@ def test_stiefel_muon_needs_all_bits_of_its_products(monkeypatch):
         torch.set_float32_matmul_precision(before)
 
 
-def test_stiefel_muon_refuses_a_matrix_of_lower_rank():
+def test_stiefel_muon_refuses_lower_rank():
     W = torch.nn.Parameter(with_values([1.0, 1.0, 1.0], 8, 4))
     with pytest.raises(ValueError, match=r"a matrix of shape \(8, 4\) has a rank below 4"):
         list(changes(StiefelMuon([W]), [normal(8, 4)]))
@@ -467,7 +467,7 @@ def test_stiefel_muon_refuses_a_matrix_of_lower_rank():
 
 
 @shapes
-def test_a_step_of_ef_muon_has_the_mean_of_the_singular_values(shape):
+def test_size_of_ef_muons_step(shape):
     """Over those that are not 0: D = (||P||_* / rank P) msgn(P), with P = lr G at first; the rest is the error."""
     for values in ([5.0, 3.0, 1.0, 0.5, 0.4, 0.3, 0.2, 0.1], [4.0, 1.0], [3.0]):
         G = with_values(values, *shape)

@@ -62,7 +62,7 @@ def test_all_published_logs_at_once(published):
     assert "A40_seed7" in early[1].fault and "ends at step 2765 of 2900" in early[1].fault
 
 
-def test_newton_muon_is_not_better_than_tuned_muon(published, call):
+def test_published_newton_muon_is_not_better(published, call):
     paths = [published / name for name in ("20260505_newton_muon", "20260610_tuned_baseline_3250")]
     done = call(compare, *paths, "--at_step", f"{paths[0].name}=3275", "--baseline", paths[1].name)
     assert done.returncode == 0 and "-0.0024, not better" in done.stdout  # ((3.27866 - 3.27852) - 25 x 0.000045) / sqrt(1/15 + 1/10)
