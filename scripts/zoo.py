@@ -6,11 +6,11 @@
     python scripts/zoo.py --page              only writes the page of what has been run
 
 Tuning: 12 points of an optimizer, each with the seeds 100 and 101 (seed and data_seed alike), by the mean of the final losses;
-the second seed is saved where the first ends 0.03 above the best, five standard deviations of a run: it could not win any more.
+the second seed is saved where the first ends 0.02 above the best, three standard deviations of a run: it could not win any more.
 3 x 3 pairs of learning_rate and hidden_learning_rate, a factor of 2 apart; at the best pair two other values of the setting that
 matters most; at the best of these 11 one pair more: the first untried neighbour, at a factor of 2 or else of the square root of 2.
 Results: the best point with the seeds 1 to 6, and Muon also at 0.94 of the steps, which says what a step is worth.
-Time: scripts/bench.py, which alternates the optimizer's steps with Muon's, before the results are run.
+Time: scripts/bench.py, which alternates the optimizer's steps with Muon's, before anything is trained.
 
 Every finished run is a line of records/zoo/TRACK/runs.csv and is not run again: the same command continues, on any machine that has
 that file. To run something again, after a change of its code, remove its lines. A run that diverges has the loss nan and stays.
@@ -42,7 +42,7 @@ from train_gpt2 import GPT, UserError, build_optimizers, code_sha256, load_confi
 
 RECORDS = runs.ROOT / "records" / "zoo"
 TUNING_SEEDS, SEEDS = range(tune.FIRST_TUNING_SEED, tune.FIRST_TUNING_SEED + 2), range(1, 7)
-HOPELESS = 0.03  # a point whose first seed ends so far above the best is not run again
+HOPELESS = 0.02  # a point whose first seed ends so far above the best is not run again
 SHORTER = 1 - replicate.CLAIM["steps"]
 
 
@@ -148,6 +148,7 @@ class Track:
 
     def __init__(self, name, jobs, logs, given, table):
         self.jobs, self.logs, self.given, self.table = jobs, logs, given, table
+        self.free, self.failed = threading.Semaphore(jobs), []  # for all threads that train
         self.config = f"configs/{name}_muon.toml"
         self.full = load_config([self.config, *given])
         self.steps = self.full.num_iterations
@@ -155,27 +156,28 @@ class Track:
     def train(self, points):
         """Runs those of `points` that are not in the table."""
         missing = [point for point in dict.fromkeys(points) if point not in self.table.losses]
-        threads, failed = max(1, (os.cpu_count() or 1) // self.jobs), []
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
 
         def one(point):
-            if failed:
-                return
             name = "_".join(str(value) for value in point if value != "")
             shorter = ["--warmdown_iters", str(round(self.full.warmdown_iters * point.steps / self.steps))]
             arguments = [self.config, *self.given, *fields(ZOO[point.optimizer], point), *shorter, "--val_loss_every", "0",
                          "--log_dir", str(self.logs), "--run_name", name, "--resume", "auto", "--save_every", "250"]
-            loss = tune.train(arguments, self.logs / name, threads)
-            if loss is None and not replicate.diverged(self.logs / name):
-                failed.append(name)
-                return
+            with self.free:
+                if self.failed:
+                    return
+                loss = tune.train(arguments, self.logs / name, threads)
+                if loss is None and not replicate.diverged(self.logs / name):
+                    self.failed.append(name)
+                    return
             loss = math.nan if loss is None else loss
             self.table.add(point, loss, code_sha256()[:12])
             print(f"{name}: {loss:.4f}", flush=True)
 
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(one, missing))
-        if failed:
-            raise UserError(f"the run {failed[0]} in {self.logs} did not end; the same command resumes it")
+        if self.failed:
+            raise UserError(f"the run {self.failed[0]} in {self.logs} did not end; the same command resumes it")
 
     def losses_of(self, points, best=math.inf):
         """{point: mean loss over the tuning seeds} of points without a seed, after their training; `best` is the least loss so far."""
@@ -224,9 +226,8 @@ class Track:
         path.write_text(json.dumps(measured, indent=1) + "\n")
 
     def compare(self, name):
-        """Tunes, times and runs one optimizer."""
+        """Tunes one optimizer and runs it."""
         best = self.tune(name)
-        self.measure(name)
         lengths = (self.steps, round(SHORTER * self.steps)) if name == "muon" else (self.steps,)
         self.train([Point(name, steps, *best, seed) for seed in SEEDS for steps in lengths])
 
@@ -290,7 +291,7 @@ def section(folder):
     steps = max(point.steps for point in table.losses)
     measured = json.loads((folder / "overhead.json").read_text())
     muon, shorter = table.results("muon", steps), table.results("muon", round(SHORTER * steps))
-    complete = [name for name in ZOO if name in measured and set(table.results(name, steps)) == set(SEEDS)]
+    complete = [name for name in ZOO if name in measured and set(table.results(name, steps)) == set(SEEDS) == set(muon) == set(shorter)]
     found = {name: row(table, name, steps, measured[name], muon, shorter) for name in complete}
     rows = sorted(found.values(), key=lambda row: math.inf if math.isnan(row[0].mean) else row[0].mean)
     waiting = [name for name in ZOO if name not in complete]
@@ -306,7 +307,8 @@ def section(folder):
 HEAD = """# The optimizers people ask about
 
 `python scripts/zoo.py` tunes each with the same effort, runs it with six seeds of its own, and writes this page; how, it says
-under `--help`. Every run is a line of `runs.csv`. Sorted by final loss. **=** marks what cannot be told from Muon: the 95 % interval
+under `--help`. Every run is a line of `runs.csv`; those that the CPU track's record has already are taken from there (with its code,
+a39201df5e45 and b45df38e4b18). Sorted by final loss. **=** marks what cannot be told from Muon: the 95 % interval
 of the difference over the seeds, which all optimizers share, holds 0. With as many optimizers as here, one in twenty that are equal
 will look different. Steps saved are what the difference is worth at the slope of Muon's loss between 0.94 and all of the steps.
 The time of a step is the ratio to Muon's, alternating in one process, on the machine that `overhead.json` names; the state is in
@@ -358,9 +360,12 @@ def main():
         track = Track(args.track, args.jobs, args.log_dir or Path("logs") / f"zoo_{args.track}", given,
                       Table(args.records / args.track / "runs.csv"))
         replicate.fetch_data(args.track, given)
-        for name in dict.fromkeys(["muon", *(args.names or ZOO)]):  # all are compared with Muon
-            track.compare(name)
-            write_page(args.records)
+        names = list(dict.fromkeys(["muon", *(args.names or ZOO)]))  # all are compared with Muon
+        for name in names:
+            track.measure(name)
+        with ThreadPoolExecutor(args.jobs) as pool:  # while one optimizer waits for a run that decides its next, another trains
+            for _ in pool.map(track.compare, names):
+                write_page(args.records)
     else:
         write_page(args.records, args.check)
 

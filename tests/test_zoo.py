@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -157,7 +158,7 @@ def test_equal_tuning_then_fresh_seeds(compare, tmp_path):
         losses[row["optimizer"], int(row["seed"]) >= 100].setdefault(tuple(row.values())[1:5], []).append(float(row["final_val_loss"]))
     for tuning in (losses["muon", True].values(), losses["normuon", True].values()):
         best = min(found[0] for found in tuning)
-        assert {len(found) for found in tuning} == {1, 2} and all(len(found) == 2 or found[0] > best + 0.03 for found in tuning)
+        assert {len(found) for found in tuning} == {1, 2} and all(len(found) == 2 or found[0] > best + 0.02 for found in tuning)
     assert points["normuon", False] == {("0.08", "0.004", "0.9")}  # twice the largest rate of the grid: the neighbour
     assert compare("normuon").returncode == 0 and compare.runs == 0
 
@@ -179,6 +180,15 @@ def test_page(compare, tmp_path):
         file.write("signum,600,0.02,0.002,,5,9.0,abc\n")
     with pytest.raises(UserError, match="is stale"):
         compare("--check")
+
+
+def test_jobs_change_nothing(compare, tmp_path):
+    tables = []
+    for jobs in (1, 2):
+        assert compare("signum", "--jobs", jobs).returncode == 0
+        tables.append(sorted((tmp_path / "zoo/cpu/runs.csv").read_text().splitlines()))
+        shutil.rmtree(tmp_path / "zoo")
+    assert tables[0] == tables[1]
 
 
 def test_divergence_is_a_result(compare, tmp_path):

@@ -5,7 +5,7 @@
 
 For each width and optimizer the same grid: learning_rate 0.02, on which both optimizers hardly depend (tuning.csv of the track's record),
 and hidden_learning_rate from 0.001 to 0.004 in steps of the square root of 2, and on in such steps where the best is the smallest or the
-largest, by the mean final loss of the seeds 100 and 101 (100 alone where it ends 0.03 above the best). Then the best with the seeds 1 to 6:
+largest, by the mean final loss of the seeds 100 and 101 (100 alone where it ends 0.02 above the best). Then the best with the seeds 1 to 6:
 Muon and Newton-Muon at 600 steps, Newton-Muon at 564; and with the seeds 7 to 12 where that leaves an end of the saving's interval
 unknown. Every finished run is a line of width_N/runs.csv: the same command continues.
 """
@@ -13,6 +13,7 @@ import argparse
 import math
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
@@ -30,7 +31,7 @@ SEEDS, FURTHER = range(1, 7), range(7, 13)
 
 def best_rate(table, optimizer):
     """The hidden learning rate with the lowest mean final loss of the tuning seeds, and whether it is the smallest or the largest tried."""
-    tried = sorted({p.hidden_learning_rate for p in table.losses if p.optimizer == optimizer and p.seed in zoo.TUNING_SEEDS})
+    tried = sorted({p.hidden_learning_rate for p in list(table.losses) if p.optimizer == optimizer and p.seed in zoo.TUNING_SEEDS})
     best = min(tried, key=lambda hidden: table.mean(optimizer, 600, LEARNING_RATE, hidden, "", zoo.TUNING_SEEDS))
     return best, best in (tried[0], tried[-1])
 
@@ -38,13 +39,17 @@ def best_rate(table, optimizer):
 def train(width, jobs):
     table = zoo.Table(HERE / f"width_{width}" / "runs.csv")
     track = zoo.Track("cpu", jobs, Path("logs") / f"width_{width}", ["--n_embd", str(width)], table)
-    best = {}
-    for optimizer in ("muon", "newton_muon"):
+
+    def tune(optimizer):
         wanted, at_edge = GRID, True
         while at_edge:
             track.losses_of([(optimizer, 600, LEARNING_RATE, hidden, "") for hidden in wanted])
-            best[optimizer], at_edge = best_rate(table, optimizer)
-            wanted = [float(f"{best[optimizer] * 2 ** (0.5 if best[optimizer] > GRID[0] else -0.5):.2g}")]
+            best, at_edge = best_rate(table, optimizer)
+            wanted = [float(f"{best * 2 ** (0.5 if best > GRID[0] else -0.5):.2g}")]
+        return best
+
+    with ThreadPoolExecutor(2) as pool:
+        best = dict(zip(("muon", "newton_muon"), pool.map(tune, ("muon", "newton_muon"))))
     for seeds in (SEEDS, FURTHER):
         track.train([zoo.Point(optimizer, steps, LEARNING_RATE, best[optimizer], "", seed) for seed in seeds for optimizer, steps in ARMS])
         if known(saving(table)):
