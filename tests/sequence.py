@@ -1,10 +1,13 @@
-"""Runs train_gpt2.py several times in the same processes, which saves the import of torch: sequence.py '[[ARGUMENT, ...], ...]'.
+"""Runs train_gpt2.py many times after one import of torch: sequence.py '[[PROCESSES, [[ARGUMENT, ...], ...]], ...]'.
 
-Prints for each run and process the bytes of its optimizer state, and what it received and sent by the trainer's own collectives.
+Each number of processes is so many forks of this one, joined as torchrun joins them, which do their runs one after another. Prints for
+each run and process the bytes of its optimizer state, and what it received and sent by the trainer's own collectives.
 """
 import json
 import os
+import socket
 import sys
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -15,7 +18,7 @@ import torch.distributed as dist
 import train_gpt2
 
 torch.set_num_threads(1)
-counts = {}
+counts, made = {}, []
 
 
 def counted(name, function):
@@ -27,20 +30,40 @@ def counted(name, function):
     return call
 
 
-for name in ("all_gather_into_tensor", "reduce", "all_reduce"):
-    setattr(dist, name, counted(name, getattr(dist, name)))
-made = []
-build = train_gpt2.build_optimizers
-train_gpt2.build_optimizers = lambda *args: made.append(build(*args)) or made[-1]
-# one process group serves all runs
-init = dist.init_process_group
-dist.init_process_group = lambda *args, **kwargs: dist.is_initialized() or init(*args, **kwargs)
-for arguments in json.loads(sys.argv[1]):
-    made.clear()
-    counts.clear()
-    assert train_gpt2.run(train_gpt2.load_config(arguments)) == 0
-    hidden = made[0][1]  # the second pair is the warm-up's
-    state = sum(t.numel() * t.element_size() for entry in hidden.state.values() for t in entry.values() if torch.is_tensor(t))
-    sys.stdout.write("REPORT " + json.dumps(dict(rank=train_gpt2.rank(), state=state, **counts)) + "\n")
-    sys.stdout.flush()
-os._exit(0)  # as main() does
+def process(environment, runs):
+    os.environ.update(environment)
+    for name in ("all_gather_into_tensor", "reduce", "all_reduce"):
+        setattr(dist, name, counted(name, getattr(dist, name)))
+    build, init = train_gpt2.build_optimizers, dist.init_process_group
+    train_gpt2.build_optimizers = lambda *args: made.append(build(*args)) or made[-1]
+    dist.init_process_group = lambda *args, **kwargs: dist.is_initialized() or init(*args, **kwargs)  # one group serves all runs
+    for arguments in runs:
+        made.clear()
+        counts.clear()
+        assert train_gpt2.run(train_gpt2.load_config(arguments)) == 0
+        hidden = made[0][1]  # the second pair is the warm-up's
+        state = sum(t.numel() * t.element_size() for entry in hidden.state.values() for t in entry.values() if torch.is_tensor(t))
+        report = dict(rank=train_gpt2.rank(), world=train_gpt2.world_size(), run=arguments[arguments.index("--run_name") + 1], state=state)
+        os.write(1, f"REPORT {json.dumps({**report, **counts})}\n".encode())
+
+
+def fork(*arguments):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            process(*arguments)
+            sys.stdout.flush()
+            os._exit(0)  # as main() does
+        finally:
+            traceback.print_exc()
+            os._exit(1)
+    return pid
+
+
+for processes, runs in json.loads(sys.argv[1]):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(processes))
+    pids = [fork({**group, "RANK": str(i), "LOCAL_RANK": str(i)}, runs) for i in range(processes)]
+    if any([os.waitpid(pid, 0)[1] for pid in pids]):
+        sys.exit(1)

@@ -47,27 +47,33 @@ def same_weights(a, b):
 # the same result, and the work and memory divided
 
 
+def sequence(*groups):
+    """Runs [(processes, [[ARGUMENT, ...], ...]), ...] by sequence.py. Returns its output and {(processes, run name): reports, by rank}."""
+    done = subprocess.run([sys.executable, ROOT / "tests" / "sequence.py", json.dumps(groups)], env=ENV, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    reports = {}
+    for report in sorted(map(json.loads, re.findall(r"REPORT (\{.*?\})", done.stdout)), key=lambda report: report["rank"]):
+        reports.setdefault((report["world"], report["run"]), []).append(report)
+    return done.stdout, reports
+
+
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory, shards):
-    """{processes: (folder, reports)} of 60 steps with each optimizer on 1, 2, 3 and 4 processes, with micro-batches of other sizes."""
-    done = {}
+    """(folders of the logs by number of processes, reports) of 60 steps with each optimizer on 1, 2, 3 and 4, with micro-batches of other sizes."""
+    folders, groups = {}, []
     for processes, size in ((1, 12), (2, 2), (3, 4), (4, 1)):
         folder = tmp_path_factory.mktemp(f"world{processes}")
         config = write_config(folder / "config.toml", shards, num_iterations=STEPS, warmdown_iters=20, refresh_interval=REFRESH, device_batch_size=size,
                               save_every=20, val_tokens=16 * 23, data_seed=1)  # 23 validation sequences: they divide by none of the counts
-        runs = [[str(config), "--optimizer", name, "--run_name", name] for name in OPTIMIZERS]
-        command = [ROOT / "tests" / "sequence.py", json.dumps(runs)]
-        result = subprocess.run(torchrun(processes, *command) if processes > 1 else [sys.executable, *command], env=ENV, capture_output=True, text=True, timeout=240)
-        assert result.returncode == 0, result.stderr
-        reports = [json.loads(text) for text in re.findall(r"REPORT (\{.*?\})", result.stdout)]
-        done[processes] = folder / "logs", {name: sorted(reports[i * processes:(i + 1) * processes], key=lambda r: r["rank"]) for i, name in enumerate(OPTIMIZERS)}
-    return done
+        groups.append((processes, [[str(config), "--optimizer", name, "--run_name", name] for name in OPTIMIZERS]))
+        folders[processes] = folder / "logs"
+    return folders, sequence(*groups)[1]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_losses_on_any_number_of_processes(worlds, optimizer, processes):
-    one, many = logged(worlds[1][0] / optimizer), logged(worlds[processes][0] / optimizer)
+    one, many = (logged(worlds[0][count] / optimizer) for count in (1, processes))
     assert one.keys() == many.keys() and len(one) == STEPS + STEPS // 5 + 1
     assert max(abs(many[key] - one[key]) / one[key] for key in one) < 2e-4
 
@@ -75,11 +81,10 @@ def test_losses_on_any_number_of_processes(worlds, optimizer, processes):
 @pytest.mark.parametrize("optimizer", ["muon", "newton_muon"])
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_optimizer_state_is_divided_among_the_processes(worlds, optimizer, processes):
-    whole = worlds[1][1][optimizer][0]["state"]
-    parts = [report["state"] for report in worlds[processes][1][optimizer]]
+    whole, parts = ([report["state"] for report in worlds[1][count, optimizer]] for count in (1, processes))
     largest = 4 * 16 * 64 * (1 if optimizer == "muon" else 3)  # bytes of the largest matrix's state: momentum, and K and P of the same size
-    assert sum(parts) == whole
-    assert max(parts) <= whole / processes + largest
+    assert [sum(parts)] == whole and len(parts) == processes
+    assert max(parts) <= whole[0] / processes + largest
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "newton_muon"])
@@ -88,21 +93,21 @@ def test_traffic_between_processes(worlds, optimizer, processes):
     weights, largest = 4 * 2 * 12 * 16 ** 2, 4 * 16 * 64
     grams = 4 * 2 * 7 * 16 ** 2  # bytes of all second moments: 1 + 1 + 1 + 4 blocks a layer
     warm_up = 3 if optimizer == "newton_muon" else 2
-    for report in worlds[processes][1][optimizer]:
+    for report in worlds[1][processes, optimizer]:
         # each process must send its share of the updates; the largest share, to which the others are padded, is at most one matrix above the mean
         assert report["all_gather_into_tensor"] <= (STEPS + warm_up) * (weights / processes + largest)
         assert report.get("reduce", 0) == ((STEPS // REFRESH + 1) * grams if optimizer == "newton_muon" else 0)
         assert "all_reduce" not in report
 
 
-def test_resume_on_three_processes(worlds, shards, tmp_path):
-    shutil.copytree(worlds[2][0] / "newton_muon", tmp_path / "logs/newton_muon")
+def test_resume_on_three_processes(worlds, tmp_path):
+    before = worlds[0][2] / "newton_muon"
+    shutil.copytree(before, tmp_path / "logs/newton_muon")
     (tmp_path / "logs/newton_muon/checkpoints/step_000060.pt").unlink()
-    config = worlds[2][0].parent / "config.toml"
-    result = subprocess.run(torchrun(3, ROOT / "train_gpt2.py", config, "--optimizer", "newton_muon", "--run_name", "newton_muon", "--resume", "auto",
-                                     "--device_batch_size", "0", "--log_dir", tmp_path / "logs"), env=ENV, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0 and "resumed at step 40" in result.stdout, result.stderr
-    whole, parts = logged(worlds[2][0] / "newton_muon"), logged(tmp_path / "logs/newton_muon")
+    output, _ = sequence((3, [[str(before.parents[1] / "config.toml"), "--optimizer", "newton_muon", "--run_name", "newton_muon", "--resume", "auto",
+                               "--device_batch_size", "0", "--log_dir", str(tmp_path / "logs")]]))
+    assert "resumed at step 40" in output
+    whole, parts = logged(before), logged(tmp_path / "logs/newton_muon")
     assert whole.keys() == parts.keys()
     assert max(abs(parts[key] - whole[key]) / whole[key] for key in whole) < 2e-4
 
@@ -180,12 +185,10 @@ def test_signal_saves_a_checkpoint(shards, tmp_path, number, code):
 
 def test_stopped_processes_resume_exactly(shards, tmp_path):
     config = write_config(tmp_path / "config.toml", shards, num_iterations=40, val_loss_every=1, optimizer="newton_muon", refresh_interval=3)
-    command = torchrun(2, ROOT / "train_gpt2.py", config)
-    code, seconds, output = stop_in_the_middle([*command, "--run_name", "stopped"], signal.SIGTERM)
+    code, seconds, output = stop_in_the_middle(torchrun(2, ROOT / "train_gpt2.py", config, "--run_name", "stopped"), signal.SIGTERM)
     assert code != 0 and seconds < 10 and "stopped by SIGTERM" in output, output
-    for name in ("stopped", "whole"):
-        result = subprocess.run([*command, "--run_name", name, "--resume", "auto"], env=ENV, capture_output=True, text=True, timeout=120)
-        assert result.returncode == 0, result.stderr
+    output, _ = sequence((2, [[str(config), "--run_name", name, "--resume", "auto"] for name in ("stopped", "whole")]))
+    assert output.count("resumed at step") == 1
     assert same_weights(tmp_path / "logs/stopped", tmp_path / "logs/whole")
     assert logged(tmp_path / "logs/stopped") == logged(tmp_path / "logs/whole")
 

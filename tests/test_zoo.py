@@ -7,8 +7,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,8 +14,7 @@ import torch
 from scipy import stats
 
 import zoo
-from conftest import ROOT
-from test_distributed import ENV, logged, torchrun, write_config
+from test_distributed import logged, sequence, write_config
 from train_gpt2 import UserError
 from zoo import ZOO
 
@@ -88,19 +85,15 @@ def test_the_loss_of_a_quadratic_falls(name):
 
 def test_processes_agree(shards, tmp_path):
     """Two processes log the losses of one, with each optimizer."""
-    logs = {}
+    groups = []
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
         config = write_config(tmp_path / str(processes) / "config.toml", shards, num_iterations=4, warmdown_iters=2, refresh_interval=2, val_loss_every=0)
-        runs = [[str(config), "--optimizer", entry.optimizer, "--optimizer_args", json.dumps(entry.arguments), "--run_name", name,
-                 "--hidden_learning_rate", str(entry.rates[1])] for name, entry in ZOO.items()]
-        command = [ROOT / "tests" / "sequence.py", json.dumps(runs)]
-        command = torchrun(2, *command) if processes > 1 else [sys.executable, *command]
-        done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
-        logs[processes] = {name: logged(tmp_path / str(processes) / "logs" / name) for name in ZOO}
-    for name, one in logs[1].items():
-        two = logs[2][name]
+        groups.append((processes, [[str(config), "--optimizer", entry.optimizer, "--optimizer_args", json.dumps(entry.arguments), "--run_name", name,
+                                    "--hidden_learning_rate", str(entry.rates[1])] for name, entry in ZOO.items()]))
+    sequence(*groups)
+    for name in ZOO:
+        one, two = (logged(tmp_path / processes / "logs" / name) for processes in "12")
         assert one.keys() == two.keys() and max(abs(two[key] - one[key]) / one[key] for key in one) < 2e-4, name
 
 
