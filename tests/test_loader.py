@@ -139,8 +139,9 @@ def test_damaged_bytes_are_one_error(tmp_path, cases):
     (lambda path: path.write_bytes(bytes(4) + GOOD[4:]), "not a token shard (it should start with 20240520)"),
     (lambda path: path.write_bytes(GOOD[:4] + b"\2" + GOOD[5:]), "version 2"),
     (lambda path: path.write_bytes(GOOD[:8] + b"\xfb\xff\xff\xff" + GOOD[12:]), "-5 tokens"),
+    (lambda path: path.write_bytes(GOOD[:512]), "not a token shard"),
     (lambda path: path.write_bytes(GOOD[:-3]), "damaged: 1,121 bytes, but its header says 50 tokens"),
-], ids=["directory", "pipe", "device", "loop", "dangling", "empty", "magic", "version", "count", "short"])
+], ids=["directory", "pipe", "device", "loop", "dangling", "empty", "magic", "version", "count", "half", "short"])
 def test_damage_is_refused_at_the_start(start, shards, tmp_path, make, words):
     (tmp_path / "a.bin").symlink_to(shards / "train_000001.bin")
     make(tmp_path / "b.bin")

@@ -325,6 +325,11 @@ def test_batch_that_processes_cannot_share(start, monkeypatch):
     refused(start(batch_size=9, device_batch_size=0), "batch_size = 9 cannot be split over 2 processes; the nearest numbers of processes that can are 1 and 3")
 
 
+def test_nan_loss_keeps_the_log(start, tmp_path):
+    refused(start(optimizer="faults:TurnsNaN", run_name="a"), "loss is nan at step 5", "learning_rate")
+    assert [step for step, _ in losses(tmp_path / "logs/a")] == [0, 5]
+
+
 def test_second_run_of_one_name(start, tmp_path):
     assert start(run_name="a").returncode == 0
     before = (tmp_path / "logs/a/log.txt").read_bytes()

@@ -142,6 +142,7 @@ def test_equal_tuning_then_fresh_seeds(compare, tmp_path):
     assert done.returncode == 0, done.stderr
     with open(tmp_path / "zoo/cpu/runs.csv", newline="") as file:
         rows = list(csv.DictReader(file))
+    assert compare.runs == len(rows) and sum(int(row["seed"]) < 100 for row in rows) == 2 * 6 + 6  # Muon also at 0.94 of the steps
     points = {(row["optimizer"], int(row["seed"]) >= 100): set() for row in rows}
     for row in rows:
         points[row["optimizer"], int(row["seed"]) >= 100].add((row["learning_rate"], row["hidden_learning_rate"], row["setting"]))

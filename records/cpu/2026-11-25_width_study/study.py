@@ -10,7 +10,6 @@ Muon and Newton-Muon at 600 steps, Newton-Muon at 564; and with the seeds 7 to 1
 unknown. Every finished run is a line of width_N/runs.csv: the same command continues.
 """
 import argparse
-import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,8 @@ SEEDS, FURTHER = range(1, 7), range(7, 13)
 
 def best_rate(table, optimizer):
     """The hidden learning rate with the lowest mean final loss of the tuning seeds, and whether it is the smallest or the largest tried."""
-    tried = sorted({p.hidden_learning_rate for p in list(table.losses) if p.optimizer == optimizer and p.seed in zoo.TUNING_SEEDS})
+    points = list(table.losses)  # a copy: the other optimizer's thread adds to them
+    tried = sorted({p.hidden_learning_rate for p in points if p.optimizer == optimizer and p.seed in zoo.TUNING_SEEDS})
     best = min(tried, key=lambda hidden: table.mean(optimizer, 600, LEARNING_RATE, hidden, "", zoo.TUNING_SEEDS))
     return best, best in (tried[0], tried[-1])
 
@@ -52,22 +52,13 @@ def train(width, jobs):
         best = dict(zip(("muon", "newton_muon"), pool.map(tune, ("muon", "newton_muon"))))
     for seeds in (SEEDS, FURTHER):
         track.train([zoo.Point(optimizer, steps, LEARNING_RATE, best[optimizer], "", seed) for seed in seeds for optimizer, steps in ARMS])
-        if known(saving(table)):
+        if estimates.steps_saved(*finals(table), 0.06).mean is not None:
             break
 
 
 def finals(table):
     """For each arm {seed: final loss}."""
-    results = {p: loss for p, loss in table.losses.items() if p.seed not in zoo.TUNING_SEEDS}
-    return [{p.seed: loss for p, loss in results.items() if (p.optimizer, p.steps) == arm} for arm in ARMS]
-
-
-def saving(table):
-    return estimates.steps_saved(*finals(table), 0.06)
-
-
-def known(saved):
-    return math.isfinite(saved.low) and math.isfinite(saved.high)
+    return [table.results(*arm) for arm in ARMS]
 
 
 def write_page():
@@ -82,14 +73,14 @@ def write_page():
         if not seeds >= set(SEEDS):
             lines.append(f"| {width} | not run to the end | | | | | | |")
             continue
-        saved = saving(table)
+        saved = estimates.steps_saved(*arms, 0.06)
         gap = estimates.mean_interval([arms[1][seed] - arms[0][seed] for seed in seeds])
         muon, candidate, shorter = (f"{loss.mean:.4f} ({loss.low:.4f} to {loss.high:.4f})" for loss in map(zoo.mean_loss, arms))
         rates = [f"{best_rate(table, optimizer)[0]:g}" for optimizer in ("muon", "newton_muon")]
         lines += [f"| {width} | muon | {rates[0]} | {len(seeds)} | {muon} | | | |",
                   f"| {width} | newton_muon | {rates[1]} | {len(seeds)} | {candidate} | {shorter} "
                   f"| {gap.mean:+.4f} ({gap.low:+.4f} to {gap.high:+.4f}) | {estimates.saved_text(saved)} |"]
-        if known(saved):
+        if saved.mean is not None:
             bars = [[100 * (saved.mean - saved.low)], [100 * (saved.high - saved.mean)]]
             axes.errorbar(width, 100 * saved.mean, bars, fmt="o", color="C0", capsize=3)
     axes.axhline(0, color="black", lw=0.8)
