@@ -140,7 +140,8 @@ class Table:
 
     def results(self, optimizer, steps):
         """{seed: final loss} of the runs that are not tuning."""
-        return {p.seed: loss for p, loss in self.losses.items() if p.optimizer == optimizer and p.steps == steps and p.seed not in TUNING_SEEDS}
+        return {p.seed: loss for p, loss in self.losses.items()
+                if p.optimizer == optimizer and p.steps == steps and p.seed not in TUNING_SEEDS}
 
 
 class Track:
