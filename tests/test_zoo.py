@@ -170,10 +170,14 @@ def test_page(compare, tmp_path):
     assert f"{gaps.mean():+.4f} ({gaps.mean() - half:+.4f} to {gaps.mean() + half:+.4f}) =" in lines[0]
     assert f"{np.mean(losses[0]):.4f} (" in lines[0] and "1.50 (1.40 to 1.60)" in lines[0]
     assert compare("--check").returncode == 0
-    with open(tmp_path / "zoo/cpu/runs.csv", "a") as file:
-        file.write("signum,600,0.02,0.002,,5,9.0,abc\n")
-    with pytest.raises(UserError, match="is stale"):
-        compare("--check")
+    table = tmp_path / "zoo/cpu/runs.csv"
+    *last, _, code = table.read_text().splitlines()[-1].split(",")
+    for line, sentence in ((",".join([*last, "9.0", code]), "is stale"),
+                           ("signum,600,0.02,0.002,,5,9.0,abc", "has results of signum with several rates")):
+        with open(table, "a") as file:
+            file.write(line + "\n")
+        with pytest.raises(UserError, match=sentence):
+            compare("--check")
 
 
 def test_jobs_change_nothing(compare, tmp_path):

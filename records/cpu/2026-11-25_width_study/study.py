@@ -86,6 +86,7 @@ def write_page():
     axes.axhline(0, color="black", lw=0.8)
     axes.axhline(6, color="C1", ls="--", label="claimed for the speedrun")
     axes.set(xlabel="width", ylabel="steps saved by Newton-Muon, % (95 %)", xscale="log", xticks=WIDTHS, xticklabels=WIDTHS, xlim=(25, 160))
+    axes.minorticks_off()
     axes.legend()
     figure.savefig(HERE / "saving.png", dpi=110)
     (HERE / "results.md").write_text("\n".join(lines) + "\n")
