@@ -29,10 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 import runs as reading
-from estimates import SPEEDRUN_MARGIN, Change, Estimate, Record, mean_interval, ratio_change, record, track3_margin
+from estimates import SPEEDRUN_MARGIN, Change, Estimate, Record, mean_interval, ratio_change, record, track3_margin, welch
 from runs import RunError
 
 SPEEDRUN_TARGET = 3.28
@@ -93,10 +92,7 @@ def difference(new, old):
     mean = float(np.mean(new) - np.mean(old))
     if min(len(new), len(old)) < 2 or np.ptp(new) == np.ptp(old) == 0:
         return Change(mean)
-    with np.errstate(all="ignore"):  # about a side whose values are equal
-        test = stats.ttest_ind(new, old, equal_var=False, alternative="less")
-        low, high = stats.ttest_ind(new, old, equal_var=False).confidence_interval(0.95)
-    return Change(mean, float(low), float(high), float(test.pvalue))
+    return Change(mean, *welch(new, old))
 
 
 def summarize(group, target):

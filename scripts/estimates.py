@@ -16,6 +16,7 @@ is the fraction of its steps that the candidate can do without and still end at 
 (1 - f) N and N steps lies on a straight line. That is trusted up to f past either end: beyond -f and 2 f there are only bounds.
 """
 import math
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -90,6 +91,14 @@ def mean_interval(values):
     return Estimate(mean, *map(float, (mean - half, mean + half, *boot)))
 
 
+def welch(new, old):
+    """(low, high, p) of the difference of the means: 95 % interval, chance of one this low without a true difference (Welch's t-test)."""
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of numpy and scipy, about a side of equal values
+        low, high = stats.ttest_ind(new, old, equal_var=False).confidence_interval(0.95)
+        p = stats.ttest_ind(new, old, equal_var=False, alternative="less").pvalue
+    return float(low), float(high), float(p)
+
+
 def ratio_change(new, old, sign=1):
     """Change sign * (r - 1), with r = exp(mean(log new) - mean(log old)) of positive values; p that r < 1."""
     if min(*new, *old) <= 0:
@@ -98,10 +107,8 @@ def ratio_change(new, old, sign=1):
     mean = sign * math.expm1(a.mean() - b.mean())
     if min(len(a), len(b)) < 2 or np.ptp(a) == np.ptp(b) == 0:
         return Change(mean)
-    with np.errstate(all="ignore"):  # about a side whose values are equal
-        ends = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-        p = stats.ttest_ind(a, b, equal_var=False, alternative="less").pvalue
-    return Change(mean, *sorted(sign * math.expm1(end) for end in ends), float(p))
+    *ends, p = welch(a, b)
+    return Change(mean, *sorted(sign * math.expm1(end) for end in ends), p)
 
 
 def runs_needed(distance, sd, alpha=0.01, df=1, known_sd=False):
