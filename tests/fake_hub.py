@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 class FakeHub(http.server.ThreadingHTTPServer):
     """Serves `files`, {name: bytes}, of kjj0/fineweb10B-gpt2 at `url`: like LFS files (a redirect to another host, `localhost`,
-    and the SHA-256 as X-Linked-Etag) or, if not `lfs`, like small ones (no redirect, no SHA-256). If not `is_a_hub`, without the
-    header that tells the hub from other servers.
+    and the SHA-256 as X-Linked-Etag) or, if not `lfs`, like small ones (no redirect, no SHA-256).
 
     `faults` {(method, name): iterator of dicts} says what goes wrong in one request after the other:
         status, headers     this answer, instead of the file
@@ -23,8 +22,7 @@ class FakeHub(http.server.ThreadingHTTPServer):
 
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.faults, self.requests, self.lfs, self.is_a_hub = files, {}, [], True, True
-        self.stalled, self.closed = threading.Event(), threading.Event()
+        self.files, self.faults, self.requests, self.lfs, self.stalled = files, {}, [], True, threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def starts(self, name):
@@ -33,15 +31,6 @@ class FakeHub(http.server.ThreadingHTTPServer):
 
     def handle_error(self, *arguments):
         """Nothing: connections that clients leave are part of the tests."""
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *error):
-        self.closed.set()
-        self.shutdown()
-        self.server_close()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -70,7 +59,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if hub.files.get(name) is None:
             return self.reply(404, X_Error_Code="EntryNotFound")
         content = fault.get("content", hub.files[name])
-        headers = dict(X_Repo_Commit="0" * 40, ETag='"' + "1" * 40 + '"') if hub.is_a_hub else {}
+        headers = dict(X_Repo_Commit="0" * 40, ETag='"' + "1" * 40 + '"')
         if redirects:
             return self.reply(302, **headers, X_Linked_Etag=f'"{hashlib.sha256(content).hexdigest()}"', X_Linked_Size=len(content),
                               Location=f"http://localhost:{hub.server_port}/cdn/{name}")
@@ -83,7 +72,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(content[start:][:min((fault[key] for key in ("cut", "reset", "stall") if key in fault), default=None)])
         if "stall" in fault:
             hub.stalled.set()
-            hub.closed.wait()
+            self.rfile.read()  # returns when the client leaves
         if "reset" in fault:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())  # and not close(), which would send a FIN first

@@ -4,12 +4,12 @@ import re
 import struct
 import threading
 from array import array
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from shards import write_shard
 from train_gpt2 import Shards, UserError, open_shard, prefetched
@@ -53,15 +53,7 @@ def test_prefetched_batches_and_errors_keep_their_order(tmp_path):
 
 def test_next_batch_is_read_ahead():
     reading = {i: threading.Event() for i in range(5)}
-
-    class Recorder:
-        waited = 0.0
-
-        def batch(self, i):
-            reading[i].set()
-            return ()
-
-    batches = prefetched(Recorder(), range(5), CPU)
+    batches = prefetched(SimpleNamespace(waited=0.0, batch=lambda i: reading[i].set()), range(5), CPU)
     for i in range(4):
         next(batches)
         assert reading[i + 1].wait(10)  # without another call
@@ -89,25 +81,16 @@ GOOD = struct.pack("<256i", 20240520, 1, 50, *[0] * 253) + array("H", range(50))
 position = st.integers(0, len(GOOD))
 number = st.one_of(st.integers(-2 ** 31, 2 ** 31 - 1), st.sampled_from([0, 1, -1, 2, 20240520, 20240521, 49, 50, 51, 100]))
 change = st.one_of(  # (start, stop, the bytes that replace those)
-    st.tuples(position, st.just(len(GOOD)), st.just(b"")),
+    st.tuples(position, st.just(len(GOOD)), st.sampled_from([b"", bytes(2), bytes(100), GOOD])),
     st.tuples(position, position, st.binary(max_size=9)),
-    st.tuples(st.just(len(GOOD)), st.just(len(GOOD)), st.sampled_from([bytes(2), bytes(100), GOOD])),
     st.builds(lambda field, n: (4 * field, 4 * field + 4, struct.pack("<i", n)), st.integers(0, 4), number),
     st.builds(lambda start, n: (start, start + n, bytes(n)), position, position),
 )
 
 
-def meaning(content):
-    """The tokens of a shard with these bytes, by its definition; None if it is none."""
-    magic, version, n = struct.unpack_from("<3i", content) if len(content) >= 1024 else (0, 0, 0)
-    if magic == 20240520 and version == 1 and len(content) == 1024 + 2 * n:
-        return list(struct.unpack_from(f"<{n}H", content, 1024))
-
-
 @pytest.mark.parametrize("cases", [500, pytest.param(10_000, marks=pytest.mark.fuzz)])
 def test_damaged_bytes_are_one_error(tmp_path, cases):
     path = tmp_path / "a.bin"
-    (tmp_path / "b.bin").write_bytes(GOOD)
 
     @settings(max_examples=cases, deadline=None, derandomize=True, database=None)
     @given(changes=st.lists(change, max_size=3))
@@ -116,16 +99,12 @@ def test_damaged_bytes_are_one_error(tmp_path, cases):
         for start, stop, new in changes:
             content[start:stop] = new
         path.write_bytes(content)
-        tokens = meaning(content)
-        if tokens is None:
-            for read in (open_shard, lambda path: Shards(f"{tmp_path}/?.bin", T, 65536)):
-                with pytest.raises(UserError, match=f"^{path}: .*make it again[^\n]*$"):
-                    read(path)
+        magic, version, n = struct.unpack_from("<3i", content.ljust(12))
+        if magic == 20240520 and version == 1 and n >= 0 and len(content) == 1024 + 2 * n:
+            assert open_shard(path).tolist() == list(struct.unpack_from(f"<{n}H", content, 1024))
         else:
-            assert open_shard(path).tolist() == tokens
-            rows = [shard[i:i + T + 1] for shard in (tokens, [*range(50)]) for i in range(0, len(shard) - T, T)]
-            idx, targets = Shards(f"{tmp_path}/?.bin", T, 65536).batch(range(len(rows)))
-            assert torch.cat((idx, targets[:, -1:]), 1).tolist() == rows
+            with pytest.raises(UserError, match=f"^{path}: .*make it again[^\n]*$"):
+                open_shard(path)
     check()
 
 
@@ -134,14 +113,13 @@ def test_damaged_bytes_are_one_error(tmp_path, cases):
     (lambda path: (os.mkfifo(path), os.write(os.open(path, os.O_RDWR), GOOD)), "it is not a regular file"),  # so that nobody waits
     (lambda path: path.symlink_to("/dev/zero"), "it is not a regular file"),
     (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
-    (lambda path: path.symlink_to("nowhere"), "No such file"),
     (lambda path: path.write_bytes(b""), "not a token shard"),
     (lambda path: path.write_bytes(bytes(4) + GOOD[4:]), "not a token shard (it should start with 20240520)"),
     (lambda path: path.write_bytes(GOOD[:4] + b"\2" + GOOD[5:]), "version 2"),
     (lambda path: path.write_bytes(GOOD[:8] + b"\xfb\xff\xff\xff" + GOOD[12:]), "-5 tokens"),
     (lambda path: path.write_bytes(GOOD[:512]), "not a token shard"),
     (lambda path: path.write_bytes(GOOD[:-3]), "damaged: 1,121 bytes, but its header says 50 tokens"),
-], ids=["directory", "pipe", "device", "loop", "dangling", "empty", "magic", "version", "count", "half", "short"])
+])
 def test_damage_is_refused_at_the_start(start, shards, tmp_path, make, words):
     (tmp_path / "a.bin").symlink_to(shards / "train_000001.bin")
     make(tmp_path / "b.bin")
@@ -150,23 +128,11 @@ def test_damage_is_refused_at_the_start(start, shards, tmp_path, make, words):
     assert done.stderr.count("\n") == 1 and "make it again" in done.stderr and not (tmp_path / "logs").exists()
 
 
-def test_an_unreadable_shard_is_an_error(tmp_path):
-    (tmp_path / "a.bin").write_bytes(GOOD)
-    (tmp_path / "a.bin").chmod(0)
-    user = os.geteuid()
-    os.seteuid(user or 65534)  # root may read everything
-    try:
-        with pytest.raises(UserError, match=r"a.bin: cannot be read \(Permission denied\); make it again"):
-            open_shard(tmp_path / "a.bin")
-    finally:
-        os.seteuid(user)
-
-
 @pytest.mark.parametrize("change, words", [
     (lambda path: path.unlink(), "cannot be read"),
     (lambda path: write_shard(path, np.arange(60)), "had 100 tokens when the run started and has 60 now"),
     (lambda path: os.truncate(path, 1100), "damaged: 1,100 bytes, but its header says 100 tokens"),
-], ids=["gone", "another", "shorter"])
+])
 def test_a_changing_shard_is_an_error(tmp_path, change, words):
     write_shard(tmp_path / "a.bin", np.arange(100))
     shards = Shards(str(tmp_path / "a.bin"), T, 100)
