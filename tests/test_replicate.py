@@ -20,13 +20,13 @@ from conftest import ROOT
 from estimates import Estimate
 from train_gpt2 import UserError, load_config
 
-TINY = ["--n_layer", "1", "--n_embd", "16", "--num_iterations", "20", "--warmdown_iters", "6", "--val_loss_every", "10",
-        "--val_tokens", "4096", "--target_val_loss", "5", "--log_every", "1"]
+TINY = ["--n_layer", "1", "--n_embd", "16", "--batch_size", "2", "--sequence_length", "32", "--num_iterations", "20",
+        "--warmdown_iters", "6", "--val_loss_every", "10", "--val_tokens", "64", "--target_val_loss", "5", "--log_every", "1"]
 
 
-def losses(*gains, n=5, seed=0):
+def losses(*gains, n=5):
     """Final losses {seed: loss} of an arm for each of `gains`, with the speedrun's spread."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     return [dict(enumerate(3.28 - gain + rng.normal(0, 0.0013, n))) for gain in gains]
 
 
@@ -77,42 +77,24 @@ def test_refused_before_the_first_run(call, tmp_path, arguments, words, monkeypa
 # running them
 
 
-def follow(output):
-    """What echo() prints of `output`, bytes in the pieces in which they are written."""
-    reader, writer = os.pipe()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stdout", io.StringIO())
-        thread = threading.Thread(target=replicate.echo, args=(reader, {125: 5.2017, 6200: 3.2785}))
-        thread.start()
-        for piece in output:
-            os.write(writer, piece)
-        os.close(writer)
-        thread.join(30)
-        return sys.stdout.getvalue()
-
-
-def test_the_published_loss_stands_beside_ours():
-    text = follow([b"Muon\nstep:0/6200 val_loss:10.9", b"3 train_time:0ms\nstep:125/6200 val_loss:5.2117 tr",
-                   b"ain_time:9ms\nstep:126/6200 val_loss:5.1 x\nend"])
-    assert text.splitlines() == ["Muon", "step:0/6200 val_loss:10.93 train_time:0ms", "step:125/6200 val_loss:5.2117 train_time:9ms  "
-                                 "published: 5.2017 (+0.0100)", "step:126/6200 val_loss:5.1 x", "end"]
-    assert follow([]) == "" and "(+nan)" in follow([b"step:125/6200 val_loss:nan\n"])
-
-
-def test_a_terminals_progress_line_passes_at_once(monkeypatch):
-    reader, writer = pty.openpty()
+@pytest.mark.parametrize("open_ends", [os.pipe, pty.openpty])
+def test_the_published_loss_stands_beside_ours(open_ends, monkeypatch):
+    reader, writer = open_ends()
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    thread = threading.Thread(target=replicate.echo, args=(reader, {125: 5.2017}))
+    thread = threading.Thread(target=replicate.echo, args=(reader, {125: 5.2017, 6200: 3.2785}))
     thread.start()
     try:
-        os.write(writer, b"\r\033[Kstep:10/6200 train_loss:7.1")
-        while "train_loss:7.1" not in sys.stdout.getvalue():  # shown although its line has no end
-            assert thread.is_alive()
-        os.write(writer, b"\r\033[Kstep:125/6200 val_loss:5.2017 train_time:9ms\n")
+        for piece in ("Muon\nstep:0/6200 val_loss:10.9", "3 train_time:0ms\n\r\033[Kstep:125/6200 val_loss:5.2117 tr",
+                      "ain_time:9ms\nstep:126/6200 val_loss:5.1 x\nstep:6200/6200 val_loss:nan\nend"):
+            os.write(writer, piece.encode())
+            while not sys.stdout.getvalue().endswith(piece.rpartition("\n")[2]):  # shown at once, although its line has no end
+                assert thread.is_alive()
     finally:
         os.close(writer)
         thread.join(30)
-    assert sys.stdout.getvalue().endswith("val_loss:5.2017 train_time:9ms  published: 5.2017 (+0.0000)\n")
+    assert sys.stdout.getvalue() == ("Muon\nstep:0/6200 val_loss:10.93 train_time:0ms\n"
+                                     "\r\033[Kstep:125/6200 val_loss:5.2117 train_time:9ms  published: 5.2017 (+0.0100)\n"
+                                     "step:126/6200 val_loss:5.1 x\nstep:6200/6200 val_loss:nan  published: 3.2785 (+nan)\nend")
 
 
 def test_stopped_run_ends_by_itself(tmp_path):
@@ -200,15 +182,12 @@ def test_the_overhead_is_what_bench_writes(tmp_path, call, monkeypatch):
 # judging them
 
 
-@pytest.mark.parametrize("saving, word, fewer, as_claimed", [
-    (0.06, "reproduced", "yes", "yes"), (0.03, "partly", "yes", "no"), (-0.03, "not reproduced", "no", "no"),
-])
-def test_the_verdict_in_words(saving, word, fewer, as_claimed):
-    slope = 0.0045 * 62
+def test_the_verdict_in_words():
+    saving, slope = 0.03, 0.0045 * 62
     lines = replicate.conclude(*losses(0, saving * slope, (saving - 0.06) * slope), 0.06, Estimate(0.01, 0.01, 0.01))
     steps, time = (float(line.split()[2].rstrip("%")) / 100 for line in lines[:2])
     assert steps == pytest.approx(saving, abs=0.007) and time == pytest.approx(1 - (1 - steps) * 1.01, abs=0.001)
-    assert lines[2:] == [f"fewer steps than Muon? {fewer}", f"as many fewer as claimed? {as_claimed}", f"verdict: {word}"]
+    assert lines[2:] == ["fewer steps than Muon? yes", "as many fewer as claimed? no", "verdict: partly"]
 
 
 def test_undecided_names_a_number_of_runs():
@@ -221,8 +200,7 @@ def test_undecided_names_a_number_of_runs():
 def test_one_seed_says_what_difference_means_nothing():
     arms = losses(0, 0.01, 0.02, n=1)
     text = "\n".join(replicate.conclude(*arms, 0.06, Estimate(0.01), (0.0013, math.inf)))
-    assert "final losses up to 0.0036 apart" in text and "%" in text and "verdict:" not in text and "saved" not in text
-    assert "not known" in "\n".join(replicate.conclude(*arms, 0.06, Estimate(0.01)))
+    assert "final losses up to 0.0036 apart" in text and "verdict:" not in text and "saved" not in text
 
 
 def test_spread_of_filed_runs(tmp_path, monkeypatch):
