@@ -328,7 +328,8 @@ Muon was tuned first. It ends 0.02 lower with a momentum of 0.9 than with the 0.
 are small beside that. So that nobody wins or loses by a default, no other optimizer starts with a longer memory than 0.9 unless it is the
 setting that is tuned. Only Newton-Muon had been run before that, with the ridge as its setting (0.8 is best) and 0.95: 1.5186 in the mean
 of six seeds, in [newton_muon_ridge.csv](cpu/newton_muon_ridge.csv). Now its setting is the momentum, as Muon's is. What is best at an end
-of the values tried for a setting might be better still beyond; the rates go on there, settings do not.
+of the values tried for a setting might be better still beyond; the rates go on there, settings do not. Muon alone was tried at 0.8, too,
+beside its 12 points: 1.5095 in the mean of the two tuning seeds, against 1.5021 at 0.9.
 """
 
 
