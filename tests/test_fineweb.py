@@ -1,6 +1,7 @@
 """data/fineweb.py against a local hub and its faults: in this process, with a clock that only notes the waits, and as a script."""
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -20,7 +21,6 @@ from huggingface_hub import constants
 import fineweb
 from fake_hub import FakeHub
 from faults import full_disk
-from shards import manifest_entry
 from train_gpt2 import Config
 
 VAL, ONE, TWO, THREE = NAMES = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in (1, 2, 3))]
@@ -99,7 +99,8 @@ def test_shards_are_fetched_and_listed(hub, fetch, out):
     assert fetch(3).error is None and files(out) == only(hub, *NAMES) and not hub.starts(ONE)
     manifest = json.loads((out / "fineweb.json").read_text())
     assert manifest["tokenizer"] == "gpt2" and "kjj0/fineweb10B-gpt2" in manifest["source"]
-    assert manifest["shards"] == [manifest_entry(out / name) for name in (ONE, TWO, THREE, VAL)]
+    assert manifest["shards"] == [dict(file=name, tokens=n, bytes=1024 + 2 * n, sha256=hashlib.sha256(hub.files[name]).hexdigest())
+                                  for name, n in ((ONE, 5001), (TWO, 5002), (THREE, 5003), (VAL, 5000))]
 
 
 def test_an_invalid_manifest_is_rewritten(hub, fetch, out):

@@ -19,6 +19,7 @@ import train_gpt2
 import tune
 from conftest import ROOT, TINY
 from runs import RunError
+from test_distributed import logged, write_config
 from train_gpt2 import GPT, Config, UserError, load_config
 
 RUNS = sorted(path.parent.relative_to(ROOT / "records") for path in ROOT.glob("records/*/*/*/run.json"))
@@ -296,6 +297,12 @@ def test_grid(monkeypatch, call, tmp_path):
         started.clear()
     with pytest.raises(UserError, match="--jobs 0: must be at least 1"):
         call(tune, *arguments, "--jobs", 0)
+
+
+def test_a_tuning_run_is_a_run(shards, tmp_path):
+    config = write_config(tmp_path / "config.toml", shards)
+    loss = tune.train([str(config), "--run_name", "a"], tmp_path / "logs/a", threads=1)
+    assert loss == logged(tmp_path / "logs/a")[10, "val_loss"]
 
 
 def test_protocol_tunes_alike(monkeypatch, tmp_path):
