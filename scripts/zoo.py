@@ -317,8 +317,9 @@ HEAD = """# The optimizers people ask about
 
 `python scripts/zoo.py` tunes each with the same effort, runs it with six seeds of its own, and writes this page; how, it says
 under `--help`. Every run is a line of `runs.csv`; those of the CPU track's tuning are taken from its record (code a39201df5e45).
-Sorted by final loss. **=** marks what cannot be told from Muon: the 95 % interval of the difference over the seeds, which all optimizers share, holds 0. With as many optimizers as here, one in twenty that are equal
-will look different. Steps saved are what the difference is worth at the slope of Muon's loss between 0.94 and all of the steps.
+Sorted by final loss. **=** marks what cannot be told from Muon: the 95 % interval of the difference over the seeds, which all
+optimizers share, holds 0. With as many optimizers as here, one in twenty that are equal will look different. Steps saved are what the
+difference is worth at the slope of Muon's loss between 0.94 and all of the steps.
 The time of a step is the ratio to Muon's, alternating in one process, on the machine that `overhead.json` names; the state is in
 bytes for each hidden parameter (fp32), lines are those of code in `optimizers/`.
 
