@@ -6,7 +6,8 @@
 
 The data come first, by data/shakespeare.py or data/fineweb.py, unless --input_bin names others; then the overhead of a step, by bench.py.
 Runs and overhead.json lie in --log_dir. What is finished there is not done again, and a broken run resumes from its last checkpoint, so the
-same command continues after an interruption, and a larger --seeds adds to what is there.
+same command continues after an interruption, and a larger --seeds adds to what is there. On the CPU track the runs of a seed go side by
+side and share the cores: less time in all, and the same load for each; how long a step takes alone, only bench.py measures.
 
 The claim (arXiv:2604.01472): Newton-Muon reaches the loss of Muon in 6 % fewer steps, and in about 4 % less time.
 The arms: Muon with all N steps of the configuration, Newton-Muon with N and with 0.94 N, its warm-down shortened alike, and the other
@@ -35,6 +36,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -109,31 +111,56 @@ def echo(output, published):
             sys.stdout.flush()
 
 
-def start(arguments, otherwise, published=None):
-    """Runs `python ARGUMENTS`. Raises UserError with `otherwise` if that fails, KeyboardInterrupt if Ctrl-C or SIGTERM stopped it.
+def label(output, name):
+    """Copies lines to the terminal, with `name` in front."""
+    with open(output, encoding="utf-8", errors="replace") as output:
+        for line in output:
+            sys.stdout.write(f"{name}  {line.rstrip()}\n")  # in one piece: several do this at once
+            sys.stdout.flush()
 
-    With `published` it is train_gpt2.py, and echo() prints what it says.
+
+def launch(commands, published=None):
+    """Runs `python ARGUMENTS` for each of `commands`, {name: arguments}, all at once; returns their exit codes.
+
+    Several share the CPU's cores, and what they print goes through label(). What one prints goes through echo(), if there is a `published`
+    curve. Raises KeyboardInterrupt if Ctrl-C or SIGTERM stopped them.
     """
-    print(f"\n$ {shlex.join(['python', *arguments])}", flush=True)
-    output, end = (pty.openpty() if sys.stdout.isatty() else os.pipe()) if published else (None, None)
-    process, stops = subprocess.Popen([sys.executable, *arguments], stdout=end), []
+    several, processes, copies, stops = len(commands) > 1, [], [], []
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(commands)))} if several else None
 
     def stop(number, frame):  # a run ends after its step and writes a checkpoint; the terminal has told it of Ctrl-C already
         stops.append(number)
         if number == signal.SIGTERM:
-            process.terminate()
+            for process in processes:
+                process.terminate()
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if published:
-            os.close(end)
-            echo(output, published)
-        code = process.wait()
+        for name, arguments in commands.items():
+            print(f"\n$ {shlex.join(['python', *arguments])}", flush=True)
+            output, end = (pty.openpty() if published and sys.stdout.isatty() else os.pipe()) if published or several else (None, None)
+            processes.append(subprocess.Popen([sys.executable, *arguments], stdout=end, stderr=end if several else None, env=environment))
+            if end:
+                os.close(end)
+                copies.append(threading.Thread(target=label if several else echo, args=(output, name if several else published)))
+                copies[-1].start()
+            if stops:  # it came before this process was there
+                processes[-1].terminate()
+                break
+        codes = [process.wait() for process in processes]
+        for copy in copies:
+            copy.join()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if stops:
         raise KeyboardInterrupt
+    return codes
+
+
+def start(arguments, otherwise):
+    """Runs `python ARGUMENTS`, as launch() does. Raises UserError with `otherwise` if that fails."""
+    code, = launch({"": arguments})
     if code:
         raise UserError(f"that command ended with code {code}: {otherwise}")
 
@@ -238,14 +265,16 @@ def main():
     curve = {step: loss for step, loss, _ in runs.read_curve()} if args.track == "speedrun" else None
     if curve and missing:
         print("published: record 4 of the speedrun, Muon with 6200 steps; ours should be within 0.01 of it")
-    for folder, arguments, config in missing:
-        try:
-            start([*launcher, "train_gpt2.py", *arguments],
-                  f"the run in {folder} did not end; the same command resumes it from its last checkpoint", curve)
-        except UserError:
-            if not diverged(folder):
-                raise
-            print(f"{folder.name} diverged: its arm has no result", flush=True)
+    together = {}
+    for run in missing:
+        together.setdefault(run[2].seed if args.track == "cpu" and processes == 1 else run[0], []).append(run)
+    for batch in together.values():
+        codes = launch({folder.name: [*launcher, "train_gpt2.py", *arguments] for folder, arguments, _ in batch}, curve)
+        for (folder, _, _), code in zip(batch, codes):
+            if code and not diverged(folder):
+                raise UserError(f"the run in {folder} ended with code {code}; the same command resumes it from its last checkpoint")
+            if code:
+                print(f"{folder.name} diverged: its arm has no result", flush=True)
 
     print(flush=True)
     groups = runs.make_groups([runs.read_run(folder) for folder, _, _ in planned])

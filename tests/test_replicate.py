@@ -68,7 +68,7 @@ def test_without_muon_there_is_no_shorter_arm(monkeypatch, tmp_path):
 def test_refused_before_the_first_run(call, tmp_path, arguments, words, monkeypatch):
     if torch.cuda.is_available() and "mini" in arguments:
         pytest.skip("there is a GPU")
-    monkeypatch.setattr(replicate, "start", lambda *_: pytest.fail("starts"))
+    monkeypatch.setattr(replicate, "launch", lambda *_: pytest.fail("starts"))
     with pytest.raises(UserError) as raised:
         call(replicate, "--log_dir", tmp_path / "runs", *arguments)
     assert words in str(raised.value) and not (tmp_path / "runs").exists()
@@ -97,59 +97,81 @@ def test_the_published_loss_stands_beside_ours(open_ends, monkeypatch):
                                      "step:126/6200 val_loss:5.1 x\nstep:6200/6200 val_loss:nan  published: 3.2785 (+nan)\nend")
 
 
-def test_stopped_run_ends_by_itself(tmp_path):
-    handler, saved = signal.signal(signal.SIGTERM, signal.SIG_IGN), tmp_path / "saved"
-    code = f"""
-import os, signal, sys
+def test_stopped_runs_end_by_themselves(tmp_path):
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    code = """
+import os, pathlib, signal, sys
+folder, name, other = pathlib.Path(sys.argv[1]), *sys.argv[2:]
 def stop(*_):
-    open({str(saved)!r}, "w").close()  # as a run writes its checkpoint
+    (folder / (name + " saved")).touch()  # as a run writes its checkpoint
     sys.exit(143)
 signal.signal(signal.SIGTERM, stop)
-os.kill(os.getppid(), signal.SIGTERM)
+(folder / name).touch()
+while not (folder / other).exists():
+    pass
+if name == "b":
+    os.kill(os.getppid(), signal.SIGTERM)
 signal.pause()
 """
     try:
         with pytest.raises(KeyboardInterrupt):
-            replicate.start(["-c", code], "it failed")
+            replicate.launch({name: ["-c", code, str(tmp_path), name, other] for name, other in ("ab", "ba")})
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # as before
     finally:
         signal.signal(signal.SIGTERM, handler)
-    assert saved.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "a saved", "b saved"}
+
+
+def test_runs_side_by_side_share_the_cores_and_are_told_apart(capsys, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    code = "import os, sys; print(os.environ['OMP_NUM_THREADS']); print('and this', file=sys.stderr); sys.exit(int(sys.argv[1]))"
+    assert replicate.launch({"one": ["-c", code, "0"], "two": ["-c", code, "3"]}) == [0, 3]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("one ", "two "))]
+    assert sorted(lines) == ["one  3", "one  and this", "two  3", "two  and this"]
+
+
+def test_failed_command_says_what_remains(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    replicate.start(["-c", "import os; assert 'OMP_NUM_THREADS' not in os.environ"], "one command has all cores")
     with pytest.raises(UserError, match="code 3: it failed"):
         replicate.start(["-c", "raise SystemExit(3)"], "it failed")
 
 
 @pytest.fixture
 def replicated(call, tmp_path, monkeypatch):
-    """replicated(*arguments) runs it with a tiny model, its commands in this process; .started lists them."""
-    def start(arguments, otherwise, published=None):
-        replicated.started.append(arguments[0])
+    """replicated(*arguments) runs it with a tiny model, its commands in this process; .started lists them, those of one time as a list."""
+    def launch(commands, published=None):
+        replicated.started.append([arguments[0] for arguments in commands.values()])
+        return [run(arguments) for arguments in commands.values()]
+
+    def run(arguments):
         if arguments[0] == "scripts/bench.py":
             ratio = dict(mean_step=1.02, low=1.01, high=1.03)
             (tmp_path / "runs/overhead.tmp").write_text(json.dumps({"ratios": {"newton_muon/muon": ratio}}))
         elif arguments[0] == "train_gpt2.py":
             try:
                 train_gpt2.run(load_config(arguments[1:]))
-            except UserError as error:
-                raise UserError(f"that command ended with code 1: {otherwise}") from error
+            except UserError:
+                return 1
+        return 0
 
     def replicated(*arguments):
         replicated.started = []
         done = call(replicate, "--log_dir", tmp_path / "runs", "--optimizers", "muon,newton_muon", *TINY, *arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout
-    monkeypatch.setattr(replicate, "start", start)
+    monkeypatch.setattr(replicate, "launch", launch)
     monkeypatch.chdir(ROOT)
     return replicated
 
 
 def test_trains_judges_and_repeats_nothing(replicated, tmp_path):
     text = replicated()
-    assert replicated.started == ["data/shakespeare.py", "scripts/bench.py", *["train_gpt2.py"] * 2]
+    assert replicated.started == [["data/shakespeare.py"], ["scripts/bench.py"], ["train_gpt2.py"] * 2]  # two at once
     assert "one seed gives no verdict" in text and "verdict:" not in text and "not known for this configuration" in text
     assert (tmp_path / "runs.png").exists()
     text = replicated("--seeds", 2)
-    assert replicated.started == ["data/shakespeare.py", *["train_gpt2.py"] * 4] and "2 of 6 runs" in text
+    assert replicated.started == [["data/shakespeare.py"], ["train_gpt2.py"], ["train_gpt2.py"] * 3] and "2 of 6 runs" in text
     assert "overhead of Newton-Muon's step: +2.0% (95 %: +1.0% to +3.0%)" in text and text.splitlines()[-1].startswith("verdict: ")
     finals = [json.loads((tmp_path / f"runs/newton_muon_19_seed-{seed}/run.json").read_text())["final_val_loss"] for seed in (1, 2)]
     assert f"final loss of newton_muon after 19 steps: {np.mean(finals):.4f}" in text
@@ -159,7 +181,7 @@ def test_trains_judges_and_repeats_nothing(replicated, tmp_path):
 
 def test_diverged_run_is_not_repeated(replicated):
     text = replicated("--seeds", 2, "--hidden_learning_rate", "1e14")
-    assert replicated.started.count("train_gpt2.py") == 6 and "muon_20_seed-1 diverged: its arm has no result" in text
+    assert sum(replicated.started, []).count("train_gpt2.py") == 6 and "muon_20_seed-1 diverged: its arm has no result" in text
     assert "6 of 6 runs diverged" in text and text.splitlines()[-1] == "verdict: undecided"
     replicated("--seeds", 2, "--hidden_learning_rate", "1e14")
     assert replicated.started == []
