@@ -4,7 +4,8 @@
     python scripts/replicate.py --track speedrun --seeds 3          the claim itself, on all GPUs of this machine
     python scripts/replicate.py --track mini --num_iterations 450   fields of the configuration are passed on to train_gpt2.py
 
-The data come first, by data/shakespeare.py or data/fineweb.py, unless --input_bin names others; then the overhead of a step, by bench.py.
+The data come first, by data/shakespeare.py or data/fineweb.py, unless --input_bin names others; then, if a verdict is wanted, the overhead
+of a step, by bench.py.
 Runs and overhead.json lie in --log_dir. What is finished there is not done again, and a broken run resumes from its last checkpoint, so the
 same command continues after an interruption, and a larger --seeds adds to what is there. On the CPU track the runs of a seed go side by
 side and share the cores: less time in all, and the same load for each; how long a step takes alone, only bench.py measures.
@@ -21,7 +22,7 @@ reproduced        yes, yes
 partly            yes, no
 not reproduced    the second is no, the first is not yes
 undecided         else; with the number of runs of each arm that would decide it if losses and spread stayed the same
-One seed gives no verdict, and Newton-Muon no shorter arm. A run that diverges counts: its arm has no result.
+One seed gives no verdict: the shorter arm and the overhead wait for a second. A run that diverges counts: its arm has no result.
 On the speedrun track every evaluation is shown beside that of record 4, as published, so that a wrong set-up shows after 125 steps.
 """
 import argparse
@@ -249,13 +250,14 @@ def main():
     if len(targets) > 1:
         raise UserError(f"the configurations have different targets ({', '.join(map(str, targets))}); give one by --target_val_loss")
     claim = {"muon", "newton_muon"} <= set(optimizers)
+    timed = claim and (args.seeds > 1 or args.overhead)
     overhead = args.overhead or logs / "overhead.json"
     if args.overhead and claim:
         read_overhead(overhead)
     missing = [run for run in planned if not ended(run[0], run[2])]
     if missing:
         fetch_data(args.track, fields)
-    if claim and not overhead.exists():
+    if timed and not overhead.exists():
         logs.mkdir(parents=True, exist_ok=True)
         unfinished = overhead.with_suffix(".tmp")
         start([*launcher, "scripts/bench.py", f"configs/{args.track}_newton_muon.toml", "--sides", "muon,newton_muon", "--json",
@@ -285,14 +287,15 @@ def main():
                       for seed, (folder, _, _) in seeds.items()} for arm, seeds in plan.items()}
         lengths = [steps for optimizer, steps in arms if optimizer == "newton_muon"]
         N, short = max(lengths), min(lengths)
-        measured = read_overhead(overhead)
+        measured = read_overhead(overhead) if timed else None
         print("\nThe claim" + ("" if args.track == "speedrun" else f", made for the speedrun, on the {args.track} track"))
         for (optimizer, steps), losses in arms.items():
             values = list(losses.values())
             print(f"final loss of {optimizer} after {steps} steps: {np.mean(values):.4f}"
                   + (f" (standard deviation {np.std(values, ddof=1):.4f}, {len(values)} runs)" if values[1:] else ""))
-        print(f"overhead of Newton-Muon's step: {measured.mean:+.1%}"
-              + ("" if measured.low is None else f" (95 %: {measured.low:+.1%} to {measured.high:+.1%})"))
+        if timed:
+            print(f"overhead of Newton-Muon's step: {measured.mean:+.1%}"
+                  + ("" if measured.low is None else f" (95 %: {measured.low:+.1%} to {measured.high:+.1%})"))
         spread = filed_spread(args.track, [next(iter(arm.values()))[2] for arm in plan.values()])
         if args.track == "speedrun":
             spread = estimates.SPEEDRUN_SD, math.inf
