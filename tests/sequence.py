@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+import torch._dynamo  # as every optimizer does when it is made: two seconds, once instead of in each fork
 import torch.distributed as dist
 
 import train_gpt2

@@ -15,7 +15,7 @@ from conftest import ROOT, TINY, toml
 
 sys.path.insert(0, str(ROOT / "tests"))
 OPTIMIZERS = ("adamw", "muon", "newton_muon")
-STEPS, REFRESH = 60, 10
+STEPS, REFRESH = 40, 10
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
 
 
@@ -59,9 +59,9 @@ def sequence(*groups):
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory, shards):
-    """(folders of the logs by number of processes, reports) of 60 steps with each optimizer on 1, 2, 3 and 4, with micro-batches of other sizes."""
+    """(folders of the logs by number of processes, reports) of 40 steps with each optimizer on 1, 2, 3 and 4, with micro-batches of other sizes."""
     folders, groups = {}, []
-    for processes, size in ((1, 12), (2, 2), (3, 4), (4, 1)):
+    for processes, size in ((1, 12), (2, 2), (3, 4), (4, 3)):
         folder = tmp_path_factory.mktemp(f"world{processes}")
         config = write_config(folder / "config.toml", shards, num_iterations=STEPS, warmdown_iters=20, refresh_interval=REFRESH, device_batch_size=size,
                               save_every=20, val_tokens=16 * 23, data_seed=1)  # 23 validation sequences: they divide by none of the counts
@@ -103,10 +103,10 @@ def test_traffic_between_processes(worlds, optimizer, processes):
 def test_resume_on_three_processes(worlds, tmp_path):
     before = worlds[0][2] / "newton_muon"
     shutil.copytree(before, tmp_path / "logs/newton_muon")
-    (tmp_path / "logs/newton_muon/checkpoints/step_000060.pt").unlink()
+    (tmp_path / "logs/newton_muon/checkpoints/step_000040.pt").unlink()
     output, _ = sequence((3, [[str(before.parents[1] / "config.toml"), "--optimizer", "newton_muon", "--run_name", "newton_muon", "--resume", "auto",
                                "--device_batch_size", "0", "--log_dir", str(tmp_path / "logs")]]))
-    assert "resumed at step 40" in output
+    assert "resumed at step 20" in output
     whole, parts = logged(before), logged(tmp_path / "logs/newton_muon")
     assert whole.keys() == parts.keys()
     assert max(abs(parts[key] - whole[key]) / whole[key] for key in whole) < 2e-4
@@ -121,7 +121,7 @@ def test_twenty_kills(shards, tmp_path):
                           refresh_interval=4)
     code = """
 import json, os, random, select, signal, sys, time
-import torch, train_gpt2
+import torch, torch._dynamo, train_gpt2  # an optimizer imports the second
 torch.set_num_threads(1)
 def attempt(delay, *arguments):
     pid = os.fork()
@@ -143,7 +143,7 @@ start = time.perf_counter()
 assert attempt(0, config, "--run_name", "whole") == 0
 duration, ends, found = time.perf_counter() - start, [], []
 for _ in range(200):
-    ends.append(attempt(rng.uniform(0.05, duration / 4), config, "--run_name", "killed", "--resume", "auto"))
+    ends.append(attempt(rng.uniform(0.05, duration / 10), config, "--run_name", "killed", "--resume", "auto"))
     if ends.count(-9) == 20 or 0 in ends:
         break
 ends.append(attempt(0, config, "--run_name", "killed", "--resume", "auto"))
