@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY, toml
+from faults import full_disk
 
 sys.path.insert(0, str(ROOT / "tests"))
 OPTIMIZERS = ("adamw", "muon", "newton_muon")
@@ -196,13 +198,21 @@ def test_stopped_processes_resume_exactly(shards, tmp_path):
 # faults
 
 
-def faulty(shards, tmp_path, fault, processes=2, env=None, launcher=(), **fields):
-    config = write_config(tmp_path / "config.toml", shards, optimizer=f"faults:{fault}", num_iterations=20, save_every=2, run_name="a", collective_timeout=5, **fields)
-    command = torchrun(processes, ROOT / "train_gpt2.py", config, "--resume", "auto") if processes > 1 else [sys.executable, ROOT / "train_gpt2.py", config]
+FAULTY = dict(num_iterations=20, save_every=2, run_name="a")
+
+
+def faulty(shards, tmp_path, fault, launcher=(), env={}, **fields):
+    """(result, seconds, names of the checkpoints) of a run on two processes, the second of which has the fault."""
+    config = write_config(tmp_path / "config.toml", shards, optimizer=f"faults:{fault}", collective_timeout=5, **FAULTY, **fields)
+    command = torchrun(2, ROOT / "train_gpt2.py", config, "--resume", "auto")
     command[3:3] = launcher
     start = time.monotonic()
-    result = subprocess.run(command, env={**ENV, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **(env or {})}, capture_output=True, text=True, timeout=120)
-    return result, time.monotonic() - start, sorted(path.name for path in (tmp_path / "logs/a/checkpoints").iterdir())
+    result = subprocess.run(command, env={**ENV, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **env}, capture_output=True, text=True, timeout=120)
+    return result, time.monotonic() - start, checkpoints(tmp_path)
+
+
+def checkpoints(tmp_path):
+    return sorted(path.name for path in (tmp_path / "logs/a/checkpoints").iterdir())
 
 
 def error_lines(result):
@@ -211,18 +221,18 @@ def error_lines(result):
 
 @pytest.mark.parametrize("fault", ["Dies", "Hangs"])
 def test_lost_process_is_named(shards, tmp_path, fault):
-    result, seconds, checkpoints = faulty(shards, tmp_path, fault)
+    result, seconds, saved = faulty(shards, tmp_path, fault)
     assert result.returncode == 1 and seconds < 60
     lines = error_lines(result)
     assert len(lines) == 1 and lines[0].startswith("error: process 0: process 1 does not answer any more ("), result.stderr
-    assert checkpoints == ["step_000002.pt", "step_000004.pt"]
+    assert saved == ["step_000002.pt", "step_000004.pt"]
 
 
 def test_nan_loss_ends_all_processes(shards, tmp_path):
-    result, _, checkpoints = faulty(shards, tmp_path, "TurnsNaN", val_loss_every=0)
+    result, _, saved = faulty(shards, tmp_path, "TurnsNaN", val_loss_every=0)
     assert result.returncode == 1
     assert error_lines(result) == ["error: the train loss is nan at step 6 on process 1; lower learning_rate or hidden_learning_rate"]
-    assert checkpoints == ["step_000002.pt", "step_000004.pt"]
+    assert saved == ["step_000002.pt", "step_000004.pt"]
 
 
 def test_torchrun_restarts_from_a_checkpoint(shards, tmp_path):
@@ -232,17 +242,18 @@ def test_torchrun_restarts_from_a_checkpoint(shards, tmp_path):
 
 
 @pytest.mark.parametrize("limit, name", [(20_000, "log.txt"), (200_000, "step_000006.pt")])
-def test_full_disk_keeps_the_last_checkpoint(shards, tmp_path, limit, name):
-    result, _, checkpoints = faulty(shards, tmp_path, "FillsDisk", processes=1, env={"FAULT_BYTES": str(limit)}, n_embd=64)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
+def test_full_disk_keeps_the_last_checkpoint(start, tmp_path, monkeypatch, limit, name):
+    monkeypatch.setenv("FAULT_BYTES", str(limit))
+    with full_disk(resource.RLIM_INFINITY):  # restores the limit that the fault sets
+        result = start(optimizer="faults:FillsDisk", n_embd=64, **FAULTY)
+    assert result.returncode == 1
     assert len(error_lines(result)) == 1 and name in error_lines(result)[0] and "File too large" in error_lines(result)[0], result.stderr
-    assert checkpoints == ["step_000002.pt", "step_000004.pt"]
-    for checkpoint in checkpoints:
+    assert checkpoints(tmp_path) == ["step_000002.pt", "step_000004.pt"]
+    for checkpoint in checkpoints(tmp_path):
         torch.load(tmp_path / "logs/a/checkpoints" / checkpoint, weights_only=True)
 
 
-def test_nan_weights_are_never_saved(shards, tmp_path):
-    config = dict(val_loss_every=0, log_every=100)  # nothing else looks at the weights before the checkpoint
-    result, _, checkpoints = faulty(shards, tmp_path, "TurnsNaN", processes=1, **config)
+def test_nan_weights_are_never_saved(start, tmp_path):
+    result = start(optimizer="faults:TurnsNaN", val_loss_every=0, log_every=100, **FAULTY)  # nothing else looks at the weights before the checkpoint
     assert result.returncode == 1 and "not finite after step 6" in result.stderr
-    assert checkpoints == ["step_000002.pt", "step_000004.pt"]
+    assert checkpoints(tmp_path) == ["step_000002.pt", "step_000004.pt"]

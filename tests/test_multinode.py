@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 
+import train_gpt2
 from conftest import ROOT
 from test_distributed import logged, write_config
 
@@ -48,7 +49,7 @@ def kill_node(process):
     process.wait()
 
 
-def test_two_nodes_survive_a_death(nodes, shards, tmp_path):
+def test_two_nodes_survive_a_death(nodes, shards, tmp_path, call):
     config = write_config(tmp_path / "config.toml", shards, num_iterations=100, warmdown_iters=20, val_loss_every=2, save_every=2, optimizer="newton_muon",
                           refresh_interval=5, collective_timeout=60)
 
@@ -76,8 +77,7 @@ def test_two_nodes_survive_a_death(nodes, shards, tmp_path):
         for process in running:
             if process.poll() is None:
                 kill_node(process)
-    alone = subprocess.run([sys.executable, str(ROOT / "train_gpt2.py"), str(config), "--run_name", "alone"], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                           capture_output=True, text=True, timeout=120)
+    alone = call(train_gpt2, config, "--run_name", "alone")
     assert alone.returncode == 0, alone.stderr
     one, many = logged(tmp_path / "logs/alone"), logged(tmp_path / "logs/together")
     assert one.keys() == many.keys()

@@ -208,8 +208,10 @@ def test_hanging_wandb(start, tmp_path, fake_wandb, monkeypatch):
     assert losses(tmp_path / "logs/a")[-1][0] == 10
 
 
-def test_wandb_offline_needs_no_account(start, tmp_path):
-    done = start(processes=1, run_name="a", wandb_project="p", env={"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path)})
+def test_wandb_offline_needs_no_account(start, tmp_path, monkeypatch):
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("HOME", str(tmp_path))):
+        monkeypatch.setenv(name, value)
+    done = start(run_name="a", wandb_project="p")
     assert done.returncode == 0 and "warning" not in done.stderr
     written, = (tmp_path / "logs/a").glob("wandb/offline-run-*/*.wandb")
     assert b"val_loss" in written.read_bytes()
