@@ -11,7 +11,7 @@ OrthDion ("Orth-Dion", arXiv:2605.16341) has orthonormal columns in Q too, so th
 captured:
 
     M <- momentum (B - P S^T)
-    Q <- orthonormal columns of S = Q R by QR, signs such that R has a positive diagonal
+    Q <- orthonormal columns of S = Q R by QR, signs such that R has a positive diagonal; 0 where that is 0
 
 Without those signs <B, P Q^T> = tr R would have terms of both signs. At full rank OrthDion's M is 0: it has no momentum, as its rule
 has it. lr is the root-mean-square of an element's update, as in Muon, since ||P Q^T||_F = sqrt(k); the papers scale by sqrt(m / n)
@@ -52,4 +52,4 @@ class Dion(MatrixOptimizer):
 class OrthDion(Dion):
     def keep(self, B, P, S, momentum):
         Q, R = torch.linalg.qr(S)
-        return momentum * (B - P @ S.mT), Q * torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2).to(Q.dtype)
+        return momentum * (B - P @ S.mT), Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)

@@ -25,6 +25,7 @@ import math
 import numpy as np
 import torch
 
+from optimizers import check
 from train_gpt2 import Muon, as_blocks
 
 
@@ -34,16 +35,18 @@ class DPMuon(Muon):
             raise ValueError(f"noise_multiplier = {noise_multiplier}: must be 0 or more, and finite")
         if not clip > 0 or (noise_multiplier and clip == math.inf):
             raise ValueError(f"clip = {clip}: must be above 0, and finite unless noise_multiplier is 0")
+        check(lr=lr, seed=seed, **settings)
         super().__init__(params, lr, noise_multiplier=noise_multiplier, clip=clip, seed=seed, steps=0, **settings)
         self.number = {p: i for i, p in enumerate(self.matrices)}
 
     def step(self):
         for group in self.param_groups:
             group["steps"] += 1
+        self.group = {p: group for group in self.param_groups for p in group["params"]}
         super().step()
 
     def precondition(self, p, G):
-        group, G = self.param_groups[0], as_blocks(G)
+        group, G = self.group[p], as_blocks(G)
         H = G / (G.norm(dim=(-2, -1), keepdim=True) / group["clip"]).clamp(min=1)
         if group["noise_multiplier"]:
             entropy = np.random.SeedSequence((group["seed"], self.number[p], group["steps"])).generate_state(1, np.uint64)

@@ -6,7 +6,7 @@
     O = Q newton_schulz(Q^T U)
     W <- (1 - lr weight_decay) W - lr sqrt(m n / k) O
 
-lr is the root-mean-square of an element's update at every k, as in Muon, since ||O||_F = sqrt(k). With k = min(m, n), Q would be square
+lr is the root-mean-square of an element's update at every k, as in Muon, since ||O||_F = sqrt(k). With k = min(m, n), Q Q^T U = U
 and O = newton_schulz(U), whatever Q is, so the rule is Muon and draws nothing. Chosen here: one power step U U^T, where the paper allows
 none or several (its code takes k columns of U instead of U Z), and a fraction of the rank, where its code has k = 200 and Muon for
 matrices below 500: 0.25 is about that for GPT-2's 768. Z comes from `seed` and the number of the step, the same for all matrices.
@@ -17,6 +17,7 @@ import math
 
 import torch
 
+from optimizers import check
 from train_gpt2 import Muon, newton_schulz
 
 
@@ -24,6 +25,7 @@ class LowRankMuon(Muon):
     def __init__(self, params, lr=3.6e-4, rank_fraction=0.25, seed=0, **settings):
         if not 0 < rank_fraction <= 1:
             raise ValueError(f"rank_fraction = {rank_fraction}: must be above 0 and at most 1")
+        check(lr=lr, seed=seed, **settings)
         super().__init__(params, lr, rank_fraction=rank_fraction, seed=seed, steps=0, **settings)
 
     def step(self):

@@ -21,7 +21,7 @@ from train_gpt2 import Muon, as_blocks
 
 class PMuon(Muon):
     def __init__(self, params, lr=3.6e-4, beta=0.95, power=0.3, eps=1e-6, **settings):
-        check(beta=beta, eps=eps)
+        check(lr=lr, beta=beta, eps=eps, **settings)
         if not 0 <= power <= 0.5:
             raise ValueError(f"power = {power}: must be 0 or more, and at most 0.5")
         super().__init__(params, lr, beta=beta, power=power, eps=eps, **settings)

@@ -1,4 +1,5 @@
-"""PolarMuon: Muon that orthogonalizes to 1 instead of 0.7 to 1.2 (Amsel et al., "The Polar Express", arXiv:2505.16932), or exactly.
+"""PolarMuon: Muon that orthogonalizes to 0.88 to 1.12 instead of 0.68 to 1.2 in its five steps, and further in more (Amsel et al., "The
+Polar Express", arXiv:2505.16932), or exactly.
 
     M, U as in Muon
     X <- U / (1.01 ||U||_F + 1e-7), transposed if m > n
@@ -15,6 +16,7 @@ import math
 
 import torch
 
+from optimizers import check
 from train_gpt2 import Muon, fast_dtype
 
 POLAR_EXPRESS = (
@@ -48,6 +50,7 @@ def msgn(X):
 
 class PolarMuon(Muon):
     def __init__(self, params, lr=3.6e-4, exact=False, **settings):
+        check(lr=lr, **settings)
         super().__init__(params, lr, exact=exact, **settings)
 
     def orthogonalize(self, matrices, U, group):

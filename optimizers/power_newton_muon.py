@@ -8,15 +8,17 @@ import math
 
 import torch
 
+from optimizers import check
 from train_gpt2 import NewtonMuon
 
 
 class PowerNewtonMuon(NewtonMuon):
-    def __init__(self, params, power=0.5, **settings):
+    def __init__(self, params, lr=4e-4, power=0.5, **settings):
+        check(lr=lr, **settings)
         if not 0 < power <= 1:
             raise ValueError(f"power = {power}: must be above 0 and at most 1")
         self.power = power
-        super().__init__(params, **settings)
+        super().__init__(params, lr, **settings)
 
     def invert(self, A):
         good = A.isfinite().all(-1).all(-1)

@@ -17,11 +17,13 @@ import math
 
 import torch
 
+from optimizers import check
 from train_gpt2 import Muon, as_blocks, newton_schulz
 
 
 class Scion(Muon):
     def __init__(self, params, lr=3.6e-4, momentum=0.9, radius=50.0, constrained=True, ns_steps=5):
+        check(lr=lr, ns_steps=ns_steps)
         if not 0 < radius < math.inf:
             raise ValueError(f"radius = {radius}: must be above 0, and finite")
         super().__init__(params, lr, momentum, nesterov=False, ns_steps=ns_steps, radius=radius, constrained=constrained)

@@ -46,8 +46,6 @@ def rotate(X, state, back=False):
 
 class SOAP(MatrixOptimizer):
     def __init__(self, params, lr=3e-3, beta1=0.95, beta2=0.95, eps=1e-8, weight_decay=0.0, refresh_interval=10, one_sided=False):
-        if refresh_interval < 1:
-            raise ValueError(f"refresh_interval = {refresh_interval}: must be 1 or more")
         super().__init__(params, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, refresh_interval=refresh_interval,
                          one_sided=one_sided)
 

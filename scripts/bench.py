@@ -9,9 +9,10 @@ order that is reversed from round to round. A side is an optimizer as the traine
 the micro-batch that a run would choose; or `plain`, the loop one would write first: torch.optim.AdamW, not compiled, 16384 tokens at
 a time. Fields of the configuration can be overridden: --batch_size 128. Ctrl-C ends the rounds early.
 
-The table has the median step; for Newton-Muon the step that refreshes its statistics (timed once a round) and the mean step, with one
-refresh in refresh_interval; tokens per second and model FLOPs utilisation (MFU) of the mean step; the peak memory of the side alone on
-the GPU; and the ratio of mean steps of the same round: median, and from 6 rounds on its 95 % interval by order statistics.
+The table has the mean step of a round, by the median over the rounds; for Newton-Muon the step that refreshes its statistics (timed once
+a round) and the mean step, with one refresh in refresh_interval; tokens per second and model FLOPs utilisation (MFU) of the mean step; the
+peak memory of the side alone on the GPU; and the ratio of mean steps of the same round: median, and from 6 rounds on its 95 % interval by
+order statistics. Of an optimizer that does more in every k-th step, a multiple of k is the --steps that counts that right.
 Model FLOPs of a token, forward and backward: 6 N + 12 L C T (N parameters, L layers, width C, context T).
 
 --profile first shows where a step goes, by groups of kernels (torch.profiler). On a GPU a kernel counts with its time on the device, and
@@ -163,7 +164,7 @@ def report(args, config, sides, device, dtype):
     means, measured, ratios = {}, {}, {}  # means: the mean step in each round of each side
     for name, side in sides.items():
         times, refreshes = side.times[:rounds], side.refreshes[:rounds]
-        means[name] = ordinary = [statistics.median(steps) for steps in times]
+        means[name] = ordinary = [statistics.mean(steps) for steps in times]
         if refreshes:
             means[name] = [ms + (refresh - ms) / config.refresh_interval for ms, refresh in zip(ordinary, refreshes)]
         mean = statistics.median(means[name])

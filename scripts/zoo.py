@@ -1,19 +1,21 @@
 """Compare the optimizers of optimizers/ with Muon, all tuned alike: records/zoo/README.md.
 
-    python scripts/zoo.py --jobs 2            every optimizer on the CPU track: 25 runs each, half an hour of two cores each
-    python scripts/zoo.py soap normuon        these, and Muon, with which all are compared
-    python scripts/zoo.py --track mini        the same on a GPU, on the configurations configs/mini_*.toml
-    python scripts/zoo.py --page              only writes the page of what has been run
+    python scripts/zoo.py --jobs 2                     every optimizer on the CPU track: 25 runs, half an hour of two cores each
+    python scripts/zoo.py --optimizers soap,normuon    these, and Muon, with which all are compared
+    python scripts/zoo.py --track mini                 the same on a GPU, on the configurations configs/mini_*.toml
+    python scripts/zoo.py --page                       only writes the page of what has been run
+    python scripts/zoo.py --records logs/wide --n_embd 128    a comparison of one's own, by fields of the configuration
 
 Tuning: 12 points of an optimizer, each with the seeds 100 and 101 (seed and data_seed alike), by the mean of the final losses;
-the second seed is saved where the first ends 0.02 above the best, three standard deviations of a run: it could not win any more.
+the second seed is saved where the first ends 0.02 above the best, three standard deviations of Muon's runs: it would hardly win.
 3 x 3 pairs of learning_rate and hidden_learning_rate, a factor of 2 apart; at the best pair two other values of the setting that
 matters most; at the best of these 11 one pair more: the first untried neighbour, at a factor of 2 or else of the square root of 2.
 Results: the best point with the seeds 1 to 6, and Muon also at 0.94 of the steps, which says what a step is worth.
-Time: scripts/bench.py, which alternates the optimizer's steps with Muon's, before anything is trained.
+Time: scripts/bench.py, which alternates 10 steps of the optimizer with 10 of Muon's, before anything is trained.
 
 Every finished run is a line of records/zoo/TRACK/runs.csv and is not run again: the same command continues, on any machine that has
-that file. To run something again, after a change of its code, remove its lines. A run that diverges has the loss nan and stays.
+that file. To run something again, after a change of its code, remove its lines there and its folders in logs/zoo_TRACK/. A run that
+diverges has the loss nan and stays.
 """
 import argparse
 import ast
@@ -44,6 +46,7 @@ RECORDS = runs.ROOT / "records" / "zoo"
 TUNING_SEEDS, SEEDS = range(tune.FIRST_TUNING_SEED, tune.FIRST_TUNING_SEED + 2), range(1, 7)
 HOPELESS = 0.02  # a point whose first seed ends so far above the best is not run again
 SHORTER = 1 - replicate.CLAIM["steps"]
+NO_OTHER_LOSS = {"device", "device_batch_size", "compile", "collective_timeout", "log_every", "target_val_loss", "wandb_project"}
 
 
 @dataclass
@@ -175,9 +178,14 @@ class Track:
             with self.free:
                 if self.failed:
                     return
+                try:
+                    runs.finished(self.logs / name, load_config(arguments))  # refuses what other code has left there
+                except runs.RunError as error:
+                    self.failed.append(str(error))
+                    return
                 loss = tune.train(arguments, self.logs / name, threads)
                 if loss is None and not replicate.diverged(self.logs / name):
-                    self.failed.append(name)
+                    self.failed.append(f"the run {name} in {self.logs} did not end; the same command resumes it")
                     return
             loss = math.nan if loss is None else loss
             self.table.add(point, loss, code_sha256()[:12])
@@ -186,26 +194,31 @@ class Track:
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(one, missing))
         if self.failed:
-            raise UserError(f"the run {self.failed[0]} in {self.logs} did not end; the same command resumes it")
+            raise UserError(self.failed[0])
 
     def losses_of(self, points, best=math.inf):
         """{point: mean loss over the tuning seeds} of points without a seed, after their training; `best` is the least loss so far."""
         self.train([Point(*point, TUNING_SEEDS[0]) for point in points])
         first = {point: self.table.mean(*point, TUNING_SEEDS[:1]) for point in points}
         bound = min(best, *first.values()) + HOPELESS
-        self.train([Point(*point, seed) for point in points if first[point] <= bound for seed in TUNING_SEEDS[1:]])
+        self.train([Point(*point, seed) for point in points if first[point] <= bound for seed in TUNING_SEEDS])
         return {point: self.table.mean(*point, TUNING_SEEDS) for point in points}
 
     def tune(self, name):
         """(learning_rate, hidden_learning_rate, setting) of the best of 12 points."""
-        entry, tried = ZOO[name], {}  # (pair, setting) -> mean loss
+        entry, tried, at = ZOO[name], {}, {}  # (pair, setting) -> mean loss, point
 
         def best_of(*points):
             """The best point so far, after these have been tried."""
-            at = {(pair, setting): (name, self.steps, *tune.rates(entry.rates, pair), setting) for pair, setting in points}
-            losses = self.losses_of(at.values(), min(tried.values(), default=math.inf))
-            tried.update({point: losses[at[point]] for point in at})
-            return min(tried, key=tried.get)
+            new = {(pair, setting): (name, self.steps, *tune.rates(entry.rates, pair), setting) for pair, setting in points}
+            losses = self.losses_of(new.values(), min(tried.values(), default=math.inf))
+            tried.update({point: losses[new[point]] for point in new})
+            at.update(new)
+            while True:
+                best = min(tried, key=tried.get)
+                before, tried[best] = tried[best], self.losses_of([at[best]])[at[best]]
+                if tried[best] == before:  # it has had all seeds
+                    return best
 
         pair, _ = best_of(*((pair, "") for pair in tune.next_pairs({})))
         _, setting = best_of(*((pair, json.dumps(value)) for value in entry.values))
@@ -224,7 +237,7 @@ class Track:
         if entry.optimizer != "muon":
             out = self.logs / "bench.json"
             self.logs.mkdir(parents=True, exist_ok=True)
-            replicate.start(["scripts/bench.py", self.config, "--sides", f"muon,{entry.optimizer}", "--rounds", "12", "--json", str(out),
+            replicate.start(["scripts/bench.py", self.config, "--sides", f"muon,{entry.optimizer}", "--rounds", "12", "--steps", "10", "--json", str(out),
                              "--optimizer_args", config.optimizer_args, *self.given],
                             "the time of a step was not measured; the same command continues")
             bench = json.loads(out.read_text())
@@ -242,14 +255,15 @@ class Track:
 
 
 def state_bytes(config):
-    """Bytes of state for a hidden parameter, after a step and a refresh."""
+    """Bytes of state for a hidden parameter, after a refresh and two steps: the first of some only begins."""
     model = GPT(config)
     hidden, matrices = build_optimizers(model, config)[1], list(model.hidden_matrices().values())
     for p in matrices:
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     if hasattr(hidden, "refresh"):
         hidden.refresh([torch.eye(min(p.shape)).repeat(p.size(1) // min(p.shape), 1, 1) for p in matrices], 1)
-    hidden.step()
+    for _ in range(2):
+        hidden.step()
     tensors = [value for state in hidden.state.values() for value in state.values() if torch.is_tensor(value)]
     return sum(t.numel() * t.element_size() for t in tensors) / sum(p.numel() for p in matrices)
 
@@ -260,7 +274,7 @@ def lines_of_code(entry):
     if not module.startswith("optimizers."):
         return None
     source = inspect.getsource(importlib.import_module(module))
-    docstring = len(ast.get_docstring(ast.parse(source), clean=False).splitlines())
+    docstring = ast.parse(source).body[0].end_lineno
     return sum(1 for line in source.splitlines()[docstring:] if line.strip() and not line.strip().startswith("#"))
 
 
@@ -316,27 +330,28 @@ def section(folder):
 HEAD = """# The optimizers people ask about
 
 `python scripts/zoo.py` tunes each with the same effort, runs it with six seeds of its own, and writes this page; how, it says
-under `--help`. Every run is a line of `runs.csv`; those of the CPU track's tuning are taken from its record (code a39201df5e45).
-Sorted by final loss. **=** marks what cannot be told from Muon: the 95 % interval of the difference over the seeds, which all
-optimizers share, holds 0. With as many optimizers as here, one in twenty that are equal will look different. Steps saved are what the
-difference is worth at the slope of Muon's loss between 0.94 and all of the steps.
+under `--help`. Every run is a line of `runs.csv`. Sorted by final loss. **=** marks what cannot be told from Muon: the 95 % interval
+of the difference over the seeds, which all optimizers share, holds 0. With as many optimizers as here, one in twenty that are equal
+will look different. Steps saved are what the difference is worth at the slope of Muon's loss between 0.94 and all of the steps.
 The time of a step is the ratio to Muon's, alternating in one process, on the machine that `overhead.json` names; the state is in
 bytes for each hidden parameter (fp32), lines are those of code in `optimizers/`.
-
-On the CPU track Muon was tuned first, and ends 0.02 lower with a momentum of 0.9 than with the 0.95 of the speedrun, which is more than
-Newton-Muon differs from it. So that no default decides, no other optimizer starts with a longer memory than 0.9, unless that is the
+"""
+FILED = """
+Lines of the CPU track's `runs.csv` with the code a39201df5e45 are of its record's tuning. Muon was tuned first there, and ends 0.02
+lower with a momentum of 0.9 than with the 0.95 of the speedrun, which is more than Newton-Muon differs from it. So that no default
+decides, no other optimizer starts with a momentum above 0.9, unless that is the
 setting that is tuned. By then AdamW and torch's Muon had been run in part, whose entries stay as they were, and Newton-Muon had been
 run with another setting, the ridge (0.8 is best), and a momentum of 0.95: 1.5186 in the mean of six seeds
 ([newton_muon_ridge.csv](cpu/newton_muon_ridge.csv), the same command at commit 5d6b04f). Now its setting is the momentum, as Muon's is.
 What is best at an end of the values tried for a setting might be better still beyond: the rates continue there, settings do not.
-Muon alone was tried at 0.8 as well, beside its 12 points: `python train_gpt2.py configs/cpu_muon.toml --momentum 0.8` ends at 1.5095
+Muon alone was tried at 0.8 as well, beside its 12 points: `python train_gpt2.py configs/cpu_muon.toml --momentum 0.8` ends at 1.5094
 in the mean of the two tuning seeds (`--seed 100 --data_seed 100`, and 101), against 1.5021 at 0.9.
 """
 
 
 def write_page(records, check=False):
-    sections = {path.parent.name: section(path.parent) for path in sorted(records.glob("*/overhead.json"))}
-    text, path = HEAD + "".join("\n" + text for text, _ in sections.values()), records / "README.md"
+    sections = {path.parent.name: section(path.parent) for path in sorted(records.glob("*/overhead.json")) if (path.parent / "runs.csv").exists()}
+    text, path = HEAD + FILED * (records == RECORDS) + "".join("\n" + text for text, _ in sections.values()), records / "README.md"
     if check:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             raise UserError(f"{path} is stale; run `python scripts/zoo.py --page`")
@@ -359,26 +374,31 @@ def write_page(records, check=False):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                                     usage="%(prog)s [NAME ...] [options] [--field value ...]")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ZOO)} (default: all)")
+                                     usage="%(prog)s [options] [--field value ...]")
+    parser.add_argument("--optimizers", default=",".join(ZOO), metavar="NAME,...", help=f"of {', '.join(ZOO)} (default: all)")
     parser.add_argument("--track", choices=("cpu", "mini"), default="cpu", help="(default: cpu)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the CPU cores (default: 1)")
     parser.add_argument("--log_dir", type=Path, help="folder of the runs, from that of the repository (default: logs/zoo_TRACK)")
     parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
-    parser.add_argument("--records", type=Path, default=RECORDS, help=argparse.SUPPRESS)  # for the tests
+    parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the page and its tables, each of which is for one choice of "
+                        "the fields (default: records/zoo)")
     args, given = parser.parse_known_args()
     os.chdir(runs.ROOT)  # configurations name their data from there
-    unknown = [name for name in args.names if name not in ZOO]
+    names = args.optimizers.split(",")
+    unknown = [name for name in names if name not in ZOO]
     if unknown:
         raise UserError(f"there is no optimizer '{unknown[0]}' here; there are {', '.join(ZOO)}")
+    other = [field for field in given if field.startswith("--") and field[2:].split("=")[0] not in NO_OTHER_LOSS]
+    if other and args.records == RECORDS:
+        raise UserError(f"{other[0]} makes another comparison than that of {RECORDS}; give it a folder of its own by --records FOLDER")
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: must be at least 1")
     if not (args.page or args.check):
         track = Track(args.track, args.jobs, args.log_dir or Path("logs") / f"zoo_{args.track}", given,
                       Table(args.records / args.track / "runs.csv"))
         replicate.fetch_data(args.track, given)
-        names = list(dict.fromkeys(["muon", *(args.names or ZOO)]))  # all are compared with Muon
+        names = list(dict.fromkeys(["muon", *names]))  # all are compared with Muon
         for name in names:
             track.measure(name)
         with ThreadPoolExecutor(args.jobs) as pool:  # while one optimizer waits for a run that decides its next, another trains

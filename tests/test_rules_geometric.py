@@ -241,6 +241,15 @@ def test_dp_muon_clips():
     torch.testing.assert_close(private(G, noise_multiplier=0.0, clip=0.5), expected)
 
 
+def test_each_group_has_its_own_clip():
+    matrices, G = [torch.nn.Parameter(torch.zeros(8, 8)) for _ in range(2)], normal(8, 8).float()
+    optimizer = DPMuon([dict(params=[p], clip=clip) for p, clip in zip(matrices, (0.1, 0.2))], momentum=0.0, noise_multiplier=0.0)
+    for p in matrices:
+        p.grad = G.clone()
+    optimizer.step()
+    assert [optimizer.state[p]["momentum_buffer"].norm().item() for p in matrices] == pytest.approx([0.1, 0.2])
+
+
 def test_variance_of_dp_muons_noise():
     """0.3 times the clip, Gaussian, in every element, beside the clipped gradient."""
     G = 5 * normal(200, 200)

@@ -1,5 +1,6 @@
 """What every optimizer of scripts/zoo.py has in common (the rule of each is tested in test_rules_*.py), and their comparison."""
 import csv
+import dataclasses
 import importlib
 import inspect
 import io
@@ -66,10 +67,32 @@ def test_a_vector_is_refused(name):
 @pytest.mark.parametrize("name", OURS)
 def test_settings_out_of_range_are_named(name):
     module, kind = ZOO[name].optimizer.split(":")
-    settings = inspect.signature(getattr(importlib.import_module(module), kind).__init__).parameters
-    for setting, value in {"lr": -1.0, **{s: 1.0 for s in settings if s.startswith(("beta", "momentum"))}}.items():
+    settings = set(inspect.signature(getattr(importlib.import_module(module), kind).__init__).parameters)
+    settings |= {"ns_steps", "momentum"} if "settings" in settings else set()  # what else a Muon takes
+    wrong = [(setting, 1.0) for setting in settings if setting.startswith(("beta", "momentum"))]
+    wrong += [(setting, value) for setting in settings & {"ns_steps", "refresh_interval", "seed"} for value in (2.5, -1)]
+    for setting, value in [("lr", -1.0), ("lr", math.nan), *wrong]:
         with pytest.raises(ValueError, match=rf"\b{setting} = {value}"):
             make(name, matrices((4, 4)), **{setting: value})
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_gradients_of_zeros_come_first(name):
+    """As those of all matrices before a projection that is initialised with zeros."""
+    shapes = (24, 8), (8, 8), (32, 8), (8, 32)
+    fresh, later = matrices(*shapes), matrices(*shapes)
+    optimizer = make(name, later)
+    for _ in range(3):
+        for p in later:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    if name not in ("dp_muon", "scion", "stiefel_muon"):  # which add noise, shrink and retract
+        assert all(torch.equal(a, b) for a, b in zip(fresh, later, strict=True))
+    start = [[p.detach().clone() for p in group] for group in (fresh, later)]
+    steps(make(name, fresh), fresh, range(4))
+    steps(optimizer, later, range(4))
+    for before, after, before_later, after_later in zip(start[0], fresh, start[1], later):
+        assert (after_later - before_later).norm() < 10 * (after - before).norm()
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -137,8 +160,23 @@ def bowl(values):
     return 3 + 0.01 * sum(x * x for x in at) + other + noise
 
 
+@pytest.mark.parametrize("name, of_block", [("muon", lambda m, n: 4 * m * n), ("adopt", lambda m, n: 8 * m * n),
+                                            ("shampoo", lambda m, n: 4 * m * n + 8 * (m * m + n * n)),
+                                            ("soap", lambda m, n: 8 * m * n + 8 * (m * m + n * n)),
+                                            ("soap_one_sided", lambda m, n: 8 * m * n + 8 * min(m, n) ** 2)])
+def test_bytes_of_state(name, of_block, tiny):
+    config = dataclasses.replace(tiny, optimizer=ZOO[name].optimizer, optimizer_args=json.dumps(ZOO[name].arguments))
+    blocks = [(16, 16)] * 4 + [(64, 16), (16, 64)]
+    assert zoo.state_bytes(config) == pytest.approx(sum(of_block(m, n) for m, n in blocks) / sum(m * n for m, n in blocks))
+
+
+def test_lines_of_code():
+    code = inspect.getsource(importlib.import_module("optimizers.lion")).split('"""')[2]
+    assert zoo.lines_of_code(ZOO["lion"]) == len([line for line in code.splitlines() if line]) and zoo.lines_of_code(ZOO["torch_muon"]) is None
+
+
 def test_equal_tuning_then_fresh_seeds(compare, tmp_path):
-    done = compare("normuon")
+    done = compare("--optimizers", "normuon")
     assert done.returncode == 0, done.stderr
     with open(tmp_path / "zoo/cpu/runs.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -154,11 +192,13 @@ def test_equal_tuning_then_fresh_seeds(compare, tmp_path):
         best = min(found[0] for found in tuning)
         assert {len(found) for found in tuning} == {1, 2} and all(len(found) == 2 or found[0] > best + 0.02 for found in tuning)
     assert points["normuon", False] == {("0.08", "0.004", "0.9")}  # twice the largest rate of the grid: the neighbour
-    assert compare("normuon").returncode == 0 and compare.runs == 0
+    assert compare("--optimizers", "normuon").returncode == 0 and compare.runs == 0
 
 
 def test_page(compare, tmp_path):
-    compare("normuon", "signum")
+    compare("--optimizers", "normuon,signum")
+    (tmp_path / "zoo/mini").mkdir()
+    (tmp_path / "zoo/mini/overhead.json").write_text("{}")  # a comparison that was stopped before its first run ended
     text = (tmp_path / "zoo/README.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("| `")]
     assert [line.split("`")[1] for line in lines] == ["normuon", "muon", "signum"]  # by loss
@@ -180,10 +220,27 @@ def test_page(compare, tmp_path):
             compare("--check")
 
 
+def test_who_wins_has_had_all_tuning_seeds(compare, tmp_path):
+    """The best of the first seed diverges with the second, and what it had ruled out gets its second as well."""
+    def loss(values):
+        if values.get("optimizer_args", "{}") != "{}" or values["hidden_learning_rate"] != 0.002:
+            return 3.1
+        return {0.02: math.nan if values["seed"] == 101 else 2.8, 0.04: 3.0}.get(values["learning_rate"], 3.1)
+    compare.loss = loss
+    assert compare("--optimizers", "signum").returncode == 0
+    with open(tmp_path / "zoo/cpu/runs.csv", newline="") as file:
+        seeds = {}
+        for row in csv.DictReader(file):
+            if row["optimizer"] == "signum":
+                seeds.setdefault(tuple(row.values())[2:5], set()).add(int(row["seed"]))
+    won, = [found for found in seeds.values() if set(zoo.SEEDS) <= found]
+    assert set(zoo.TUNING_SEEDS) <= won
+
+
 def test_jobs_change_nothing(compare, tmp_path):
     tables = []
     for jobs in (1, 2):
-        assert compare("signum", "--jobs", jobs).returncode == 0
+        assert compare("--optimizers", "signum", "--jobs", jobs).returncode == 0
         tables.append(sorted((tmp_path / "zoo/cpu/runs.csv").read_text().splitlines()))
         shutil.rmtree(tmp_path / "zoo")
     assert tables[0] == tables[1]
@@ -191,7 +248,7 @@ def test_jobs_change_nothing(compare, tmp_path):
 
 def test_divergence_is_a_result(compare, tmp_path):
     compare.loss = lambda values: math.nan if values.get("optimizer", "").startswith("optimizers.signum") else bowl(values)
-    assert compare("signum").returncode == 0
+    assert compare("--optimizers", "signum").returncode == 0
     assert "| `signum` | nan |" in (tmp_path / "zoo/README.md").read_text()
 
 
@@ -199,14 +256,27 @@ def test_an_interrupted_run_is_not_a_result(compare, monkeypatch, tmp_path):
     monkeypatch.setattr(zoo.replicate, "diverged", lambda folder: False)
     compare.loss = lambda values: math.nan
     with pytest.raises(UserError, match="did not end; the same command resumes it"):
-        compare("signum")
+        compare("--optimizers", "signum")
     assert not (tmp_path / "zoo/cpu/runs.csv").exists()
 
 
-@pytest.mark.parametrize("arguments, sentence", [(["nobody"], "no optimizer 'nobody'"), (["--jobs", "0"], "--jobs 0")])
+def test_what_other_code_has_begun_is_not_resumed(compare, tmp_path):
+    folder = tmp_path / "logs/muon_600_0.02_0.002_100"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text('{"code_sha256": "0"}')
+    with pytest.raises(UserError, match=f"{folder} is from another version of train_gpt2.py"):
+        compare("--optimizers", "muon")
+
+
+@pytest.mark.parametrize("arguments, sentence", [(["--optimizers", "muon,nobody"], "no optimizer 'nobody'"), (["--jobs", "0"], "--jobs 0")])
 def test_bad_arguments(compare, arguments, sentence):
     with pytest.raises(UserError, match=sentence):
         compare(*arguments)
+
+
+def test_another_comparison_needs_a_folder(call):
+    with pytest.raises(UserError, match="--n_layer makes another comparison"):
+        call(zoo, "--check", "--n_layer", "2")
 
 
 @pytest.mark.skipif(not zoo.RECORDS.exists(), reason="nothing is filed")
