@@ -35,6 +35,7 @@ from estimates import SPEEDRUN_MARGIN, Change, Estimate, Record, mean_interval, 
 from runs import RunError
 
 SPEEDRUN_TARGET = 3.28
+PLOTS = (".png", ".pdf", ".svg")  # endings of what --png writes
 
 
 @dataclass
@@ -290,7 +291,7 @@ def main():
             runs, sentences = reading.find_runs(path, args.loss)
             found.update({(run.origin["file"], run.name): run for run in runs if (run.origin["file"], run.name) not in found})
             left_out += sentences
-        for option, path, endings in (("--png", args.png, (".png", ".pdf", ".svg")), ("--html", args.html, (".html", ".htm"))):
+        for option, path, endings in (("--png", args.png, PLOTS), ("--html", args.html, (".html", ".htm"))):
             if path and (path.suffix not in endings or str(path.resolve()) in {file for file, _ in found}):
                 raise RunError(f"{option} {path}: the name must end in {', '.join(endings)}, and not be that of a log")
         runs = reading.without_copies(list(found.values()))

@@ -112,7 +112,7 @@ def ratio_change(new, old, sign=1):
 
 
 def runs_needed(distance, sd, alpha=0.01, df=1, known_sd=False):
-    """Smallest number n of runs with q sd / sqrt(n) < distance; None if distance <= 0.
+    """Smallest number n of runs with q sd / sqrt(n) < distance; None if distance <= 0, or if a billion would not do.
 
     q is the 1 - alpha quantile of t with df * (n - 1) degrees of freedom, of the normal distribution for a known sd: a mean
     `distance` away from a value then excludes it, one-sided at level alpha.
@@ -120,6 +120,8 @@ def runs_needed(distance, sd, alpha=0.01, df=1, known_sd=False):
     if distance <= 0:
         return None
     z = float(special.ndtri(1 - alpha))
+    if (z * sd / distance) ** 2 > 1e9:
+        return None
     n = max(1 if known_sd else 2, math.floor((z * sd / distance) ** 2))
     while (z if known_sd else t_quantile(1 - alpha, df * (n - 1))) * sd / math.sqrt(n) >= distance:
         n += 1
@@ -140,8 +142,9 @@ def record(finals, target, speedrun=False):
     diverged = n - int(np.isfinite(finals).sum())
     if diverged:
         return Record(False, f"no: {diverged} of {n} runs diverged")
+    too_high = "no: the mean is {} the target, no number of runs would do"
     if mean >= target:
-        return Record(False, f"no: the mean is {'above' if mean > target else 'at'} the target, no number of runs would do")
+        return Record(False, too_high.format("above" if mean > target else "at"))
     known = speedrun and n < FEW
     if not known and np.ptp(finals) == 0:
         return Record(False, "not yet: 1 more run, at least" if n == 1 else "not yet: no spread, 1 more run, at least", more=1)
@@ -155,6 +158,8 @@ def record(finals, target, speedrun=False):
     if p < 0.01 and (not speedrun or margin >= SPEEDRUN_MARGIN):
         return Record(True, f"yes ({test})", p, 0)
     total = runs_needed(target - mean, sd, known_sd=known)
+    if total is None:
+        return Record(False, too_high.format("at"))
     if speedrun:
         total = max(total, math.ceil((SPEEDRUN_MARGIN / (target - mean)) ** 2))
     if known and total >= FEW:  # then it will be a t-test
@@ -276,7 +281,8 @@ def verdict(saved, claim=0.06, tolerance=0.005):
     if not saved.fault and saved.slope > 0:
         needed[0] = runs(0, 1) or runs(0, -1)
         bounded = runs_needed(saved.slope, math.sqrt(saved.cov[1][1]), 0.025, saved.df)
-        needed[1] = max(bounded, min(filter(None, (runs(half, 1), runs(least, -1)))))
+        excluding = min(filter(None, (runs(half, 1), runs(least, -1))), default=None)
+        needed[1] = bounded and excluding and max(bounded, excluding)
     word = ("reproduced" if (fewer, as_claimed) == ("yes", "yes") else "partly" if (fewer, as_claimed) == ("yes", "no")
             else "not reproduced" if as_claimed == "no" else "undecided")
     return Verdict(word, *(Answer(answer, runs if answer == "undecided" else None) for answer, runs in zip((fewer, as_claimed), needed)))

@@ -26,6 +26,7 @@ One seed gives no verdict: the shorter arm and the overhead wait for a second. A
 On the speedrun track every evaluation is shown beside that of record 4, as published, so that a wrong set-up shows after 125 steps.
 """
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -41,11 +42,12 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import runs  # first: it makes train_gpt2 importable
 import compare
 import estimates
-from train_gpt2 import UserError, load_config
+from train_gpt2 import GPT, UserError, code_sha256, load_config
 
 FIRST_SEED = {"cpu": 1, "mini": 0, "speedrun": 0}
 CLAIM = {"steps": 0.06, "time": 0.04}  # arXiv:2604.01472, abstract
@@ -72,22 +74,15 @@ def plan_runs(track, optimizers, seeds, logs, fields):
             plan[optimizer, steps] = {}
             for seed in range(FIRST_SEED[track], FIRST_SEED[track] + seeds):
                 folder = logs / f"{optimizer}_{steps}_seed-{seed}"
-                arguments = [path, *fields, *schedule, "--seed", str(seed), "--data_seed", str(seed), "--log_dir", str(logs),
-                             "--run_name", folder.name, "--resume", "auto", "--save_every", "250"]
+                arguments = [path, "--save_every", "250", *fields, *schedule, "--seed", str(seed), "--data_seed", str(seed), "--log_dir",
+                             str(logs), "--run_name", folder.name, "--resume", "auto"]
                 plan[optimizer, steps][seed] = folder, arguments, load_config(arguments)
     return plan
 
 
 def ended(folder, config):
     """Whether `folder` holds the run of `config`, finished or diverged."""
-    return runs.finished(folder, config) or diverged(folder)
-
-
-def diverged(folder):
-    try:
-        return bool(runs.read_run(folder).diverged)
-    except runs.RunError:  # no log, or none with an evaluation
-        return False
+    return runs.finished(folder, config) or runs.diverged(folder)
 
 
 def echo(output, published):
@@ -116,8 +111,9 @@ def label(output, name):
     """Copies lines to the terminal, with `name` in front."""
     with open(output, encoding="utf-8", errors="replace") as output:
         for line in output:
-            sys.stdout.write(f"{name}  {line.rstrip()}\n")  # in one piece: several do this at once
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):  # a terminal that is gone ends no run
+                sys.stdout.write(f"{name}  {line.rstrip()}\n")  # in one piece: several do this at once
+                sys.stdout.flush()
 
 
 def launch(commands, published=None):
@@ -129,11 +125,11 @@ def launch(commands, published=None):
     several, processes, copies, stops = len(commands) > 1, [], [], []
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(commands)))} if several else None
 
-    def stop(number, frame):  # a run ends after its step and writes a checkpoint; the terminal has told it of Ctrl-C already
+    def stop(number, frame):  # a run ends after its step and writes a checkpoint; a terminal has told it of Ctrl-C already
         stops.append(number)
-        if number == signal.SIGTERM:
+        if number == signal.SIGTERM or not os.isatty(0):
             for process in processes:
-                process.terminate()
+                process.send_signal(number)
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -143,14 +139,19 @@ def launch(commands, published=None):
             processes.append(subprocess.Popen([sys.executable, *arguments], stdout=end, stderr=end if several else None, env=environment))
             if end:
                 os.close(end)
-                copies.append(threading.Thread(target=label if several else echo, args=(output, name if several else published)))
+                copies.append(threading.Thread(target=label if several else echo, args=(output, name if several else published), daemon=True))
                 copies[-1].start()
             if stops:  # it came before this process was there
                 processes[-1].terminate()
                 break
         codes = [process.wait() for process in processes]
         for copy in copies:
-            copy.join()
+            copy.join(5)  # a child of a run that hangs, as wandb's may, keeps its pipe open
+    except BaseException:  # for instance no memory for another process
+        for process in processes:
+            process.terminate()
+            process.wait()
+        raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -173,10 +174,18 @@ def fetch_data(track, fields):
               "the data are not there; the same command continues")
 
 
-def read_overhead(path):
-    """Estimate of Newton-Muon's overhead in the time of a step, from what bench.py --json wrote."""
+def read_overhead(path, config=None, processes=1):
+    """Estimate of Newton-Muon's overhead in the time of a step, from what bench.py --json wrote; None if that is not of `config`, this code
+    and so many processes."""
     try:
-        ratio = json.loads(Path(path).read_text())["ratios"]["newton_muon/muon"]
+        measured = json.loads(Path(path).read_text())
+        if config:
+            with torch.device("meta"):
+                ours = dict(parameters=GPT(config).num_parameters(), batch_size=config.batch_size, sequence_length=config.sequence_length,
+                            processes=processes, code_sha256=code_sha256())
+            if any(measured[name] != value for name, value in ours.items()):
+                return None
+        ratio = measured["ratios"]["newton_muon/muon"]
         return estimates.Estimate(*(None if ratio[name] is None else float(ratio[name]) - 1 for name in ("mean_step", "low", "high")))
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not what bench.py --sides muon,newton_muon --json writes; measure it again") from None
@@ -231,6 +240,9 @@ def main():
     args, fields = parser.parse_known_args()
     os.chdir(runs.ROOT)  # configurations name their data from there
     logs = args.log_dir or Path("logs") / args.track
+    png = args.png or logs.parent / f"{logs.name}.png"
+    if png.suffix not in compare.PLOTS:
+        raise UserError(f"--png {png}: the name must end in {', '.join(compare.PLOTS)}")
     optimizers = args.optimizers.split(",")
     if args.seeds < 1 or len(set(optimizers)) < len(optimizers):
         raise UserError(f"--seeds {args.seeds} --optimizers {args.optimizers}: seeds must be at least 1, each optimizer named once")
@@ -239,8 +251,9 @@ def main():
             raise UserError(f"{field}: every run here has its own, to its end; --seeds and --optimizers say which runs there are")
     processes = args.gpus
     if processes is None:
-        import torch
         processes = 1 if args.track == "cpu" else torch.cuda.device_count()
+    if args.gpus is not None and args.gpus < 1:
+        raise UserError(f"--gpus {args.gpus}: must be at least 1")
     if processes < 1:
         raise UserError(f"the {args.track} track needs a GPU and torch finds none; --track cpu does without")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
@@ -257,7 +270,7 @@ def main():
     missing = [run for run in planned if not ended(run[0], run[2])]
     if missing:
         fetch_data(args.track, fields)
-    if timed and not overhead.exists():
+    if timed and not (overhead.exists() and (args.overhead or read_overhead(overhead, planned[0][2], processes))):
         logs.mkdir(parents=True, exist_ok=True)
         unfinished = overhead.with_suffix(".tmp")
         start([*launcher, "scripts/bench.py", f"configs/{args.track}_newton_muon.toml", "--sides", "muon,newton_muon", "--json",
@@ -273,7 +286,7 @@ def main():
     for batch in together.values():
         codes = launch({folder.name: [*launcher, "train_gpt2.py", *arguments] for folder, arguments, _ in batch}, curve)
         for (folder, _, _), code in zip(batch, codes):
-            if code and not diverged(folder):
+            if code and not runs.diverged(folder):
                 raise UserError(f"the run in {folder} ended with code {code}; the same command resumes it from its last checkpoint")
             if code:
                 print(f"{folder.name} diverged: its arm has no result", flush=True)
@@ -281,9 +294,9 @@ def main():
     print(flush=True)
     groups = runs.make_groups([runs.read_run(folder) for folder, _, _ in planned])
     baseline = next((group.label for group in groups if group.optimizer == "muon"), None)
-    compare.report(groups, baseline, targets.pop(), png=args.png or logs.parent / f"{logs.name}.png")
+    compare.report(groups, baseline, targets.pop(), png=png)
     if claim:
-        arms = {arm: {seed: math.nan if diverged(folder) else runs.read_facts(folder)["final_val_loss"]
+        arms = {arm: {seed: math.nan if runs.diverged(folder) else runs.read_facts(folder)["final_val_loss"]
                       for seed, (folder, _, _) in seeds.items()} for arm, seeds in plan.items()}
         lengths = [steps for optimizer, steps in arms if optimizer == "newton_muon"]
         N, short = max(lengths), min(lengths)
@@ -296,22 +309,12 @@ def main():
         if timed:
             print(f"overhead of Newton-Muon's step: {measured.mean:+.1%}"
                   + ("" if measured.low is None else f" (95 %: {measured.low:+.1%} to {measured.high:+.1%})"))
-        spread = filed_spread(args.track, [next(iter(arm.values()))[2] for arm in plan.values()])
+        spread = filed_spread(args.track, [next(iter(arm.values()))[2] for (name, _), arm in plan.items() if name in ("muon", "newton_muon")])
         if args.track == "speedrun":
             spread = estimates.SPEEDRUN_SD, math.inf
         for line in conclude(arms["muon", N], arms["newton_muon", N], arms["newton_muon", short], 1 - short / N, measured, spread):
             print(textwrap.fill(line, 128, subsequent_indent="    "))
 
 
-def run_resumable(main):
-    """Calls main(), whose work the same command continues; what a user can cause ends the script with a sentence."""
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command continues")
-
-
 if __name__ == "__main__":
-    run_resumable(main)
+    runs.run_resumable(main)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import signal
 import stat
 import sys
 from dataclasses import dataclass, field, replace
@@ -284,16 +285,18 @@ def without_copies(runs):
 
 
 def track(run):
-    """What compared runs must share, {name: value}, as far as run.json says it. Of the shards those that the run reads count."""
+    """What compared runs must share, {name: value}, as far as run.json says it. Of the shards those that the run reads count: in the files'
+    order the first ones, in another all."""
     facts = {name: value for name, value in {**run.facts, **run.config}.items() if name in (*SPEEDRUN, "parameters")}
     T = max(1, run.config.get("sequence_length", 1))
-    for kind, tokens in (("train", run.planned * run.facts.get("tokens_per_step", 0)), ("val", run.config.get("val_tokens", 0))):
+    trained = math.inf if run.config.get("data_seed") else run.planned * run.facts.get("tokens_per_step", 0)
+    for kind, tokens in (("train", trained), ("val", run.config.get("val_tokens", 0))):
         for i, shard in enumerate(run.facts.get(f"{kind}_shards", ())):
             if tokens > 0:
                 hashes = (shard.get(f"sha256_of_{part}", "")[:12] for part in ("header_and_size", "first_mebibyte"))
                 facts[f"{kind} shard {i + 1}"] = " ".join([shard.get("name", ""), *hashes])
                 tokens -= (shard.get("tokens", 1) - 1) // T * T
-        if tokens > 0 and f"{kind}_shards" in run.facts:
+        if 0 < tokens < math.inf and f"{kind}_shards" in run.facts:
             facts[f"{kind} shard {len(run.facts[f'{kind}_shards']) + 1}"] = "the first again"
     return facts
 
@@ -398,6 +401,14 @@ def machines(runs):
                    for part in parts for m in [part["machine"]]})
 
 
+def diverged(folder):
+    """Whether `folder` holds a run that ended with a loss that is not a number."""
+    try:
+        return bool(read_run(folder).diverged)
+    except RunError:  # no log, or none with an evaluation
+        return False
+
+
 def finished(folder, config):
     """Whether `folder` holds the finished run of `config` by this code. RunError if it holds one of another code or configuration."""
     import dataclasses
@@ -431,3 +442,18 @@ def read_curve(path=ROOT / "records/speedrun/record4.csv"):
         return [(int(step), float(loss), float(seconds)) for step, loss, seconds in rows[1:]]
     except ValueError:
         raise RunError(f"{path} is not a table of step, val_loss and train_time_s") from None
+
+
+def run_resumable(main):
+    """Calls main(), whose work the same command continues, also after SIGTERM; what a user can cause ends the script with a sentence."""
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    from train_gpt2 import UserError
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command continues")

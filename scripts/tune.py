@@ -27,7 +27,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from runs import ROOT, finished, read_facts  # the first: it puts the repository on the path
+from runs import ROOT, diverged, finished, read_facts, run_resumable  # the first: it puts the repository on the path
 from train_gpt2 import Config, UserError, load_config
 
 RATES = ("learning_rate", "hidden_learning_rate")
@@ -36,14 +36,26 @@ AXES = ((1, 0), (-1, 0), (0, 1), (0, -1))
 DIAGONALS = ((1, 1), (-1, -1), (1, -1), (-1, 1))
 
 
+running = []  # processes of train()
+
+
 def train(arguments, folder, threads):
     """Runs train_gpt2.py with `arguments`, into `folder`; returns the final validation loss, None if the run failed."""
-    command = [sys.executable, str(ROOT / "train_gpt2.py"), *arguments]
-    result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
-    if result.returncode:
-        print(f"{folder.name}: {result.stderr.strip()}", file=sys.stderr, flush=True)
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt2.py"), *arguments], env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    running.append(process)
+    errors = process.communicate()[1]
+    running.remove(process)
+    if process.returncode:
+        print(f"{folder.name}: {errors.strip()}", file=sys.stderr, flush=True)
         return None
     return read_facts(folder).get("final_val_loss")
+
+
+def stop_training():
+    """Ends what train() runs in other threads: after their step, with a checkpoint."""
+    for process in list(running):
+        process.terminate()
 
 
 def train_all(settings, log_dir, jobs):
@@ -63,7 +75,12 @@ def train_all(settings, log_dir, jobs):
         print(f"{len(losses)}/{len(runs)} {folder.name}: {losses[folder.name] or 'failed'}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, runs))
+        try:
+            list(pool.map(one, runs))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop_training()
+            raise
     return {folder.name: losses[folder.name] for folder in runs}
 
 
@@ -97,7 +114,10 @@ def protocol(configs, fields, points, seeds, log_dir, jobs):
             break
         settings = [(path, {**fields, **dict(zip(RATES, rates(centre[path], pair))), "seed": seed, "data_seed": seed})
                     for path, pair in wanted for seed in range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + seeds)]
-        losses = iter(train_all(settings, log_dir, jobs).values())
+        losses = train_all(settings, log_dir, jobs)
+        if broken := [name for name, loss in losses.items() if loss is None and not diverged(log_dir / name)]:
+            raise UserError(f"the run in {log_dir / broken[0]} did not end; the same command resumes it")
+        losses = iter(losses.values())
         for path, pair in wanted:
             finals = [math.inf if loss is None else loss for loss in itertools.islice(losses, seeds)]
             tried[path][pair] = sum(finals) / seeds
@@ -134,8 +154,8 @@ def main():
         raise UserError(f"--jobs {jobs}: must be at least 1")
     if by_protocol:
         taken = [name for name in grid if name in (*RATES, "seed", "data_seed")]
-        if seeds < 2 or points < 1 or taken or len(set(configs)) < len(configs):
-            raise UserError(f"--protocol takes different configurations, 2 seeds or more (--seeds {seeds}), 1 point or more "
+        if seeds < 2 or points < 1 or taken or len({Path(config).stem for config in configs}) < len(configs):
+            raise UserError(f"--protocol takes configurations of different names, 2 seeds or more (--seeds {seeds}), 1 point or more "
                             f"(--points {points}), and chooses {', '.join((*RATES, 'seed'))} and data_seed itself"
                             + (f": leave out {', '.join(taken)}" if taken else ""))
         protocol(configs, grid, points, seeds, log_dir, jobs)
@@ -151,7 +171,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_resumable(main)

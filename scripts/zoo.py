@@ -184,7 +184,7 @@ class Track:
                     self.failed.append(str(error))
                     return
                 loss = tune.train(arguments, self.logs / name, threads)
-                if loss is None and not replicate.diverged(self.logs / name):
+                if loss is None and not runs.diverged(self.logs / name):
                     self.failed.append(f"the run {name} in {self.logs} did not end; the same command resumes it")
                     return
             loss = math.nan if loss is None else loss
@@ -402,11 +402,16 @@ def main():
         for name in names:
             track.measure(name)
         with ThreadPoolExecutor(args.jobs) as pool:  # while one optimizer waits for a run that decides its next, another trains
-            for _ in pool.map(track.compare, names):
-                write_page(args.records)
+            try:
+                for _ in pool.map(track.compare, names):
+                    write_page(args.records)
+            except KeyboardInterrupt:
+                track.failed.append("interrupted")
+                tune.stop_training()
+                raise
     else:
         write_page(args.records, args.check)
 
 
 if __name__ == "__main__":
-    replicate.run_resumable(main)
+    runs.run_resumable(main)

@@ -1,9 +1,12 @@
 """Records: what is filed and what is refused, the leaderboard, tuning, samples of text."""
 import hashlib
 import json
+import os
 import shlex
 import shutil
+import signal
 import sys
+import threading
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -264,6 +267,14 @@ def test_other_or_broken_track_is_refused(ledger, old, new, words):
     assert words in str(raised.value)
 
 
+def test_an_order_of_all_shards_needs_all_of_them(ledger):
+    facts, track = json.loads((ledger.runs[0] / "run.json").read_text()), ledger.read_track()
+    facts["train_shards"].append(dict(facts["train_shards"][0], name="train_000003.bin"))
+    assert not records.track_faults(facts, track)  # which the files' order does not reach
+    facts["config"]["data_seed"] = 1
+    assert records.track_faults(facts, track) == ["3 train_shards, the track has 2"]
+
+
 def test_unknown_track():
     with pytest.raises(RunError, match="no track 'gpu'; the tracks are books, cpu, mini, speedrun"):
         records.read_track("gpu")
@@ -273,21 +284,24 @@ def test_unknown_track():
 
 
 def test_grid(monkeypatch, call, tmp_path):
+    def process(returncode, errors=""):
+        return Namespace(returncode=returncode, communicate=lambda: ("", errors))
+
     def train(command, **options):  # leaves what a run leaves that tune.py reads
         assert command[:2] == [sys.executable, str(ROOT / "train_gpt2.py")]
         config = load_config(command[2:])
         started.append(config.run_name)
         if config.learning_rate == 9:
-            return Namespace(returncode=1, stderr="it failed")
+            return process(1, "it failed")
         folder = tmp_path / config.run_name
         folder.mkdir()
         (folder / "run.json").write_text(json.dumps(dict(
             config=vars(config), code_sha256=train_gpt2.code_sha256(), end="now", final_val_loss=1 / config.learning_rate)))
-        return Namespace(returncode=0)
+        return process(0)
 
     started, arguments = [], ["configs/cpu_adamw.toml", "--learning_rate", "0.5,9,1", "--weight_decay", 0.1, "--log_dir", tmp_path]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(tune, "subprocess", Namespace(run=train))
+    monkeypatch.setattr(tune.subprocess, "Popen", train)
     for runs_of_it in (["0.5", "9", "1"], ["9"]):  # the same command tries again only what failed
         done = call(tune, *arguments)
         assert started == [f"cpu_adamw_learning_rate-{rate}_weight_decay-0.1" for rate in runs_of_it]
@@ -303,6 +317,44 @@ def test_a_tuning_run_is_a_run(shards, tmp_path):
     config = write_config(tmp_path / "config.toml", shards)
     loss = tune.train([str(config), "--run_name", "a"], tmp_path / "logs/a", threads=1)
     assert loss == logged(tmp_path / "logs/a")[10, "val_loss"]
+
+
+def test_a_stopped_search_leaves_no_run_behind(monkeypatch, tmp_path):
+    (tmp_path / "train_gpt2.py").write_text("""
+import pathlib, signal, sys
+folder = pathlib.Path(sys.argv[3])
+def stop(*_):
+    (folder / "saved").touch()  # as a run writes its checkpoint
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+(folder / "started").open("a").write("x")
+signal.pause()
+""")
+
+    def stop_it():
+        while not (tmp_path / "started").exists():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(tune, "ROOT", tmp_path)
+    monkeypatch.chdir(ROOT)
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=stop_it).start()
+    try:
+        with pytest.raises(SystemExit, match="interrupted; the same command continues"):
+            runs.run_resumable(lambda: tune.train_all([("configs/cpu_muon.toml", {"seed": seed}) for seed in range(3)], tmp_path, 1))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (tmp_path / "saved").exists() and (tmp_path / "started").read_text() == "x"  # none of the other two
+
+
+def test_a_broken_run_is_no_divergence(monkeypatch, tmp_path):
+    monkeypatch.setattr(tune, "train", lambda arguments, folder, threads: None if "0.02_" in folder.name else 1.0)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match="cpu_muon_learning_rate-0.02_.* did not end"):
+        tune.protocol(["configs/cpu_muon.toml"], {}, 9, 2, tmp_path, 1)
+    monkeypatch.setattr(tune, "diverged", lambda folder: True)
+    assert tune.protocol(["configs/cpu_muon.toml"], {}, 9, 2, tmp_path, 1)["configs/cpu_muon.toml"][0] != 0.02
 
 
 def test_protocol_tunes_alike(monkeypatch, tmp_path):
@@ -324,6 +376,9 @@ def test_protocol_tunes_alike(monkeypatch, tmp_path):
     assert len(table) == 1 + len(asked) / 2 and all(line.startswith("configs/cpu_muon.toml") for line in table[1:1 + counts[0] // 2])
     pairs = {tuple(fields[rate] for rate in tune.RATES) for path, fields in asked if path == "configs/cpu_muon.toml"}
     assert max(pairs)[0] > 0.08 and min(pair[1] for pair in pairs) < 0.001
+    with pytest.raises(UserError, match="configurations of different names"):
+        monkeypatch.setattr(sys, "argv", ["tune.py", "--protocol", "a/cpu.toml", "b/cpu.toml"])
+        tune.main()
     for fields in ({"seed": "1"}, {"learning_rate": "0.1"}):
         with pytest.raises(UserError, match=f"leave out {next(iter(fields))}"):
             monkeypatch.setattr(sys, "argv", ["tune.py", "--protocol", "a.toml", *(f"--{k}={v}" for k, v in fields.items())])

@@ -61,7 +61,7 @@ def test_without_muon_there_is_no_shorter_arm(monkeypatch, tmp_path):
     (["--seed", "3"], "--seed: every run here has its own"), (["--optimizer=adamw"], "--seeds and --optimizers say"),
     (["--data_seed", "3"], "--data_seed: every run"), (["--stop_at_target", "true"], "to its end"),
     (["--seeds", "0"], "seeds must be at least 1"), (["--optimizers", "muon,muon"], "each optimizer named once"),
-    (["--optimizers", "muon,lion"], "cpu_lion.toml"), (["--val_tokens", "100"], "val_tokens = 100"), (["--track", "mini"], "needs a GPU"),
+    (["--gpus", "0"], "--gpus 0"), (["--png", "plot.xyz"], "must end in .png"), (["--optimizers", "muon,lion"], "cpu_lion.toml"), (["--val_tokens", "100"], "val_tokens = 100"), (["--track", "mini"], "needs a GPU"),
     (["--num_iterations", "8", "--warmdown_iters", "2"], "num_iterations = 8 of Newton-Muon"),
     (["--overhead", "nowhere.json"], "nowhere.json is not what bench.py"),
 ])
@@ -122,6 +122,25 @@ signal.pause()
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "a saved", "b saved"}
 
 
+@pytest.mark.parametrize("failing", [2, None])
+def test_no_run_is_left_behind(monkeypatch, failing):
+    """Where the second cannot be started, or SIGINT reaches this process alone."""
+    processes, popen = [], replicate.subprocess.Popen
+
+    def start(command, **options):
+        if len(processes) + 1 == failing:
+            raise BlockingIOError("no more processes")
+        processes.append(popen(command, **options))
+        return processes[-1]
+
+    code = "import os, signal; print('x', flush=True); " + ("" if failing else "os.kill(os.getppid(), signal.SIGINT); ") + "signal.pause()"
+    monkeypatch.setattr(replicate.subprocess, "Popen", start)
+    monkeypatch.setattr(os, "isatty", lambda number: False)
+    with pytest.raises(BlockingIOError if failing else KeyboardInterrupt):
+        replicate.launch({"one": ["-c", code], "two": ["-c", code]})
+    assert processes and all(process.poll() is not None for process in processes)
+
+
 def test_runs_side_by_side_share_the_cores_and_are_told_apart(capsys, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
     code = "import os, sys; print(os.environ['OMP_NUM_THREADS']); print('and this', file=sys.stderr); sys.exit(int(sys.argv[1]))"
@@ -146,8 +165,9 @@ def replicated(call, tmp_path, monkeypatch):
 
     def run(arguments):
         if arguments[0] == "scripts/bench.py":
-            ratio = dict(mean_step=1.02, low=1.01, high=1.03)
-            (tmp_path / "runs/overhead.tmp").write_text(json.dumps({"ratios": {"newton_muon/muon": ratio}}))
+            facts = dict(parameters=12 * 16 ** 2 + 256 * 16, batch_size=2, sequence_length=32, processes=1, code_sha256=train_gpt2.code_sha256())
+            facts["ratios"] = {"newton_muon/muon": dict(mean_step=1.02, low=1.01, high=1.03)}
+            (tmp_path / "runs/overhead.tmp").write_text(json.dumps(facts))
         elif arguments[0] == "train_gpt2.py":
             try:
                 train_gpt2.run(load_config(arguments[1:]))
@@ -178,6 +198,16 @@ def test_trains_judges_and_repeats_nothing(replicated, tmp_path):
     assert f"final loss of newton_muon after 19 steps: {np.mean(finals):.4f}" in text
     text = replicated("--seeds", 2, "--target_val_loss", "5.2")
     assert replicated.started == [] and "first 5.2: step" in text  # another target needs no other runs
+
+
+def test_overhead_of_another_model_is_measured_again(replicated, tmp_path):
+    replicated("--seeds", 2)
+    file = tmp_path / "runs/overhead.json"
+    measured = json.loads(file.read_text())
+    for changed, started in (({}, []), ({"parameters": 1}, [["scripts/bench.py"]]), ({"processes": 2}, [["scripts/bench.py"]])):
+        file.write_text(json.dumps({**measured, **changed}))
+        replicated("--seeds", 2)
+        assert replicated.started == started and json.loads(file.read_text()) == measured
 
 
 def test_diverged_run_is_not_repeated(replicated):

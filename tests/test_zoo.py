@@ -146,7 +146,7 @@ def compare(call, monkeypatch, tmp_path):
 
     monkeypatch.setattr(zoo.tune, "train", train)
     monkeypatch.setattr(zoo.replicate, "start", bench)
-    monkeypatch.setattr(zoo.replicate, "diverged", lambda folder: True)
+    monkeypatch.setattr(zoo.runs, "diverged", lambda folder: True)
     compare.loss = bowl
     return compare
 
@@ -253,7 +253,7 @@ def test_divergence_is_a_result(compare, tmp_path):
 
 
 def test_an_interrupted_run_is_not_a_result(compare, monkeypatch, tmp_path):
-    monkeypatch.setattr(zoo.replicate, "diverged", lambda folder: False)
+    monkeypatch.setattr(zoo.runs, "diverged", lambda folder: False)
     compare.loss = lambda values: math.nan
     with pytest.raises(UserError, match="did not end; the same command resumes it"):
         compare("--optimizers", "signum")
