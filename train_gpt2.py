@@ -779,9 +779,8 @@ def save_checkpoint(log, config, model, optimizers, progress):
             old.unlink()
 
 
-def find_checkpoint(config):
-    """(loaded checkpoint that config.resume names, folder of its run), or (None, None) where `auto` finds none. Raises UserError, naming
-    the difference, if this code with `config` would not have come to that checkpoint."""
+def find_checkpoint(config, train_shards):
+    """(checkpoint that config.resume names, folder of its run); Nones if `auto` finds none. UserError if this run would not have made it."""
     path = Path(config.log_dir, config.run_name) if config.resume == "auto" else Path(config.resume)
     candidates = [path] if path.is_file() else sorted(path.glob("checkpoints/step_*.pt"), reverse=True)
     for candidate in candidates:
@@ -803,6 +802,8 @@ def find_checkpoint(config):
             raise UserError(f"resume = '{config.resume}' continues the run in {folder}, so run_name = '{config.run_name}' cannot be; leave it out")
         if not (folder / "run.json").is_file():
             raise UserError(f"{folder} has checkpoints but no run.json; move them away to start a new run there")
+        if config.data_seed and json.loads((folder / "run.json").read_text())["train_shards"] != train_shards.describe():
+            raise UserError(f"input_bin has other shards than the run in {folder} began with, all of which its data_seed orders; restore those")
         return checkpoint, folder
     if config.resume == "auto" and not candidates:
         return None, None
@@ -1054,7 +1055,7 @@ def run(config):
     train_shards.require(N * B, f"{N} steps of {B} sequences")
     val_shards = Shards(config.input_val_bin, T, config.vocab_size)
     val_shards.require(config.val_tokens // T, "validation")
-    found = [*find_checkpoint(config)] if config.resume and rank() == 0 else [None, None]
+    found = [*find_checkpoint(config, train_shards)] if config.resume and rank() == 0 else [None, None]
     if world_size() > 1:
         dist.broadcast_object_list(found)
     checkpoint, folder = found

@@ -289,15 +289,16 @@ def track(run):
     order the first ones, in another all."""
     facts = {name: value for name, value in {**run.facts, **run.config}.items() if name in (*SPEEDRUN, "parameters")}
     T = max(1, run.config.get("sequence_length", 1))
-    trained = math.inf if run.config.get("data_seed") else run.planned * run.facts.get("tokens_per_step", 0)
-    for kind, tokens in (("train", trained), ("val", run.config.get("val_tokens", 0))):
-        for i, shard in enumerate(run.facts.get(f"{kind}_shards", ())):
-            if tokens > 0:
+    trained = run.planned * run.facts.get("tokens_per_step", 0)
+    for kind, tokens, all_count in (("train", trained, run.config.get("data_seed")), ("val", run.config.get("val_tokens", 0), False)):
+        shards = run.facts.get(f"{kind}_shards", ())
+        for i, shard in enumerate(shards):
+            if tokens > 0 or all_count:
                 hashes = (shard.get(f"sha256_of_{part}", "")[:12] for part in ("header_and_size", "first_mebibyte"))
                 facts[f"{kind} shard {i + 1}"] = " ".join([shard.get("name", ""), *hashes])
-                tokens -= (shard.get("tokens", 1) - 1) // T * T
-        if 0 < tokens < math.inf and f"{kind}_shards" in run.facts:
-            facts[f"{kind} shard {len(run.facts[f'{kind}_shards']) + 1}"] = "the first again"
+            tokens -= (shard.get("tokens", 1) - 1) // T * T
+        if shards and (tokens > 0 or all_count):
+            facts[f"{kind} shard {len(shards) + 1}"] = "the first again" if tokens > 0 else "none"
     return facts
 
 

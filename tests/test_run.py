@@ -128,6 +128,15 @@ def test_resume_refuses_a_checkpoint_of_other_code(start, tmp_path, monkeypatch)
     refused(start(run_name="a", resume="auto"), "step_000010.pt", "another version of train_gpt2.py", "in the run's folder")
 
 
+def test_resume_needs_the_shards_that_are_ordered(start, shards, tmp_path):
+    shutil.copy(shards / "train_000001.bin", tmp_path)
+    runs = [dict(run_name=f"order_{seed}", data_seed=seed, input_bin=tmp_path / "train_*.bin") for seed in (0, 1)]
+    assert [start(**run).returncode for run in runs] == [0, 0]
+    shutil.copy(shards / "train_000002.bin", tmp_path)
+    assert start(resume="auto", **runs[0]).returncode == 0  # in the files' order what comes later does not matter
+    refused(start(resume="auto", **runs[1]), "input_bin has other shards than the run in", "order_1 began with")
+
+
 def test_auto_resume_without_a_checkpoint(start, tmp_path):
     assert start(run_name="a", resume="auto").returncode == 0
     assert losses(tmp_path / "logs/a")[0][0] == 0

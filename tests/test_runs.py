@@ -162,6 +162,14 @@ def test_unread_shards():
     for run, name in zip(same[1:], ("train_2.bin", "train_3.bin")):
         run.facts["train_shards"] = [SHARD, {**SHARD, "name": name}]
     assert len(make_groups(same)) == 1
+    for run in same:
+        run.config["data_seed"] = run.config["seed"]  # 1 and 2 order the sequences of all shards
+    assert len(make_groups(same[:2])) == 1
+    with pytest.raises(RunError, match="train shard 2 .*train_2.bin.*train_3.bin"):
+        make_groups(same)
+    same[2].facts["train_shards"].pop()
+    with pytest.raises(RunError, match="train shard 2 .*train_2.bin.*none"):
+        make_groups(same)
 
 
 # damage
