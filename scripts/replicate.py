@@ -139,7 +139,8 @@ def launch(commands, published=None):
             processes.append(subprocess.Popen([sys.executable, *arguments], stdout=end, stderr=end if several else None, env=environment))
             if end:
                 os.close(end)
-                copies.append(threading.Thread(target=label if several else echo, args=(output, name if several else published), daemon=True))
+                copy = (label, (output, name)) if several else (echo, (output, published))
+                copies.append(threading.Thread(target=copy[0], args=copy[1], daemon=True))
                 copies[-1].start()
             if stops:  # it came before this process was there
                 processes[-1].terminate()
@@ -309,7 +310,7 @@ def main():
         if timed:
             print(f"overhead of Newton-Muon's step: {measured.mean:+.1%}"
                   + ("" if measured.low is None else f" (95 %: {measured.low:+.1%} to {measured.high:+.1%})"))
-        spread = filed_spread(args.track, [next(iter(arm.values()))[2] for (name, _), arm in plan.items() if name in ("muon", "newton_muon")])
+        spread = filed_spread(args.track, [next(iter(arm.values()))[2] for (name, _), arm in plan.items() if name.endswith("muon")])
         if args.track == "speedrun":
             spread = estimates.SPEEDRUN_SD, math.inf
         for line in conclude(arms["muon", N], arms["newton_muon", N], arms["newton_muon", short], 1 - short / N, measured, spread):

@@ -41,8 +41,9 @@ running = []  # processes of train()
 
 def train(arguments, folder, threads):
     """Runs train_gpt2.py with `arguments`, into `folder`; returns the final validation loss, None if the run failed."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt2.py"), *arguments], env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, str(ROOT / "train_gpt2.py"), *arguments]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
     running.append(process)
     errors = process.communicate()[1]
     running.remove(process)

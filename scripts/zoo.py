@@ -237,8 +237,8 @@ class Track:
         if entry.optimizer != "muon":
             out = self.logs / "bench.json"
             self.logs.mkdir(parents=True, exist_ok=True)
-            replicate.start(["scripts/bench.py", self.config, "--sides", f"muon,{entry.optimizer}", "--rounds", "12", "--steps", "10", "--json", str(out),
-                             "--optimizer_args", config.optimizer_args, *self.given],
+            replicate.start(["scripts/bench.py", self.config, "--sides", f"muon,{entry.optimizer}", "--rounds", "12", "--steps", "10",
+                             "--json", str(out), "--optimizer_args", config.optimizer_args, *self.given],
                             "the time of a step was not measured; the same command continues")
             bench = json.loads(out.read_text())
             ratio = bench["ratios"][f"{entry.optimizer}/muon"]
@@ -350,7 +350,7 @@ in the mean of the two tuning seeds (`--seed 100 --data_seed 100`, and 101), aga
 
 
 def write_page(records, check=False):
-    sections = {path.parent.name: section(path.parent) for path in sorted(records.glob("*/overhead.json")) if (path.parent / "runs.csv").exists()}
+    sections = {path.parent.name: section(path.parent) for path in sorted(records.glob("*/runs.csv"))}
     text, path = HEAD + FILED * (records == RECORDS) + "".join("\n" + text for text, _ in sections.values()), records / "README.md"
     if check:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -381,8 +381,8 @@ def main():
     parser.add_argument("--log_dir", type=Path, help="folder of the runs, from that of the repository (default: logs/zoo_TRACK)")
     parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
-    parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the page and its tables, each of which is for one choice of "
-                        "the fields (default: records/zoo)")
+    parser.add_argument("--records", type=Path, default=RECORDS, metavar="FOLDER", help="of the page and its tables, for one choice of fields "
+                        "(default: records/zoo)")
     args, given = parser.parse_known_args()
     os.chdir(runs.ROOT)  # configurations name their data from there
     names = args.optimizers.split(",")
