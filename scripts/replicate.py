@@ -111,7 +111,7 @@ def label(output, name):
     """Copies lines to the terminal, with `name` in front."""
     with open(output, encoding="utf-8", errors="replace") as output:
         for line in output:
-            with contextlib.suppress(OSError):  # a terminal that is gone ends no run
+            with contextlib.suppress(OSError, UnicodeError):  # a terminal that is gone, or knows few letters, ends no run
                 sys.stdout.write(f"{name}  {line.rstrip()}\n")  # in one piece: several do this at once
                 sys.stdout.flush()
 
