@@ -168,16 +168,14 @@ def check_config(config):
         rules += [(low <= getattr(c, name) < end, name, must) for name in names.split()]
     rules += [
         (0 < c.ridge < math.inf, "ridge", "positive and finite"),
-        (c.warmup_iters + c.warmdown_iters <= c.num_iterations, "warmup_iters warmdown_iters num_iterations",
-         "such that warm-up and warm-down fit into the run"),
+        (c.warmup_iters + c.warmdown_iters <= c.num_iterations, "warmup_iters warmdown_iters num_iterations", "such that both fit into the run"),
         (c.n_embd % max(1, 2 * c.n_head) == 0, "n_embd n_head", "such that n_embd / n_head is even (rotary embeddings turn pairs)"),
         (c.val_tokens % max(1, c.sequence_length) == 0, "val_tokens sequence_length", "such that sequence_length divides val_tokens"),
         (c.vocab_size <= 65536, "vocab_size", "at most 65536 (shards hold 16-bit tokens)"),
         (c.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda"),
         (c.dtype in ("auto", "float32", "bfloat16"), "dtype", "auto, float32 or bfloat16"),
         (c.optimizer in OPTIMIZERS or re.fullmatch(r"[\w.]+:\w+", c.optimizer), "optimizer", f"{', '.join(OPTIMIZERS)} or module:Class"),
-        (os.path.basename(c.run_name) == c.run_name and c.run_name not in (".", ".."), "run_name",
-         "a folder name without a path; the folder above it is log_dir"),
+        (os.path.basename(c.run_name) == c.run_name and c.run_name not in (".", ".."), "run_name", "a folder name; log_dir is the path above it"),
         (c.weight_decay == 0 or ":" not in c.optimizer, "weight_decay optimizer", "0 for a module:Class; optimizer_args has its arguments"),
         (c.data_seed < 2 ** 32, "data_seed", "below 2^32"),
         (c.resume != "auto" or c.run_name, "resume run_name", "given together: auto needs a run_name"),
@@ -672,7 +670,7 @@ def world_size():
 
 def start_processes(config):
     """Joins the process group when torchrun started this process. Returns the device of this process."""
-    world, local_rank, gpus = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    world, local_rank, gpus = int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
     if config.device == "cuda" and not gpus:
         raise UserError(f"device = 'cuda', but torch {torch.__version__} finds no GPU here; use --device cpu, or install a CUDA build of torch")
     device = torch.device("cuda", local_rank) if config.device != "cpu" and gpus else torch.device("cpu")
@@ -700,7 +698,7 @@ def start_processes(config):
 def first_to_fail():
     """Whether this is the first process of the job that fails: the others end because of it, and need not say so."""
     with contextlib.suppress(RuntimeError):  # the store's process is gone
-        return dist.group.WORLD.get_group_store().add("failed", 1) == 1 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"
+        return dist.group.WORLD.get_group_store().add("failed", 1) == 1 if dist.is_initialized() else os.environ.get("LOCAL_RANK", "0") == "0"
     return True
 
 
@@ -762,12 +760,10 @@ def write_atomically(path, content):
 
 
 def save_checkpoint(log, config, model, optimizers, progress):
-    """Writes checkpoints/step_XXXXXX.pt in the run's folder and keeps the one before it. All processes must call it. Raises UserError if
-    a weight is not finite, or if the file cannot be written; the checkpoints before it stay."""
+    """Writes checkpoints/step_XXXXXX.pt and keeps the one before it. All processes must call it. UserError if it cannot, or a weight is not finite."""
     for name, p in model.named_parameters():
         if not p.isfinite().all():
-            raise UserError(f"{name} holds numbers that are not finite after step {progress['step']}, so no checkpoint was written; "
-                            "lower learning_rate or hidden_learning_rate and use --resume")
+            raise UserError(f"{name} is not finite after step {progress['step']}, so nothing was saved; lower the learning rates and use --resume")
     states = [optimizer.state_dict() for optimizer in optimizers]
     if rank() == 0:
         folder = log.folder / "checkpoints"
@@ -802,10 +798,12 @@ def find_checkpoint(config, train_shards):
             raise UserError(f"resume = '{config.resume}' continues the run in {folder}, so run_name = '{config.run_name}' cannot be; leave it out")
         if not (folder / "run.json").is_file():
             raise UserError(f"{folder} has checkpoints but no run.json; move them away to start a new run there")
-        if config.data_seed and json.loads((folder / "run.json").read_text())["train_shards"] != train_shards.describe():
-            raise UserError(f"input_bin has other shards than the run in {folder} began with, all of which its data_seed orders; restore those")
+        if (config.data_seed or config.allow_repeat) and json.loads((folder / "run.json").read_text())["train_shards"] != train_shards.describe():
+            raise UserError(f"input_bin has other shards than the run in {folder} began with, all of which make the order of its data; restore those")
         return checkpoint, folder
     if config.resume == "auto" and not candidates:
+        if (path / "run.json").is_file() and '"end"' in (path / "run.json").read_text():
+            raise UserError(f"{path} holds a finished run whose checkpoints are gone; take another run_name, or delete it")
         return None, None
     raise UserError(f"resume = '{config.resume}': no checkpoint there that can be loaded; name a step_*.pt file or the folder of a run that has one")
 
@@ -844,7 +842,7 @@ def describe_machine(device):
         cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, cuda=torch.version.cuda,
                 triton=triton and triton.__version__, platform=platform.platform(), cpu=cpu, cpu_threads=torch.get_num_threads(),
-                gpu=torch.cuda.get_device_name(device) if gpu else None, nvidia_smi=output("nvidia-smi") if gpu else "",
+                gpu=torch.cuda.get_device_name(device) if gpu else None, nvidia_smi=gpu and output("nvidia-smi") or "",
                 git_commit=output("git", "rev-parse", "HEAD") or None, git_changes=bool(output("git", "status", "--porcelain", "-uno")))
 
 
@@ -854,13 +852,15 @@ class Log:
     def __init__(self, config, checkpoint, folder, facts, source):
         """Opens `folder` to continue from `checkpoint`, or a new folder with code and machine in log.txt; run.json gets the `facts`.
         `source`, the file of an optimizer given as module:Class or None, is kept as optimizer.py. Raises UserError if it cannot write."""
-        self.config, self.folder, self.files, self.live, self.wandb = config, folder, {}, sys.stdout.isatty(), None
+        self.config, self.folder, self.files, self.live, self.wandb = config, folder, {}, sys.stdout and sys.stdout.isatty(), None
         if rank() != 0:
             return
         if not checkpoint:
             self.folder = Path(config.log_dir, config.run_name or time.strftime("%Y%m%d-%H%M%S_") + config.optimizer.replace(":", "-"))
             if config.resume != "auto" and ((self.folder / "log.txt").exists() or any(self.folder.glob("checkpoints/step_*.pt"))):
                 raise UserError(f"{self.folder} already holds a run; take another run_name, or resume that run by --resume auto")
+        if checkpoint and json.loads((folder / "run.json").read_text()).get("optimizer_sha256") != facts["optimizer_sha256"]:
+            raise UserError(f"the run in {folder} began with another version of {config.optimizer}, which it keeps as optimizer.py; restore that")
         try:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             for name in ("log.txt", "metrics.jsonl"):
@@ -907,25 +907,25 @@ class Log:
         except OSError as error:
             raise UserError(f"cannot write {self.folder / name}: {error.strerror}; free some space and use --resume") from None
 
-    def print(self, text):
-        """A line for the terminal and log.txt."""
+    def print(self, text, end="\n"):
+        """A line for log.txt and the terminal."""
         if self.files:
-            print(("\r\033[K" if self.live else "") + text, flush=True)
             self.write("log.txt", text)
+            try:
+                print(("\r\033[K" if self.live else "") + text, end=end, flush=True)
+            except OSError:  # the terminal or the pipe is gone; the run goes on
+                sys.stdout = None
 
     def loss(self, name, step, train_time, losses, **more):
-        """Logs the mean of `losses`, one for each process, as val_loss or train_loss after train_time seconds of training, and returns it.
-        Raises UserError, on all processes, if one is not finite."""
+        """Logs and returns the mean of `losses`, one for each process, after train_time seconds of training. UserError if one is not finite."""
         loss, N = sum(losses) / len(losses), self.config.num_iterations
         if self.files:
             text = (f"step:{step}/{N} {name}:{loss:.4f} train_time:{1000 * train_time:.0f}ms "
                     f"step_avg:{1000 * train_time / step if step else math.nan:.2f}ms")
-            if name == "val_loss":
-                self.print(text)
+            if name == "val_loss" or self.live:
+                self.print(text, "\n" if name == "val_loss" else f" {train_time / step * (N - step):.0f} s left")
             else:
                 self.write("log.txt", text)
-                if self.live:
-                    print(f"\r\033[K{text} {train_time / step * (N - step):.0f} s left", end="", flush=True)
             self.write("metrics.jsonl", json.dumps({"step": step, name: loss, **more, "train_time_ms": round(1000 * train_time, 3),
                                                     "tokens": step * self.config.batch_size * self.config.sequence_length}))
         if not math.isfinite(loss):
@@ -972,8 +972,7 @@ def choose_micro_batch(config, device, per_process):
 
 
 def accumulate(model, micro_batches, collect, dtype):
-    """Adds the gradient of the mean loss of `micro_batches`, a list of (idx, targets), to the parameters' gradients. DDP averages them
-    over the processes during the last backward pass. Returns the mean loss, a tensor, and with `collect` this process's grams."""
+    """Adds the gradient of the mean loss of `micro_batches`, [(idx, targets), ...]; DDP averages it. Returns that loss and, with `collect`, grams."""
     total, total_grams = 0.0, []
     for i, (idx, targets) in enumerate(micro_batches, start=1):
         alone = i == len(micro_batches) or not isinstance(model, DistributedDataParallel)
@@ -1047,7 +1046,7 @@ def results(config, model, device, steps, train_time, val_loss, best, reached):
 
 def run(config):
     """One training run, in this process's part of it. Returns the exit code: 0, or 128 + the signal that ended it."""
-    per_process = sequences_per_process(config, int(os.environ.get("WORLD_SIZE", 1)))
+    per_process = sequences_per_process(config, int(os.environ.get("WORLD_SIZE") or 1))
     device = start_processes(config)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU multiplies fp32: preconditioning
     B, T, N = config.batch_size, config.sequence_length, config.num_iterations
@@ -1082,6 +1081,7 @@ def run(config):
     start, train_time, best, reached = 0, 0.0, math.inf, None
     if checkpoint:
         start, train_time, best, reached = (checkpoint["progress"][key] for key in ("step", "train_time", "best", "reached"))
+        reached = reached if checkpoint["config"]["target_val_loss"] == config.target_val_loss else None
         raw_model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
@@ -1118,7 +1118,7 @@ def run(config):
                     if val_loss <= config.target_val_loss and not reached:
                         reached = step, train_time
                         log.print(f"target {config.target_val_loss} reached at step {step}, {train_time:.1f} s")
-            ends = stop or last or (reached and config.stop_at_target)
+            ends = stop or last or (evaluates and reached and config.stop_at_target)
             if step > start and (ends or saves):
                 save_checkpoint(log, config, raw_model, optimizers, progress)
             if ends:
@@ -1161,8 +1161,8 @@ def main():
         code = run(load_config(sys.argv[1:]))
     except (Exception, KeyboardInterrupt) as error:  # Ctrl-C before the first step
         message, code = ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else (str(error), 1)
-        if isinstance(error, torch.OutOfMemoryError):
-            message = f"{message.splitlines()[0]} Set a smaller device_batch_size."
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message:
+            message = f"{message.splitlines()[0]} Set a smaller device_batch_size or model."
         elif isinstance(error, RuntimeError) and world_size() > 1 and re.search("gloo|nccl|connection|timed out", message, re.IGNORECASE):
             message = lost_processes(error)
         elif not isinstance(error, (UserError, OSError, KeyboardInterrupt)):
@@ -1170,7 +1170,7 @@ def main():
         if first_to_fail():
             print(f"error: {message}", file=sys.stderr, flush=True)
     if world_size() > 1:
-        sys.stdout.flush()
+        print(end="", flush=True)
         os._exit(code)  # at once: the end of a process group can wait for others that are gone, or abort after all was done
     sys.exit(code)
 

@@ -222,7 +222,7 @@ def main():
     given = [text for name in fields if name in args for text in (f"--{name}", getattr(args, name))]
     configs = {name: load_config([args.config, *given, "--optimizer", "adamw" if name == "plain" else name]) for name in names}
     config = configs[names[0]]
-    per_process = train_gpt2.sequences_per_process(config, int(os.environ.get("WORLD_SIZE", 1)))
+    per_process = train_gpt2.sequences_per_process(config, int(os.environ.get("WORLD_SIZE") or 1))
     device = start_processes(config)
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     torch.set_float32_matmul_precision("high")

@@ -1,9 +1,11 @@
 """Whole runs of train_gpt2.py, as a user starts them."""
 import dataclasses
 import hashlib
+import io
 import json
 import re
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -128,13 +130,63 @@ def test_resume_refuses_a_checkpoint_of_other_code(start, tmp_path, monkeypatch)
     refused(start(run_name="a", resume="auto"), "step_000010.pt", "another version of train_gpt2.py", "in the run's folder")
 
 
-def test_resume_needs_the_shards_that_are_ordered(start, shards, tmp_path):
+@pytest.mark.parametrize("data_seed, allow_repeat", [(1, "false"), (0, "true"), (0, "false")])
+def test_resume_needs_the_shards_that_make_the_order(start, shards, tmp_path, data_seed, allow_repeat):
     shutil.copy(shards / "train_000001.bin", tmp_path)
-    runs = [dict(run_name=f"order_{seed}", data_seed=seed, input_bin=tmp_path / "train_*.bin") for seed in (0, 1)]
-    assert [start(**run).returncode for run in runs] == [0, 0]
+    run = dict(run_name="a", data_seed=data_seed, allow_repeat=allow_repeat, input_bin=tmp_path / "train_*.bin")
+    assert start(**run).returncode == 0
     shutil.copy(shards / "train_000002.bin", tmp_path)
-    assert start(resume="auto", **runs[0]).returncode == 0  # in the files' order what comes later does not matter
-    refused(start(resume="auto", **runs[1]), "input_bin has other shards than the run in", "order_1 began with")
+    done = start(resume="auto", **run)
+    if data_seed == 0 and allow_repeat == "false":  # what comes later in the files' order does not matter
+        assert done.returncode == 0
+    else:
+        refused(done, "input_bin has other shards than the run in", "a began with")
+
+
+def test_resume_needs_the_optimizers_code(start, monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text("import torch\n\n\nclass Mine(torch.optim.SGD):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert start(run_name="a", optimizer="mine:Mine").returncode == 0
+    kept = (tmp_path / "logs/a/optimizer.py").read_text()
+    (tmp_path / "mine.py").write_text(kept + "    changed = True\n")
+    refused(start(run_name="a", optimizer="mine:Mine", resume="auto"), "began with another version of mine:Mine")
+    assert (tmp_path / "logs/a/optimizer.py").read_text() == kept
+
+
+def test_a_finished_run_without_its_checkpoints_stays(start, tmp_path):
+    assert start(run_name="a").returncode == 0
+    shutil.rmtree(tmp_path / "logs/a/checkpoints")
+    refused(start(run_name="a", resume="auto"), "holds a finished run whose checkpoints are gone")
+    assert losses(tmp_path / "logs/a")
+
+
+def test_another_target_is_met_anew(start, tmp_path):
+    assert start(run_name="a", target_val_loss=99, save_every=3, val_loss_every=2).returncode == 0
+    (tmp_path / "logs/a/checkpoints/step_000010.pt").unlink()
+    done = start(run_name="a", target_val_loss=0.1, resume="auto", save_every=3, val_loss_every=2)
+    assert done.returncode == 0 and "target 0.1 not met" in done.stdout
+    (tmp_path / "logs/a/checkpoints/step_000010.pt").unlink()
+    done = start(run_name="a", target_val_loss=99, stop_at_target="true", resume="auto", save_every=3, val_loss_every=2)
+    assert done.returncode == 0 and losses(tmp_path / "logs/a")[-1][0] == 10
+
+
+def test_nobody_reads_the_output(start, tmp_path, monkeypatch):
+    """As `train_gpt2.py ... | head -1`, or a terminal that is closed."""
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    for run, stdout in (("a", Gone()), ("b", None)):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert start(run_name=run).returncode == 0
+        assert [step for step, _ in losses(tmp_path / f"logs/{run}")] == [0, 5, 10]
+        assert "final loss" in (tmp_path / f"logs/{run}/log.txt").read_text()
+
+
+def test_a_gpu_machine_without_nvidia_smi(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    assert train_gpt2.describe_machine(torch.device("cuda", 0))["nvidia_smi"] == ""
 
 
 def test_auto_resume_without_a_checkpoint(start, tmp_path):
