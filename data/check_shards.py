@@ -63,7 +63,8 @@ def show(path, tokenizer):
     file, manifest = find_manifest(path)
     if manifest:
         if path.name not in manifest["shards"]:
-            raise UserError(f"{file.name} does not list it: it is left from another run; delete it, or make the data set again")
+            raise UserError(f"{file.name} does not list it: it is left from another run, or was added since; "
+                            "make the data set again, or delete it (a shard of FineWeb: run data/fineweb.py, which asks the hub)")
         if manifest["shards"][path.name] != (entry["tokens"], entry["sha256"]):
             raise UserError(f"changed since it was written: SHA-256 {entry['sha256']} instead of {manifest['shards'][path.name][1]} "
                             f"in {file.name}; make it again")

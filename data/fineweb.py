@@ -22,13 +22,16 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers, tqdm
-
-from shards import VOCABULARY, locked, manifest_entry, script, write_manifest
+from shards import NOT_INSTALLED, VOCABULARY, locked, manifest_entry, script, write_manifest
 from train_gpt2 import Config, UserError, check_config, open_shard, read_toml
+
+try:
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers, tqdm
+except ImportError as error:
+    sys.exit(NOT_INSTALLED.format(error))
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 SHARD_TOKENS, SHARD_BYTES, SHARDS = 100_000_000, 200_001_024, 103
@@ -64,6 +67,8 @@ def file_names(argument):
         check_config(config)
         if not fnmatch(NAMES[1], os.path.basename(config.input_bin)):
             raise UserError(f"{argument} reads '{config.input_bin}', not FineWeb; pass a number of shards instead")
+        if config.sequence_length >= SHARD_TOKENS:
+            raise UserError(f"{argument}: sequence_length = {config.sequence_length}: a shard has {SHARD_TOKENS} tokens; lower it")
         number, remedy = shards_needed(config), "lower num_iterations, or set allow_repeat = true"
         print(f"{argument} needs {number} training shards")
         number = min(number, SHARDS) if config.allow_repeat else number

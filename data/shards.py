@@ -8,13 +8,18 @@ import functools
 import hashlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
-import numpy as np
-
+NOT_INSTALLED = "error: {}; install requirements.txt, or enter the environment that has it: source .venv/bin/activate"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_gpt2 import MAGIC, VERSION, UserError, open_shard, write_atomically
+try:
+    import numpy as np
+
+    from train_gpt2 import MAGIC, VERSION, UserError, open_shard, write_atomically
+except ImportError as error:
+    sys.exit(NOT_INSTALLED.format(error))
 
 VOCABULARY = {"gpt2": 50257, "bytes": 256}
 END_OF_TEXT = {"gpt2": 50256, "bytes": 255}  # the token before each document; no UTF-8 text contains the byte 255
@@ -91,6 +96,7 @@ def script(main):
     def run():
         # show lines at once, in a file or a pipe too, whatever their characters
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: with its child processes and temporary files
         try:
             main()
         except KeyboardInterrupt:
@@ -98,7 +104,7 @@ def script(main):
         except BrokenPipeError:  # `| head` has seen enough
             os._exit(1)
         except ImportError as error:
-            sys.exit(f"error: {error}; install requirements.txt")
+            sys.exit(NOT_INSTALLED.format(error))
         except (UserError, OSError) as error:
             sys.exit(f"error: {error}")
     return run

@@ -231,12 +231,16 @@ def encode_in_order(pool, chunks, ahead):
 def check_arguments(args):
     """Raises UserError for arguments that cannot be used."""
     for path in args.input:
-        if path.is_dir() or not path.exists():
-            raise UserError(f"{path}: {'is a folder; name the files in it' if path.is_dir() else 'there is no such file'}")
+        try:
+            folder, there = path.is_dir(), path.exists()
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; name a file that can be read") from None
+        if folder or not there:
+            raise UserError(f"{path}: {'is a folder; name the files in it' if folder else 'there is no such file'}")
         if not INPUT_NAME.fullmatch(path.name):
             raise UserError(f"{path}: not .txt or .jsonl, either of them with .gz or .zst, or .parquet; convert it to one of these")
-    if not re.fullmatch(r"\w[\w.-]*", args.name):
-        raise UserError(f"--name {args.name}: file names start with it, so use letters, digits, '_', '-' and '.' only")
+    if not re.fullmatch(r"\w[\w.-]{0,199}", args.name):
+        raise UserError(f"--name {args.name}: file names start with it, so use letters, digits, '_', '-' and '.' only, and at most 200")
     for field, least in (("shard_tokens", 1), ("val_tokens", 0), ("workers", 1)):
         if not least <= getattr(args, field) < 2 ** 31:  # a shard's header has 31 bits for its tokens
             raise UserError(f"--{field} {getattr(args, field)}: should be at least {least} and below 2^31")
@@ -284,13 +288,17 @@ def tokenize(args):
             shutil.rmtree(left, ignore_errors=True)  # by a process that was killed: nobody else holds the lock
         with tempfile.TemporaryDirectory(prefix=f"{args.name}.partial-", dir=args.out) as folder:
             shards, total, documents, empty = write_shards(args, folder)
+            manifest, new = args.out / f"{args.name}.json", [args.out / shard["file"] for shard in shards]
+            old = [path for part in ("val", "train") for path in args.out.glob(f"{args.name}_{part}_{'[0-9]' * 6}.bin")]
+            for path in (manifest, *new, *old):
+                if path.exists() and not path.is_file():
+                    raise UserError(f"{path} is in the way, and not a file; move it elsewhere")
             set_signals(signal.SIG_IGN)  # the old data set or the new one, not parts of both
-            (args.out / f"{args.name}.json").unlink(missing_ok=True)
-            for part in ("val", "train"):
-                for old in args.out.glob(f"{args.name}_{part}_{'[0-9]' * 6}.bin"):
-                    old.unlink()
-            for shard in shards:
-                os.replace(Path(folder, shard["file"]), args.out / shard["file"])
+            manifest.unlink(missing_ok=True)
+            for path in new:
+                os.replace(Path(folder, path.name), path)
+            for path in set(old).difference(new):
+                path.unlink()
             write_manifest(args.out, args.name, args.tokenizer, [str(path) for path in args.input], shards)
     seconds = time.monotonic() - start
     return (f"{total:,} tokens of {documents:,} documents ({empty} empty, skipped) in {len(shards)} shards in {args.out}; "

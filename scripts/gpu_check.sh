@@ -18,6 +18,7 @@ case "${1:-}" in
     -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit ;;
     *) echo "error: unknown argument '$1'; there is only --cpu" >&2; exit 2 ;;
 esac
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${PYTHON:-}" ]; then
     [ -x .venv/bin/python ] && PYTHON=.venv/bin/python || PYTHON=python3
@@ -36,14 +37,14 @@ part() {  # part NAME SECONDS COMMAND...: runs the command; its output goes to t
     local name=$1 limit=$2 start=$SECONDS result
     shift 2
     echo "== $name, at most $limit s"
-    timeout --signal INT --kill-after 5 "$limit" "$@" 2>&1 | tee "$folder/$name.txt"
+    timeout --foreground --signal INT --kill-after 5 "$limit" "$@" 2>&1 | tee "$folder/$name.txt"
     case ${PIPESTATUS[0]} in 0) result="done" ;; 124 | 137) result="ended by its time limit" ;; *) result="FAILED" ;; esac
     summary+="$(printf '%-18s %4d s  %s' "$name" $((SECONDS - start)) "$result")"$'\n'
 }
 
 part environment 15 bash -c 'command -v nvidia-smi > /dev/null && nvidia-smi
     git log -1 --format="commit %H" 2> /dev/null && git status --short
-    "$0" -m torch.utils.collect_env' "$PYTHON"
+    exec "$0" -m torch.utils.collect_env' "$PYTHON"
 
 if ! "$PYTHON" -c "import pytest" 2> /dev/null; then
     timeout 10 "$PYTHON" -m pip install --quiet --retries 0 --target "$folder/packages" pytest > /dev/null 2>&1

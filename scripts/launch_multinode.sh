@@ -24,7 +24,7 @@ if [ ! -f "$config" ]; then
     echo "error: no configuration $config; name one relative to $PWD" >&2
     exit 1
 fi
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(unset CDPATH; cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 default_python=$root/.venv/bin/python
 [ -x "$default_python" ] || default_python=python3
 python=${PYTHON:-$default_python}

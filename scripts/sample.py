@@ -58,7 +58,7 @@ def generate(model, tokens, number, sequence_length, temperature=1.0, top_k=None
         if temperature == 0:
             tokens.append(int(logits.argmax()))
         else:
-            tokens.append(int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)))
+            tokens.append(int(torch.multinomial(((logits - logits.max()) / temperature).softmax(-1), 1, generator=generator)))
         yield tokens[-1]
 
 
@@ -72,6 +72,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # models write what not every terminal can show
     if (args.tokens < 0 or not 0 <= args.temperature < float("inf") or (args.top_k is not None and args.top_k < 1)
             or not 0 <= args.seed < 2 ** 63):
         raise UserError(f"--tokens {args.tokens} --temperature {args.temperature} --top_k {args.top_k} --seed {args.seed}: "

@@ -1,6 +1,7 @@
 # Sourced by run.sh and test.sh: goes to the repository and makes .venv with what requirements.txt lists, once for each version of it.
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ ! -x .venv/bin/python ]; then
+if ! .venv/bin/python -c "import pip" 2> /dev/null; then  # there is none, or one that was stopped while it was made
     for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
         if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             break
@@ -11,7 +12,7 @@ if [ ! -x .venv/bin/python ]; then
         echo "error: no Python 3.11 or newer on the PATH; install one, or name it: PYTHON=/path/to/python $0" >&2
         exit 1
     fi
-    "$candidate" -m venv .venv || { echo "error: '$candidate -m venv' failed (on Debian and Ubuntu: apt-get install python3-venv)" >&2; rm -rf .venv; exit 1; }
+    "$candidate" -m venv --clear .venv || { echo "error: '$candidate -m venv' failed (on Debian and Ubuntu: apt-get install python3-venv)" >&2; rm -rf .venv; exit 1; }
 fi
 if ! cmp -s requirements.txt .venv/requirements.installed; then
     echo "Installing requirements.txt into .venv ..."

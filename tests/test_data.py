@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import signal
 import sys
 from unittest.mock import Mock
 
@@ -31,12 +32,14 @@ def test_a_shard_holds_what_was_written(tmp_path):
 
 @pytest.mark.parametrize("error, code", [
     (OSError(28, "No space left on device", "a.bin"), "error: [Errno 28] No space left on device: 'a.bin'"),
-    (ImportError("No module named 'tiktoken'"), "error: No module named 'tiktoken'; install requirements.txt"),
+    (ImportError("No module named 'tiktoken'"), "error: No module named 'tiktoken'; install requirements.txt, or enter the "
+     "environment that has it: source .venv/bin/activate"),
     (KeyboardInterrupt(), "interrupted; run the same command again to resume"),
     (BrokenPipeError(), 1),
 ])
 def test_a_script_ends_with_one_sentence(monkeypatch, error, code):
     monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(signal, "signal", Mock())
     with pytest.raises(SystemExit) as end:
         script(Mock(side_effect=error))()
     assert end.value.code == code

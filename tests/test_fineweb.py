@@ -139,6 +139,7 @@ def test_configurations_say_how_many_shards(hub, fetch, out, tmp_path):
     ("none.toml", "cannot read the configuration none.toml"),
     ("sequence_length = 0", "sequence_length = 0"),
     ("input_bin = 'data/shakespeare/shakespeare_train_*.bin'", "not FineWeb"),
+    ("val_tokens = 100000000\nsequence_length = 100000000", "sequence_length = 100000000: a shard has 100000000 tokens"),
     ("num_iterations = 20000", "105 training shards: the data set has 1 to 103; lower num_iterations"),
     ("1 --out c.toml", "c.toml: cannot be used (File exists); choose another folder with --out"),
 ])

@@ -418,6 +418,7 @@ def test_sample_is_text(start, tmp_path, call):
     assert text.startswith("Ay, é ") and len(text) > 8
     assert text == call(sample, *arguments).stdout
     assert text != call(sample, *arguments, "--seed", 1).stdout
+    assert call(sample, *arguments, "--temperature", 1e-40).stdout == call(sample, *arguments, "--temperature", 0).stdout
 
 
 def test_what_cannot_be_sampled(ledger, call):

@@ -259,6 +259,8 @@ def test_unreadable_text_is_refused_with_its_place(tmp_path, out, tokenize, monk
 @pytest.mark.parametrize("arguments, words", [
     ("nowhere.jsonl", "nowhere.jsonl: there is no such file"),
     (".", "is a folder"),
+    ("x" * 300, "File name too long; name a file that can be read"),
+    ("in.jsonl --name " + "x" * 201, "and at most 200"),
     ("in.csv", "in.csv: not .txt or .jsonl, either of them with .gz or .zst, or .parquet"),
     ("in.jsonl --name a/b", "--name a/b"),
     ("in.jsonl --shard_tokens 0", "--shard_tokens 0: should be at least 1"),
@@ -291,6 +293,17 @@ def test_a_failure_keeps_the_old_data_set(out, tokenize, monkeypatch, fault, wor
     with full_disk(10_000 if fault else 1050):
         done = tokenize("--shard_tokens", 100)
     assert done.returncode == 1 and words.format(out=out) in done.stderr and contents(out) == before
+
+
+def test_a_folder_in_the_way_keeps_the_old_data_set(out, tokenize):
+    assert tokenize().returncode == 0
+    before = contents(out)
+    folder = out / f"{min(before).split('_')[0].removesuffix('.json')}_train_000009.bin"
+    folder.mkdir()
+    done = tokenize("--shard_tokens", 100)
+    assert done.returncode == 1 and f"{folder} is in the way" in done.stderr
+    folder.rmdir()
+    assert contents(out) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
