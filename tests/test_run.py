@@ -144,12 +144,12 @@ def test_resume_needs_the_shards_that_make_the_order(start, shards, tmp_path, da
 
 
 def test_resume_needs_the_optimizers_code(start, monkeypatch, tmp_path):
-    (tmp_path / "mine.py").write_text("import torch\n\n\nclass Mine(torch.optim.SGD):\n    pass\n")
+    (tmp_path / "kept.py").write_text("import torch\n\n\nclass Mine(torch.optim.SGD):\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert start(run_name="a", optimizer="mine:Mine").returncode == 0
+    assert start(run_name="a", optimizer="kept:Mine").returncode == 0
     kept = (tmp_path / "logs/a/optimizer.py").read_text()
-    (tmp_path / "mine.py").write_text(kept + "    changed = True\n")
-    refused(start(run_name="a", optimizer="mine:Mine", resume="auto"), "began with another version of mine:Mine")
+    (tmp_path / "kept.py").write_text(kept + "    changed = True\n")
+    refused(start(run_name="a", optimizer="kept:Mine", resume="auto"), "began with another version of kept:Mine")
     assert (tmp_path / "logs/a/optimizer.py").read_text() == kept
 
 
