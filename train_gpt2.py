@@ -966,7 +966,7 @@ def choose_micro_batch(config, device, per_process):
         memory = torch.cuda.get_device_properties(device).total_memory * min(0.9, torch.cuda.get_per_process_memory_fraction(device))
         # for each parameter: weight, gradient, state, update, statistics; and the logits of a chunk
         memory -= 32 * (12 * config.n_layer * config.n_embd ** 2 + rows * config.n_embd) + 2 * CHUNK * rows
-        tokens = memory / (45 * config.n_layer * config.n_embd)
+        tokens = memory / (45 * config.n_layer * config.n_embd * (2 if config.dtype == "float32" else 1))
     fitting = [2 ** i for i in range(32) if per_process % 2 ** i == 0 and 2 ** i * config.sequence_length <= tokens]
     return config.device_batch_size or max(fitting, default=1)
 

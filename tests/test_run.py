@@ -70,7 +70,7 @@ def test_micro_batch_fits_the_gpu(monkeypatch, gigabytes, most):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gigabytes * 1.056e9))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
     assert choose_micro_batch(Config(), gpu, 512) == most and choose_micro_batch(Config(), gpu, 24) == min(most, 8)
-    assert choose_micro_batch(Config(device_batch_size=4), gpu, 512) == 4
+    assert choose_micro_batch(Config(device_batch_size=4), gpu, 512) == 4 and choose_micro_batch(Config(dtype="float32"), gpu, 512) == most / 2
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.45)
     assert choose_micro_batch(Config(), gpu, 512) <= most / 2
 
