@@ -698,7 +698,7 @@ def start_processes(config):
 def first_to_fail():
     """Whether this is the first process of the job that fails: the others end because of it, and need not say so."""
     with contextlib.suppress(RuntimeError):  # the store's process is gone
-        return dist.group.WORLD.get_group_store().add("failed", 1) == 1 if dist.is_initialized() else os.environ.get("LOCAL_RANK", "0") == "0"
+        return dist.group.WORLD.get_group_store().add("failed", 1) == 1 if dist.is_initialized() else (os.environ.get("LOCAL_RANK") or "0") == "0"
     return True
 
 
@@ -859,7 +859,9 @@ class Log:
             self.folder = Path(config.log_dir, config.run_name or time.strftime("%Y%m%d-%H%M%S_") + config.optimizer.replace(":", "-"))
             if config.resume != "auto" and ((self.folder / "log.txt").exists() or any(self.folder.glob("checkpoints/step_*.pt"))):
                 raise UserError(f"{self.folder} already holds a run; take another run_name, or resume that run by --resume auto")
-        if checkpoint and json.loads((folder / "run.json").read_text()).get("optimizer_sha256") != facts["optimizer_sha256"]:
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.facts = json.loads((self.folder / "run.json").read_text()) if checkpoint else {**facts, "start": now, "resumed": []}
+        if self.facts.get("optimizer_sha256") != facts["optimizer_sha256"]:
             raise UserError(f"the run in {folder} began with another version of {config.optimizer}, which it keeps as optimizer.py; restore that")
         try:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -875,8 +877,6 @@ class Log:
                     shutil.copyfile(path, self.folder / name)
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another --log_dir") from None
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self.facts = json.loads((self.folder / "run.json").read_text()) if checkpoint else {**facts, "start": now, "resumed": []}
         if checkpoint:  # what the run started with stays, as in log.txt
             self.facts["resumed"].append(dict(time=now, **{name: facts[name] for name in ("config", "machine", "world_size")}))
         else:

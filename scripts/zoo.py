@@ -40,13 +40,12 @@ import estimates
 import records as filing
 import replicate
 import tune
-from train_gpt2 import GPT, UserError, build_optimizers, code_sha256, load_config
+from train_gpt2 import GPT, MAY_CHANGE_ON_RESUME, UserError, build_optimizers, code_sha256, load_config
 
 RECORDS = runs.ROOT / "records" / "zoo"
 TUNING_SEEDS, SEEDS = range(tune.FIRST_TUNING_SEED, tune.FIRST_TUNING_SEED + 2), range(1, 7)
 HOPELESS = 0.02  # a point whose first seed ends so far above the best is not run again
 SHORTER = 1 - replicate.CLAIM["steps"]
-NO_OTHER_LOSS = {"device", "device_batch_size", "compile", "collective_timeout", "log_every", "target_val_loss", "wandb_project"}
 
 
 @dataclass
@@ -173,8 +172,8 @@ class Track:
         def one(point):
             name = "_".join(str(value) for value in point if value != "")
             shorter = ["--warmdown_iters", str(round(self.full.warmdown_iters * point.steps / self.steps))]
-            arguments = [self.config, *self.given, *fields(ZOO[point.optimizer], point), *shorter, "--val_loss_every", "0",
-                         "--log_dir", str(self.logs), "--run_name", name, "--resume", "auto", "--save_every", "250"]
+            arguments = [self.config, "--save_every", "250", *self.given, *fields(ZOO[point.optimizer], point), *shorter, "--val_loss_every", "0",
+                         "--log_dir", str(self.logs), "--run_name", name, "--resume", "auto"]
             with self.free:
                 if self.failed:
                     return
@@ -389,7 +388,7 @@ def main():
     unknown = [name for name in names if name not in ZOO]
     if unknown:
         raise UserError(f"there is no optimizer '{unknown[0]}' here; there are {', '.join(ZOO)}")
-    other = [field for field in given if field.startswith("--") and field[2:].split("=")[0] not in NO_OTHER_LOSS]
+    other = [field for field in given if field.startswith("--") and field[2:].split("=")[0] not in MAY_CHANGE_ON_RESUME.difference(replicate.OWN)]
     if other and args.records == RECORDS:
         raise UserError(f"{other[0]} makes another comparison than that of {RECORDS}; give it a folder of its own by --records FOLDER")
     if args.jobs < 1:
