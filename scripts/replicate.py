@@ -13,7 +13,7 @@ side and share the cores: less time in all, and the same load for each; how long
 The claim (arXiv:2604.01472): Newton-Muon reaches the loss of Muon in 6 % fewer steps, and in about 4 % less time.
 The arms: Muon with all N steps of the configuration, Newton-Muon with N and with 0.94 N, its warm-down shortened alike, and the other
 optimizers with N. Run i of each has seed i and data_seed i: 0 is the files' order (the speedrun's own), others are permutations of it.
-The CPU track begins with 1: one play after the other is a harder order of the data, which costs more than any two optimizers differ by.
+The CPU track begins with 1: in the files' order a batch is a piece of a scene, and Muon's final loss 0.11 higher.
 Their final losses B, C and D give the steps saved at equal final loss, 0.06 (B - C) / (D - C), with a 95 % interval (scripts/estimates.py);
 with the overhead of Newton-Muon's step, measured before the runs by alternating with Muon's, they give the time saved.
 Two questions: fewer steps than Muon? Yes if the interval is above 0, no if it is below.
