@@ -328,7 +328,7 @@ def section(folder):
 
 HEAD = """# The optimizers people ask about
 
-`python scripts/zoo.py` tunes each with the same effort, runs it with six seeds of its own, and writes this page; how, it says
+`python scripts/zoo.py` tunes each with the same effort, runs it with six other seeds, and writes this page; how, it says
 under `--help`. Every run is a line of `runs.csv`. Sorted by final loss. **=** marks what cannot be told from Muon: the 95 % interval
 of the difference over the seeds, which all optimizers share, holds 0. With as many optimizers as here, one in twenty that are equal
 will look different. Steps saved are what the difference is worth at the slope of Muon's loss between 0.94 and all of the steps.
@@ -342,7 +342,8 @@ decides, no other optimizer starts with a momentum above 0.9, unless that is the
 setting that is tuned. By then AdamW and torch's Muon had been run in part, whose entries stay as they were, and Newton-Muon had been
 run with another setting, the ridge (0.8 is best), and a momentum of 0.95: 1.5186 in the mean of six seeds
 ([newton_muon_ridge.csv](cpu/newton_muon_ridge.csv), the same command at commit 5d6b04f). Now its setting is the momentum, as Muon's is.
-What is best at an end of the values tried for a setting might be better still beyond: the rates continue there, settings do not.
+What is best at an end of the values tried might be better still beyond. No setting is tried there, and of the rates one pair: where
+a setting is best that is not the default, at twice the `learning_rate`. So SOAP's rates are a corner of its nine pairs.
 Muon alone was tried at 0.8 as well, beside its 12 points: `python train_gpt2.py configs/cpu_muon.toml --momentum 0.8` ends at 1.5094
 in the mean of the two tuning seeds (`--seed 100 --data_seed 100`, and 101), against 1.5021 at 0.9.
 """
