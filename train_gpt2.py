@@ -564,7 +564,7 @@ class Muon(torch.optim.Optimizer):
     def state_dict(self):
         """On process 0 with the state of all matrices, whichever process owns them (all processes must call it); elsewhere its own."""
         state = super().state_dict()
-        parts = [{i: {key: value.cpu() for key, value in entry.items()} for i, entry in state["state"].items()}] * world_size()
+        parts = [{i: {k: v.cpu() if torch.is_tensor(v) else v for k, v in e.items()} for i, e in state["state"].items()}] * world_size()
         if world_size() > 1:
             dist.gather_object(parts[0], parts if rank() == 0 else None)
         for part in parts:
@@ -1006,13 +1006,13 @@ def evaluate(model, shards, config, device, dtype, micro_batch, signals):
 def warm_up(model, raw_model, config, device, dtype, micro_batch):
     """Builds the graphs and the memory pools with steps on dummy data, and leaves the weights as they were."""
     weights = {name: p.detach().cpu().clone() for name, p in raw_model.state_dict().items()}
-    optimizers = build_optimizers(raw_model, config)  # a second pair, thrown away after this
+    optimizers = _, hidden = build_optimizers(raw_model, config)  # a second pair, thrown away after this
     idx, targets = torch.randint(config.vocab_size, (2, micro_batch, config.sequence_length), generator=torch.Generator().manual_seed(0)).to(device)
     try:
-        for collect in (False, False, True) if hasattr(optimizers[1], "refresh") else (False, False):  # DDP rearranges its buckets after the first
-            _, grams = accumulate(model, [(idx, targets)] * 2, collect, dtype)
+        for collect in (False, False, True) if hasattr(hidden, "refresh") and "refresh_interval" in hidden.defaults else (False, False):
+            _, grams = accumulate(model, [(idx, targets)] * 2, collect, dtype)  # DDP rearranges its buckets after the first
             if collect:
-                optimizers[1].refresh(grams, 2 * idx.numel() * world_size())
+                hidden.refresh(grams, 2 * idx.numel() * world_size())
             for optimizer in optimizers:
                 optimizer.step()
     except torch.OutOfMemoryError:
@@ -1131,7 +1131,7 @@ def run(config):
             for group in optimizer.param_groups:
                 group["lr"] = rate * learning_rate_scale(config, step)
         idx, targets = (t.to(device, non_blocking=True).split(micro_batch) for t in next(batches))
-        collect = hasattr(hidden, "refresh") and (step + 1) % hidden.defaults["refresh_interval"] == 0
+        collect = hasattr(hidden, "refresh") and (step + 1) % hidden.defaults.get("refresh_interval", math.inf) == 0
         loss, grams = accumulate(model, list(zip(idx, targets)), collect, dtype)
         if collect:
             hidden.refresh(grams, B * T)

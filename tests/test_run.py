@@ -221,6 +221,19 @@ def test_optimizer_args(start, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
 
 
+def test_muon_of_ones_own(start, tmp_path, monkeypatch):
+    """Its state may hold numbers, and a refresh() without a default refresh_interval is a method of its own."""
+    (tmp_path / "counted.py").write_text("from train_gpt2 import Muon\nclass Counted(Muon):\n    def precondition(self, p, G):\n"
+                                         "        self.state[p]['count'] = self.state[p].get('count', 0) + 1\n        return G\n"
+                                         "class Refreshed(Muon):\n    def refresh(self):\n        pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("Counted", "Refreshed"):
+        done = start(optimizer=f"counted:{name}", run_name=name)
+        assert done.returncode == 0, done.stderr
+    checkpoint = torch.load(tmp_path / "logs/Counted/checkpoints/step_000010.pt", weights_only=True)
+    assert {state["count"] for state in checkpoint["optimizers"][1]["state"].values()} == {10}
+
+
 def test_compiled_newton_muon(start, tmp_path):
     if not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler on the CPU, and g++ is not on the PATH")
