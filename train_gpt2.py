@@ -493,15 +493,14 @@ class Muon(torch.optim.Optimizer):
         U =  G + momentum M  (Nesterov), or M
         W <- (1 - lr weight_decay) W - lr sqrt(max(m, n)) newton_schulz(U)
 
-    so that lr is about the root-mean-square of an element's update. A matrix with m = 3 n is taken for a fused q, k, v, whose
-    three n x n blocks are orthogonalised apart, with sqrt(n). Raises ValueError for a setting out of range, or a parameter
-    that is not a matrix.
+    so that lr is about the root-mean-square of an element's update. A matrix with m = 3 n is taken for a fused q, k, v, whose three
+    n x n blocks are orthogonalised apart, with sqrt(n). Raises ValueError for a setting out of range, or a parameter that is not a matrix.
 
     With several processes each matrix has one owner, which alone keeps its state and orthogonalises its momentum; one
     all-gather shares the updates, bf16 on CUDA, else fp32. Gradients must be the same on all processes, as DDP leaves them.
     """
 
-    def __init__(self, params, lr=3.6e-4, momentum=0.95, nesterov=True, ns_steps=5, weight_decay=0.0, **more):
+    def __init__(self, params, lr=3.6e-4, momentum=0.95, nesterov=True, ns_steps=5, weight_decay=0.0, more={}):
         if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
             raise ValueError(f"lr = {lr}, weight_decay = {weight_decay}, momentum = {momentum}: must be 0 or more, momentum below 1")
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, weight_decay=weight_decay, **more))
@@ -590,9 +589,10 @@ class NewtonMuon(Muon):
     """
 
     def __init__(self, params, lr=4e-4, momentum=0.95, nesterov=True, ns_steps=5, weight_decay=0.0, refresh_interval=32, ewma=0.95, ridge=0.2):
-        if not 0 <= ewma < 1 or ridge <= 0:
-            raise ValueError(f"ewma = {ewma}, ridge = {ridge}: ewma must be at least 0 and below 1, ridge positive")
-        super().__init__(params, lr, momentum, nesterov, ns_steps, weight_decay, refresh_interval=refresh_interval, ewma=ewma, ridge=ridge)
+        if not 0 <= ewma < 1 or not 0 < ridge < math.inf:
+            raise ValueError(f"ewma = {ewma}, ridge = {ridge}: ewma must be at least 0 and below 1, ridge positive and finite")
+        more = dict(refresh_interval=refresh_interval, ewma=ewma, ridge=ridge)
+        super().__init__(params, lr, momentum, nesterov, ns_steps, weight_decay, more)
         if other := [tuple(p.shape) for p in self.matrices if p.size(1) % min(p.shape)]:
             raise ValueError(f"a matrix of shape {other[0]}: must be square, tall, or a whole number of times wider than tall")
         self.failures = torch.zeros((), dtype=torch.int64, device=self.updates.device)

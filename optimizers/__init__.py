@@ -3,8 +3,8 @@
     python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.lion:Lion --hidden_learning_rate 0.002
 
 A rule of its own is a MatrixOptimizer with update(). A rule that changes what Muon orthogonalizes, or how, is a Muon with another
-precondition() or orthogonalize(), and so shares the work between the processes. Both are torch.optim.Optimizers for any trainer whose
-weights are in fp32 or fp64, which torch.linalg needs.
+precondition() or orthogonalize(), and so shares the work between the processes; `more` takes its settings. Both
+are torch.optim.Optimizers for any trainer whose weights are in fp32 or fp64, which torch.linalg needs.
 """
 import torch
 
@@ -12,15 +12,18 @@ from train_gpt2 import as_blocks
 
 
 def check(**settings):
-    """Raises ValueError unless rates and decays are 0 or more, weights of an average below 1, counts and seeds whole numbers in range."""
+    """Raises ValueError unless rates and decays are 0 or more, weights of an average below 1, counts and seeds whole numbers in range,
+    switches True or False."""
     for name, value in settings.items():
         averages = name.startswith(("beta", "momentum"))
         if (averages and not 0 <= value < 1) or (name in ("lr", "weight_decay", "eps") and not 0 <= value < float("inf")):
             raise ValueError(f"{name} = {value}: must be 0 or more" + (" and below 1" if averages else ", and finite"))
         if name in ("ns_steps", "refresh_interval", "seed"):
             least = 0 if name == "seed" else 1
-            if not isinstance(value, int) or not least <= value < 2 ** 32:
+            if type(value) is not int or not least <= value < 2 ** 32:
                 raise ValueError(f"{name} = {value}: must be a whole number, {least} or more and below 2^32")
+        if name in ("nesterov", "exact", "one_sided", "constrained") and value not in (True, False):
+            raise ValueError(f"{name} = {value!r}: must be true or false")
 
 
 class MatrixOptimizer(torch.optim.Optimizer):

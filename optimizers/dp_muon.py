@@ -36,7 +36,7 @@ class DPMuon(Muon):
         if not clip > 0 or (noise_multiplier and clip == math.inf):
             raise ValueError(f"clip = {clip}: must be above 0, and finite unless noise_multiplier is 0")
         check(lr=lr, seed=seed, **settings)
-        super().__init__(params, lr, noise_multiplier=noise_multiplier, clip=clip, seed=seed, steps=0, **settings)
+        super().__init__(params, lr, more=dict(noise_multiplier=noise_multiplier, clip=clip, seed=seed, steps=0), **settings)
         self.number = {p: i for i, p in enumerate(self.matrices)}
 
     def step(self):

@@ -26,7 +26,7 @@ class LowRankMuon(Muon):
         if not 0 < rank_fraction <= 1:
             raise ValueError(f"rank_fraction = {rank_fraction}: must be above 0 and at most 1")
         check(lr=lr, seed=seed, **settings)
-        super().__init__(params, lr, rank_fraction=rank_fraction, seed=seed, steps=0, **settings)
+        super().__init__(params, lr, more=dict(rank_fraction=rank_fraction, seed=seed, steps=0), **settings)
 
     def step(self):
         for group in self.param_groups:

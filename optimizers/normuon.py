@@ -26,7 +26,7 @@ def normalize_rows(O, states, group):
 class NorMuon(Muon):
     def __init__(self, params, lr=3.6e-4, beta2=0.95, eps=1e-8, **settings):
         check(lr=lr, beta2=beta2, eps=eps, **settings)
-        super().__init__(params, lr, beta2=beta2, eps=eps, **settings)
+        super().__init__(params, lr, more=dict(beta2=beta2, eps=eps), **settings)
 
     def orthogonalize(self, matrices, U, group):
         O = super().orthogonalize(matrices, U, group).to(U.dtype)  # bf16 on a GPU, too coarse for an average

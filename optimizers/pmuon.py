@@ -24,7 +24,7 @@ class PMuon(Muon):
         check(lr=lr, beta=beta, eps=eps, **settings)
         if not 0 <= power <= 0.5:
             raise ValueError(f"power = {power}: must be 0 or more, and at most 0.5")
-        super().__init__(params, lr, beta=beta, power=power, eps=eps, **settings)
+        super().__init__(params, lr, more=dict(beta=beta, power=power, eps=eps), **settings)
 
     def orthogonalize(self, matrices, U, group):
         parts = U.split(len(as_blocks(matrices[0])))  # (blocks, m, n) of each matrix

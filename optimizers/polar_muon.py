@@ -50,8 +50,8 @@ def msgn(X):
 
 class PolarMuon(Muon):
     def __init__(self, params, lr=3.6e-4, exact=False, **settings):
-        check(lr=lr, **settings)
-        super().__init__(params, lr, exact=exact, **settings)
+        check(lr=lr, exact=exact, **settings)
+        super().__init__(params, lr, more=dict(exact=exact), **settings)
 
     def orthogonalize(self, matrices, U, group):
         return (msgn(U) if group["exact"] else polar_express(U, group["ns_steps"])) * math.sqrt(max(U.shape[-2:]))

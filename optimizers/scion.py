@@ -23,10 +23,10 @@ from train_gpt2 import Muon, as_blocks, newton_schulz
 
 class Scion(Muon):
     def __init__(self, params, lr=3.6e-4, momentum=0.9, radius=50.0, constrained=True, ns_steps=5):
-        check(lr=lr, ns_steps=ns_steps)
+        check(lr=lr, ns_steps=ns_steps, constrained=constrained)
         if not 0 < radius < math.inf:
             raise ValueError(f"radius = {radius}: must be above 0, and finite")
-        super().__init__(params, lr, momentum, nesterov=False, ns_steps=ns_steps, radius=radius, constrained=constrained)
+        super().__init__(params, lr, momentum, nesterov=False, ns_steps=ns_steps, more=dict(radius=radius, constrained=constrained))
 
     def orthogonalize(self, matrices, U, group):
         m, n = U.shape[-2:]

@@ -25,7 +25,7 @@ from train_gpt2 import Muon, as_blocks
 class SOAPMuon(Muon):
     def __init__(self, params, lr=3.6e-4, beta2=0.9, eps=1e-3, **settings):
         check(lr=lr, beta2=beta2, eps=eps, **settings)
-        super().__init__(params, lr, beta2=beta2, eps=eps, **settings)
+        super().__init__(params, lr, more=dict(beta2=beta2, eps=eps), **settings)
 
     def orthogonalize(self, matrices, U, group):
         parts = U.split(len(as_blocks(matrices[0])))  # (blocks, m, n) of each matrix

@@ -6,8 +6,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import golden
+from optimizers.dion import Dion
+from optimizers.dp_muon import DPMuon
+from optimizers.low_rank_muon import LowRankMuon
+from optimizers.normuon import NorMuon
+from optimizers.pmuon import PMuon
+from optimizers.polar_muon import PolarMuon
 from optimizers.power_newton_muon import PowerNewtonMuon
+from optimizers.scion import Scion
 from optimizers.signum import Signum
+from optimizers.soap_muon import SOAPMuon
 from train_gpt2 import GPT, Config, Muon, NewtonMuon, assign_owners, newton_schulz
 
 
@@ -126,10 +134,18 @@ def test_signum_follows_its_equation():
 
 @pytest.mark.parametrize("kind, settings", [(Muon, dict(lr=-1)), (Muon, dict(momentum=1.0)), (Muon, dict(weight_decay=-0.1)),
                                             (NewtonMuon, dict(ewma=1.0)), (NewtonMuon, dict(ridge=0.0)),
-                                            (PowerNewtonMuon, dict(power=0.0)), (Signum, dict(momentum=1.0))])
+                                            (NewtonMuon, dict(ridge=math.nan)), (PowerNewtonMuon, dict(power=0.0)),
+                                            (Signum, dict(momentum=1.0)), (Signum, dict(nesterov="false")), (Dion, dict(seed=True)),
+                                            (PolarMuon, dict(exact="no")), (Scion, dict(constrained="false"))])
 def test_optimizers_refuse_settings_out_of_range(kind, settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         kind([torch.nn.Parameter(torch.zeros(2, 2))], **settings)
+
+
+@pytest.mark.parametrize("kind", [DPMuon, LowRankMuon, Muon, NorMuon, PMuon, PolarMuon, SOAPMuon])
+def test_muons_refuse_unknown_settings(kind):
+    with pytest.raises(TypeError, match="momentun"):
+        kind([torch.nn.Parameter(torch.zeros(2, 2))], momentun=0.9)
 
 
 def test_refused_shapes():
