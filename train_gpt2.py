@@ -630,7 +630,7 @@ class NewtonMuon(Muon):
 
     def precondition(self, p, G):
         P = self.state[p].get("P")  # None before the first refresh
-        return G if P is None else torch.einsum("mbi,bij->mbj", G.view(G.size(0), P.size(0), -1), P).reshape_as(G)
+        return G if P is None else torch.einsum("mbi,bij->mbj", G.view(G.size(0), P.size(0), -1), P.to(G.dtype)).reshape_as(G)
 
 
 def build_optimizers(model, config):

@@ -96,6 +96,22 @@ def test_newton_muon_preconditioner(quarters):
     torch.testing.assert_close(optimizer.precondition(wide, G), torch.cat([g @ P for g, P in zip(G.split(6, 1), optimizer.state[wide]["P"])], 1))
 
 
+@pytest.mark.parametrize("kind", [NewtonMuon, PowerNewtonMuon])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_newton_muon_in_other_types(kind, dtype):
+    generator = torch.Generator().manual_seed(6)
+    updates = []
+    Z, G = torch.randn(2, 50, 4, generator=generator), torch.randn(4, 8, generator=generator).to(torch.bfloat16)
+    for weights in (dtype, torch.float32):
+        w = torch.nn.Parameter(torch.zeros(4, 8, dtype=weights))
+        w.grad = G.to(weights)
+        optimizer = kind([w], lr=0.1)
+        optimizer.refresh([Z.mT @ Z], 50)
+        optimizer.step()
+        updates.append(w.detach().float())
+    torch.testing.assert_close(*updates, rtol=0, atol=0.02 if dtype == torch.bfloat16 else 1e-5)
+
+
 def test_newton_muon_without_refresh_is_muon():
     a, b = torch.nn.Parameter(torch.ones(8, 8)), torch.nn.Parameter(torch.ones(8, 8))
     a.grad = b.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(5))
