@@ -113,7 +113,7 @@ def trainer_side(config, device, dtype):
             for optimizer in optimizers:
                 optimizer.step()
             raw.zero_grad(set_to_none=True)
-    return step, hasattr(optimizers[1], "refresh")
+    return step, hasattr(optimizers[1], "refresh") and "refresh_interval" in optimizers[1].defaults
 
 
 def interval(values):
