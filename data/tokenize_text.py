@@ -121,7 +121,7 @@ def read_txt(path, beginning):
                 text += decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 line += text.count("\n") + error.object.count(b"\n", 0, error.start)
-                raise ValueError(f"line {line}: {error}") from None
+                raise ValueError(f"line {line}: {error}; save it as UTF-8") from None
             found = beginning.match(text)
             cut = len(text) if not block else found.end() if found else 0
             if cut or not block:

@@ -228,6 +228,7 @@ LONG = jsonl([np.random.default_rng(i).bytes(200).hex() for i in range(5)])
     ("jsonl", b'{"text": "a"}\n{"other": "b"}\n', ", line 2: no field 'text'; name the text's field with --text_field"),
     ("jsonl", b'{"text": "a"}\n{"text": \n', ", line 2: "),
     ("jsonl", b'{"text": "a"}\n\xff\xfe\n', ", line 2: "),
+    ("txt", "a\nb".encode("utf-16"), ": line 1: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte; save it as UTF-8"),
     ("jsonl", b'{"text": "a"}\n\r\n{"text": "\xc3"}\n', ", line 3: 'utf-8' codec"),
     ("jsonl", b'{"text": "\\ud800"}\n', ", line 1: 'utf-8' codec"),
     ("jsonl", b'{"text": 5}\n', ", line 1: not a JSON object with a string"),
