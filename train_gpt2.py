@@ -250,9 +250,9 @@ class Shards:
 
     def require(self, sequences, what):
         """Raises UserError unless there are `sequences` sequences for `what`."""
-        have, largest = int(self.ends[-1]), max(self.lengths)
+        have, largest = int(self.ends[-1]), max(0, max(self.lengths) - 1) // self.T
         if have < sequences and not (self.allow_repeat and have):
-            missing = f"{math.ceil((sequences - have) * self.T / largest)} more shards like the largest one" if largest else "more shards"
+            missing = f"{math.ceil((sequences - have) / largest)} more shards like the largest one" if largest else "longer shards"
             raise UserError(f"'{self.pattern}' holds {have * self.T:,} tokens in sequences of {self.T}, {what} needs {sequences * self.T:,}: add {missing}, "
                             "or set a lower number" + ("" if what == "validation" else " of steps, or allow_repeat = true"))
 

@@ -27,6 +27,10 @@ def test_batches_are_the_sequences_in_order(tmp_path):
     shards.require(5, "this test")
     with pytest.raises(UserError, match="needs 24: add 1 more shards"):
         shards.require(6, "this test")
+    with pytest.raises(UserError, match="needs 60: add 4 more shards"):
+        shards.require(15, "this test")
+    with pytest.raises(UserError, match="needs 4: add longer shards"):
+        Shards(str(tmp_path / "1.bin"), T, 300).require(1, "this test")
     again = Shards(str(tmp_path / "*.bin"), T, 300, allow_repeat=True)
     again.require(100, "this test")
     assert again.batch([5, 14])[0].tolist() == idx[[0, 4]].tolist()
