@@ -1061,7 +1061,7 @@ def run(config):
 
     torch.manual_seed(config.seed)
     raw_model = GPT(config).to(device)
-    optimizers = table, hidden = build_optimizers(raw_model, config)
+    optimizers = _, hidden = build_optimizers(raw_model, config)
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     model, note = wrapped(raw_model, config, device)
     micro_batch = choose_micro_batch(config, device, per_process)
@@ -1127,9 +1127,9 @@ def run(config):
             clock = synchronized_time(device)
 
         # ------------------------------------------------- the training step -------------------------------------------------
-        for optimizer, rate in ((table, config.learning_rate), (hidden, config.hidden_learning_rate)):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * learning_rate_scale(config, step)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:  # an optimizer of one's own may have groups of different rates
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * learning_rate_scale(config, step)
         idx, targets = (t.to(device, non_blocking=True).split(micro_batch) for t in next(batches))
         collect = hasattr(hidden, "refresh") and (step + 1) % hidden.defaults.get("refresh_interval", math.inf) == 0
         loss, grams = accumulate(model, list(zip(idx, targets)), collect, dtype)

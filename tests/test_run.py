@@ -221,6 +221,17 @@ def test_optimizer_args(start, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
 
 
+def test_groups_of_different_rates_keep_their_ratio(start, tmp_path, monkeypatch):
+    (tmp_path / "grouped.py").write_text("import torch\nclass Grouped(torch.optim.SGD):\n    def __init__(self, params, lr):\n"
+                                         "        first, *rest = params\n"
+                                         "        super().__init__([dict(params=[first], lr=4 * lr), dict(params=rest)], lr=lr)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    done = start(optimizer="grouped:Grouped", run_name="grouped", save_every=9)
+    assert done.returncode == 0, done.stderr
+    saved = torch.load(tmp_path / "logs/grouped/checkpoints/step_000009.pt", weights_only=True)["optimizers"]  # the ninth: scaled by 2 / 4
+    assert [group["lr"] for optimizer in saved for group in optimizer["param_groups"]] == [0.005, 0.004, 0.001]
+
+
 def test_muon_of_ones_own(start, tmp_path, monkeypatch):
     """Its state may hold numbers, and a refresh() without a default refresh_interval is a method of its own."""
     (tmp_path / "counted.py").write_text("from train_gpt2 import Muon\nclass Counted(Muon):\n    def precondition(self, p, G):\n"
