@@ -7,7 +7,8 @@
     W <- (1 - lr weight_decay) W - lr sqrt(max(m, n)) P_L M P_R
 
 With momentum = beta2 = 0 the update is that of Muon, so lr means about what it means there; gradients that change from step to step make it
-smaller. The paper sums where we average, adds a fixed eps I, and has no momentum; there is no grafting.
+smaller, except in steps 2 to refresh_interval, whose P_L and P_R know one gradient: with noise alone up to 1.6 lr in square matrices and
+3.9 lr where one side is 4 times the other. The paper sums where we average, adds a fixed eps I, and has no momentum; there is no grafting.
 
     python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.shampoo:Shampoo
 """
