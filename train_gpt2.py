@@ -161,8 +161,8 @@ def check_config(config):
         arguments = json.loads(c.optimizer_args)
     for names, low, end, must in (
             ("batch_size sequence_length num_iterations val_tokens n_layer n_head n_embd ns_steps vocab_size refresh_interval "
-             "collective_timeout log_every", 1, 2 ** 63, "at least 1, and below 2^63"),
-            ("device_batch_size warmup_iters warmdown_iters val_loss_every save_every seed data_seed", 0, 2 ** 63, "0 or more, and below 2^63"),
+             "collective_timeout log_every", 1, 2 ** 32, "at least 1, and below 2^32"),
+            ("device_batch_size warmup_iters warmdown_iters val_loss_every save_every seed data_seed", 0, 2 ** 32, "0 or more, and below 2^32"),
             ("learning_rate hidden_learning_rate weight_decay", 0, 1e38, "0 or more, and below 1e38"),
             ("beta1 beta2 momentum ewma", 0, 1, "at least 0 and below 1")):
         rules += [(low <= getattr(c, name) < end, name, must) for name in names.split()]
@@ -177,7 +177,6 @@ def check_config(config):
         (c.optimizer in OPTIMIZERS or re.fullmatch(r"[\w.]+:\w+", c.optimizer), "optimizer", f"{', '.join(OPTIMIZERS)} or module:Class"),
         (os.path.basename(c.run_name) == c.run_name and c.run_name not in (".", ".."), "run_name", "a folder name; log_dir is the path above it"),
         (c.weight_decay == 0 or ":" not in c.optimizer, "weight_decay optimizer", "0 for a module:Class; optimizer_args has its arguments"),
-        (c.data_seed < 2 ** 32, "data_seed", "below 2^32"),
         (c.resume != "auto" or c.run_name, "resume run_name", "given together: auto needs a run_name"),
         (isinstance(arguments, dict), "optimizer_args", "a JSON object")]
     for valid, names, must in rules:
