@@ -18,7 +18,6 @@ import hashlib
 import importlib
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -67,18 +66,18 @@ class Config:
     input_bin: str = "data/fineweb10B/fineweb_train_*.bin"  # training shards: glob pattern, read in order of name
     input_val_bin: str = "data/fineweb10B/fineweb_val_*.bin"  # validation shards: glob pattern
     batch_size: int = 512  # sequences in one optimizer step, over all processes
-    device_batch_size: int = 0  # sequences in one forward pass of a process; 0: the largest power of two that fits the GPU
+    device_batch_size: int = 0  # sequences in a forward pass; 0: the largest power of two that fits the GPU (on a CPU 16384 tokens)
     sequence_length: int = 1024  # tokens in a sequence
     allow_repeat: bool = False  # start over when the shards are used up, instead of refusing to start
-    data_seed: int = 0  # order of the training sequences: 0 is that of the files, any other a fixed permutation of all of them
+    data_seed: int = 0  # order of the training sequences: 0 is that of the files, any other seed shuffles all of them, always the same way
     # schedule
     num_iterations: int = 6200  # optimizer steps
     warmup_iters: int = 0  # steps over which the learning rates rise linearly
     warmdown_iters: int = 1800  # steps at the end over which the learning rates fall linearly to 0
-    val_loss_every: int = 125  # steps between evaluations; 0: only the last
-    val_tokens: int = 10485760  # validation tokens, the first of the shards
+    val_loss_every: int = 125  # steps between evaluations; 0: only at the end
+    val_tokens: int = 10485760  # tokens of an evaluation: the first ones of the validation shards
     target_val_loss: float = 3.28  # the log says when an evaluation first reaches this loss
-    stop_at_target: bool = False  # end the run there
+    stop_at_target: bool = False  # end the run when an evaluation reaches target_val_loss
     # model
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads
@@ -87,10 +86,10 @@ class Config:
     # optimizer of the hidden matrices; the tied embedding and head always has AdamW
     optimizer: str = "muon"  # adamw, muon, newton_muon, sgd, or module:Class of any torch.optim.Optimizer, for the hidden matrices
     learning_rate: float = 0.0036  # AdamW learning rate of the tied embedding and head
-    hidden_learning_rate: float = 0.00036  # learning rate of the hidden matrices; for muon the root-mean-square of an update
+    hidden_learning_rate: float = 0.00036  # learning rate of the hidden matrices; for muon and newton_muon roughly the RMS of an update
     weight_decay: float = 0.0  # weight decay of the hidden matrices; decoupled, except for sgd
     beta1: float = 0.9  # AdamW's decay of the mean of the gradients
-    beta2: float = 0.95  # AdamW's decay of the mean of their squares
+    beta2: float = 0.95  # AdamW's decay of the mean of the squared gradients
     momentum: float = 0.95  # momentum of muon, newton_muon and sgd
     nesterov: bool = True  # Nesterov momentum for muon, newton_muon and sgd
     ns_steps: int = 5  # Newton-Schulz iterations of muon and newton_muon
@@ -103,7 +102,7 @@ class Config:
     device: str = "auto"  # cuda, cpu, or auto: cuda if there is a GPU
     dtype: str = "auto"  # type of matrix products: bfloat16, float32, or auto: bfloat16 on GPUs that have it (weights stay float32)
     compile: bool = False  # use torch.compile
-    collective_timeout: int = 600  # seconds that a process waits for the others before the job is ended
+    collective_timeout: int = 600  # seconds that a process waits for the others before it ends the job
     # output
     log_dir: str = "logs"  # folder of the runs
     run_name: str = ""  # folder of this run in log_dir; empty: time and optimizer
@@ -213,7 +212,7 @@ FIX = "make it again with the script in data/ that made it"
 def open_shard(path):
     """Memory-mapped tokens of the shard at `path`: (n,) uint16. Raises UserError if it is missing or damaged."""
     try:
-        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for ever
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait forever
             raise OSError("it is not a regular file")
         with open(path, "rb") as file:
             header, size = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4"), os.fstat(file.fileno()).st_size
@@ -234,8 +233,7 @@ class Shards:
 
     Sequence i is sequence_length tokens and the one after them; sequences follow each other in a shard, shards in order of name, and no
     sequence spans two shards. Step t of a run trains on sequences t * batch_size to (t + 1) * batch_size - 1, however many processes share
-    them. A data_seed above 0 numbers the sequences in another order. A shard is mapped only while a batch is read: memory stays flat.
-    """
+    them. A data_seed above 0 numbers the sequences in another order. A shard is mapped only while a batch is read: memory stays flat."""
 
     def __init__(self, pattern, sequence_length, vocab_size, allow_repeat=False, data_seed=0):
         self.paths = sorted(glob.glob(pattern))
@@ -265,8 +263,7 @@ class Shards:
         return list(map(facts, self.paths, self.lengths))
 
     def batch(self, sequences):
-        """Inputs and targets, each (len(sequences), T) int64, of the sequences with these numbers. Raises UserError for a token outside
-        the vocabulary, or a shard that has changed since it was checked."""
+        """Inputs and targets of these sequences, each (len(sequences), T) int64. UserError for a changed shard, or a token out of range."""
         rows, opened = np.empty((len(sequences), self.T + 1), dtype=np.int64), None
         for row, i in zip(rows, sequences):
             i = i % int(self.ends[-1]) if self.order is None else int(self.order[i % len(self.order)])
@@ -275,8 +272,7 @@ class Shards:
             if shard != opened:
                 tokens, opened = open_shard(self.paths[shard]), shard
                 if len(tokens) != self.lengths[shard]:
-                    raise UserError(f"{self.paths[shard]}: had {self.lengths[shard]:,} tokens when the run started and has {len(tokens):,} now; "
-                                    "leave the shards of a run alone")
+                    raise UserError(f"{self.paths[shard]}: had {self.lengths[shard]:,} tokens at the start, now {len(tokens):,}; restore it")
             row[:] = tokens[start:start + self.T + 1]
             if row.max() >= self.vocab_size:
                 raise UserError(f"{self.paths[shard]}: token {row.max()} after position {start} is outside vocab_size = {self.vocab_size}; "
@@ -286,8 +282,7 @@ class Shards:
 
 
 def prefetched(shards, batches, device):
-    """Yields shards.batch(sequences) for each of `batches`; a thread reads the next one while the caller uses this one. For a GPU the
-    tensors lie in pinned memory, from which they can be copied while it computes."""
+    """Yields shards.batch(sequences) for each of `batches`, which a thread reads one ahead, for a GPU into pinned memory."""
     def read(sequences):
         batch = shards.batch(sequences)
         if device.type == "cuda":
@@ -297,11 +292,11 @@ def prefetched(shards, batches, device):
 
     with ThreadPoolExecutor(1) as thread:
         futures = (thread.submit(read, sequences) for sequences in batches)
-        waiting = list(itertools.islice(futures, 1))
-        while waiting:
-            waiting += itertools.islice(futures, 1)
+        following = next(futures, None)
+        while following:
+            current, following = following, next(futures, None)
             start = time.perf_counter()
-            batch = waiting.pop(0).result()
+            batch = current.result()
             shards.waited += time.perf_counter() - start
             yield batch
 
@@ -492,13 +487,11 @@ class Muon(torch.optim.Optimizer):
         U =  G + momentum M  (Nesterov), or M
         W <- (1 - lr weight_decay) W - lr sqrt(max(m, n)) newton_schulz(U)
 
-    so that lr is about the root-mean-square of an element's update. A matrix with m = 3 n is taken for a fused q, k, v, whose
-    three n x n blocks are orthogonalised apart, with sqrt(n). Raises ValueError for a setting out of range, or a parameter
-    that is not a matrix.
+    so that lr is about the root-mean-square of an element's update. A matrix with m = 3 n is taken for a fused q, k, v, whose three
+    n x n blocks are orthogonalised separately, with sqrt(n). ValueError for a setting out of range, or a parameter that is not a matrix.
 
     With several processes each matrix has one owner, which alone keeps its state and orthogonalises its momentum; one
-    all-gather shares the updates, bf16 on CUDA, else fp32. Gradients must be the same on all processes, as DDP leaves them.
-    """
+    all-gather shares the updates, bf16 on CUDA, else fp32. Gradients must be the same on all processes, as DDP leaves them."""
 
     def __init__(self, params, lr=3.6e-4, momentum=0.95, nesterov=True, ns_steps=5, weight_decay=0.0, **more):
         if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
@@ -585,8 +578,7 @@ class NewtonMuon(Muon):
 
     and from the first refresh on, each step replaces G by G P before Muon's momentum. A matrix wider than tall has n / m
     diagonal blocks instead of one K, one for each slice of its inputs; fused q, k, v share theirs. If a factorisation fails,
-    that block keeps its previous P, and `failures` counts it. Raises ValueError as Muon does.
-    """
+    that block keeps its previous P, and `failures` counts it. Raises ValueError as Muon does."""
 
     def __init__(self, params, lr=4e-4, momentum=0.95, nesterov=True, ns_steps=5, weight_decay=0.0, refresh_interval=32, ewma=0.95, ridge=0.2):
         if not 0 <= ewma < 1 or ridge <= 0:
@@ -724,7 +716,7 @@ def assign_owners(costs, world):
 
 
 def reduced(op, *values):
-    """Sums (op "sum"), minima ("min") or maxima ("max") over all processes of these numbers, in float64."""
+    """Sum (op "sum") or maximum ("max") of each of these numbers over all processes, in float64."""
     numbers = torch.tensor(values, dtype=torch.float64)
     if world_size() > 1:
         dist.all_reduce(numbers, getattr(dist.ReduceOp, op.upper()))
@@ -788,17 +780,16 @@ def find_checkpoint(config, train_shards):
         if not isinstance(checkpoint, dict) or "code_sha256" not in checkpoint or candidate.resolve().parent.name != "checkpoints":
             raise UserError(f"{candidate}: not a checkpoint of train_gpt2.py in the checkpoints/ of its run's folder")
         if checkpoint["code_sha256"] != code_sha256():
-            raise UserError(f"{candidate} was written by another version of train_gpt2.py (SHA-256 {checkpoint['code_sha256'][:12]}, this one is "
-                            f"{code_sha256()[:12]}); resume with the train_gpt2.py in the run's folder")
+            raise UserError(f"{candidate} was written by another version of train_gpt2.py; resume with the one in the run's folder")
         for name, theirs in checkpoint["config"].items():
             if name not in MAY_CHANGE_ON_RESUME and theirs != getattr(config, name):
-                raise UserError(f"{candidate} is from a run with {name} = {theirs!r}, this one has {getattr(config, name)!r}; give it --{name} {theirs}")
+                raise UserError(f"{candidate} is from a run with {name} = {theirs!r}, not {getattr(config, name)!r}; give it --{name} {theirs}")
         if config.run_name not in ("", folder.name):
-            raise UserError(f"resume = '{config.resume}' continues the run in {folder}, so run_name = '{config.run_name}' cannot be; leave it out")
+            raise UserError(f"resume = '{config.resume}' continues the run in {folder}, not run_name = '{config.run_name}'; leave that out")
         if not (folder / "run.json").is_file():
             raise UserError(f"{folder} has checkpoints but no run.json; move them away to start a new run there")
         if (config.data_seed or config.allow_repeat) and json.loads((folder / "run.json").read_text())["train_shards"] != train_shards.describe():
-            raise UserError(f"input_bin has other shards than the run in {folder} began with, all of which make the order of its data; restore those")
+            raise UserError(f"input_bin has other shards than the run in {folder} began with, which set its data order; restore them")
         return checkpoint, folder
     if config.resume == "auto" and not candidates:
         if (path / "run.json").is_file() and '"end"' in (path / "run.json").read_text():
@@ -986,7 +977,7 @@ def accumulate(model, micro_batches, collect, dtype):
 
 
 def evaluate(model, shards, config, device, dtype, micro_batch, signals):
-    """Mean loss over exactly val_tokens tokens, shared by all processes. None if `signals` came meanwhile."""
+    """Mean loss over exactly val_tokens tokens, shared by all processes. None if a signal came meanwhile."""
     total, mine = 0.0, range(rank(), config.val_tokens // config.sequence_length, world_size())
     batches = [mine[i:i + micro_batch] for i in range(0, len(mine), micro_batch)]
     full = [[*numbers, *[0] * (micro_batch - len(numbers))] for numbers in batches]  # the last batch is filled up
@@ -1044,7 +1035,7 @@ def results(config, model, device, steps, train_time, val_loss, best, reached):
 
 
 def run(config):
-    """One training run, in this process's part of it. Returns the exit code: 0, or 128 + the signal that ended it."""
+    """This process's part of a training run. Returns the exit code: 0, or 128 + the signal that ended it."""
     per_process = sequences_per_process(config, int(os.environ.get("WORLD_SIZE") or 1))
     device = start_processes(config)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU multiplies fp32: preconditioning
@@ -1094,8 +1085,7 @@ def run(config):
     for number in (signal.SIGINT, signal.SIGTERM):  # from now on they end the run after the step
         signal.signal(number, lambda number, frame: signals.append(number))
 
-    def stopped():
-        """The signal that any process has caught, or 0."""
+    def stopped():  # the signal that any process has caught, or 0
         return int(reduced("max", max(signals, default=0))[0])
 
     clock = synchronized_time(device)
