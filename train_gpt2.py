@@ -994,7 +994,7 @@ def evaluate(model, shards, config, device, dtype, micro_batch, signals):
 
 
 def warm_up(model, raw_model, config, device, dtype, micro_batch):
-    """Builds the graphs and the memory pools with steps on dummy data, and leaves the weights as they were."""
+    """Builds the graphs and the memory pools with steps on dummy data, and restores the weights. UserError if no checkpoint could be made."""
     weights = {name: p.detach().cpu().clone() for name, p in raw_model.state_dict().items()}
     optimizers = build_optimizers(raw_model, config)  # a second pair, thrown away after this
     idx, targets = torch.randint(config.vocab_size, (2, micro_batch, config.sequence_length), generator=torch.Generator().manual_seed(0)).to(device)
@@ -1008,6 +1008,14 @@ def warm_up(model, raw_model, config, device, dtype, micro_batch):
     except torch.OutOfMemoryError:
         raise UserError(f"{micro_batch} sequences of {config.sequence_length} tokens at a time do not fit into the memory of the GPU; set "
                         + (f"device_batch_size = {micro_batch // 2}" if micro_batch > 1 else "a smaller sequence_length or model")) from None
+    if ":" in config.optimizer:  # known now, rather than at the first checkpoint or when the run resumes
+        try:
+            torch.save(optimizers[1].state_dict(), content := io.BytesIO())
+            optimizers[1].load_state_dict(torch.load(io.BytesIO(content.getvalue()), map_location="cpu", weights_only=True))
+        except Exception as error:  # whatever somebody else's code raises
+            what, = (re.findall(r"GLOBAL (\S+)", str(error)) or str(error).splitlines())[:1] or [""]  # the first: a class that weights_only refuses
+            raise UserError(f"the state of optimizer = '{config.optimizer}' cannot be saved and loaded ({type(error).__name__}: {what}); "
+                            "keep only tensors, numbers and strings there") from error
     raw_model.zero_grad(set_to_none=True)
     raw_model.load_state_dict(weights)
 

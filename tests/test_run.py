@@ -221,6 +221,16 @@ def test_optimizer_args(start, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("value, word", [("lambda x: x", "lambda"), ("open(__file__)", "TextIOWrapper"), ("Thing()", "kept.Thing")])
+def test_a_state_without_checkpoints_is_refused_at_once(start, tmp_path, monkeypatch, value, word):
+    (tmp_path / "kept.py").write_text("import torch\nclass Thing:\n    pass\nclass Mine(torch.optim.SGD):\n    def step(self, closure=None):\n"
+                                      f"        self.param_groups[0]['note'] = {value}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kept", raising=False)
+    refused(start(optimizer="kept:Mine", run_name="a"), "the state of optimizer = 'kept:Mine' cannot be saved and loaded", word)
+    assert not losses(tmp_path / "logs/a")  # before training
+
+
 def test_compiled_newton_muon(start, tmp_path):
     if not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler on the CPU, and g++ is not on the PATH")
