@@ -119,7 +119,7 @@ def boolean(text):
 def read_toml(path):
     """Fields of the TOML file at `path`. Raises UserError for an unknown key or a value of the wrong type."""
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}; configs/ has some to start from") from None
     except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError

@@ -293,7 +293,7 @@ def test_wandb_offline_needs_no_account(start, tmp_path, monkeypatch):
 
 def test_order_of_settings(tmp_path):
     path = tmp_path / "c.toml"
-    path.write_text("num_iterations = 7\nwarmdown_iters = 2\nlearning_rate = 1\ncompile = true\n")
+    path.write_bytes(b"\xef\xbb\xbfnum_iterations = 7\r\nwarmdown_iters = 2\r\nlearning_rate = 1\r\ncompile = true\r\n")  # as some editors write
     config = load_config([str(path), "--warmdown_iters", "3", "--compile", "false"])
     assert (config.num_iterations, config.warmdown_iters, config.learning_rate, config.compile, config.n_layer) == (7, 3, 1.0, False, 12)
 
