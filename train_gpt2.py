@@ -856,7 +856,7 @@ class Log:
         try:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             for name in ("log.txt", "metrics.jsonl"):
-                self.files[name] = open(self.folder / name, "a" if checkpoint else "w", buffering=1, encoding="utf-8")
+                self.files[name] = open(self.folder / name, "a" if checkpoint else "w", buffering=1, encoding="utf-8", errors="replace")
                 if checkpoint:  # what was logged after the checkpoint will be logged again
                     self.files[name].truncate(min(os.path.getsize(self.folder / name), checkpoint["progress"]["log_bytes"][name]))
             for path in self.folder.glob("checkpoints/step_*.pt") if checkpoint else ():  # and what was saved after it, saved again
@@ -903,6 +903,8 @@ class Log:
             self.write("log.txt", text)
             try:
                 print(("\r\033[K" if self.live else "") + text, end=end, flush=True)
+            except UnicodeEncodeError:
+                print(text.encode("ascii", "backslashreplace").decode(), end=end, flush=True)
             except OSError:  # the terminal or the pipe is gone; the run goes on
                 sys.stdout = None
 

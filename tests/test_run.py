@@ -183,6 +183,14 @@ def test_nobody_reads_the_output(start, tmp_path, monkeypatch):
         assert "final loss" in (tmp_path / f"logs/{run}/log.txt").read_text()
 
 
+@pytest.mark.parametrize("name", ["\u2603", "\udcff"])  # a letter that the terminal lacks, and a byte that is not UTF-8
+def test_names_that_cannot_be_printed(start, tmp_path, monkeypatch, name):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert start(run_name=name).returncode == 0
+    assert b"final loss" in out.buffer.getvalue() and "final loss" in (tmp_path / f"logs/{name}/log.txt").read_text()
+
+
 def test_a_gpu_machine_without_nvidia_smi(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
