@@ -950,15 +950,15 @@ def wrapped(model, config, device):
     return model, note
 
 
-def choose_micro_batch(config, device, per_process):
+def choose_micro_batch(config, device, per_process, dtype):
     """Sequences in one forward pass: device_batch_size or, without one, the largest power of two that divides per_process and fits the GPU.
-    For a token a forward pass keeps 37 L C bytes compiled and 40 otherwise (records/bench); the rest is for the backward pass."""
+    For a token a forward pass in bf16 keeps 37 L C bytes compiled and 40 otherwise (records/bench); the rest is for the backward pass."""
     tokens, rows = 16384, config.vocab_size + 128  # on a CPU more tokens at a time are no faster
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory * min(0.9, torch.cuda.get_per_process_memory_fraction(device))
         # for each parameter: weight, gradient, state, update, statistics; and the logits of a chunk
         memory -= 32 * (12 * config.n_layer * config.n_embd ** 2 + rows * config.n_embd) + 2 * CHUNK * rows
-        tokens = memory / (45 * config.n_layer * config.n_embd * (2 if config.dtype == "float32" else 1))
+        tokens = memory / (22.5 * dtype.itemsize * config.n_layer * config.n_embd)
     fitting = [2 ** i for i in range(32) if per_process % 2 ** i == 0 and 2 ** i * config.sequence_length <= tokens]
     return config.device_batch_size or max(fitting, default=1)
 
@@ -1064,7 +1064,7 @@ def run(config):
     optimizers = table, hidden = build_optimizers(raw_model, config)
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     model, note = wrapped(raw_model, config, device)
-    micro_batch = choose_micro_batch(config, device, per_process)
+    micro_batch = choose_micro_batch(config, device, per_process, dtype)
     q = torch.empty(1, config.n_head, T, config.n_embd // config.n_head, dtype=dtype, device=device, requires_grad=True)
     source = inspect.getsourcefile(type(hidden)) if ":" in config.optimizer else None
     log = Log(config, checkpoint, folder, dict(

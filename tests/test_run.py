@@ -69,10 +69,11 @@ def test_micro_batch_fits_the_gpu(monkeypatch, gigabytes, most):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gigabytes * 1.056e9))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
-    assert choose_micro_batch(Config(), gpu, 512) == most and choose_micro_batch(Config(), gpu, 24) == min(most, 8)
-    assert choose_micro_batch(Config(device_batch_size=4), gpu, 512) == 4 and choose_micro_batch(Config(dtype="float32"), gpu, 512) == most / 2
+    assert choose_micro_batch(Config(), gpu, 512, torch.bfloat16) == most and choose_micro_batch(Config(), gpu, 24, torch.bfloat16) == min(most, 8)
+    assert choose_micro_batch(Config(device_batch_size=4), gpu, 512, torch.bfloat16) == 4
+    assert choose_micro_batch(Config(), gpu, 512, torch.float32) == most / 2  # dtype = auto on a GPU without bfloat16, too
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.45)
-    assert choose_micro_batch(Config(), gpu, 512) <= most / 2
+    assert choose_micro_batch(Config(), gpu, 512, torch.bfloat16) <= most / 2
 
 
 def test_a_run_continues_without_a_compiler(start, tmp_path, monkeypatch):
