@@ -6,8 +6,7 @@
 The optimizer is AdamW, Muon, Newton-Muon, SGD or your own. A run writes LOG_DIR/RUN_NAME/: log.txt (this code, the machine, the
 losses), metrics.jsonl (the losses as JSON), run.json (configuration, versions, hashes, results), train_gpt2.py and checkpoints/.
 The times it reports are training time: validation, checkpoints and the warm-up that compiles the model do not count.
-Model and defaults are those of record 4 of the Modded-NanoGPT speedrun (2024-10-10). Newton-Muon is arXiv:2604.01472.
-"""
+Model and defaults are those of record 4 of the Modded-NanoGPT speedrun (2024-10-10). Newton-Muon is arXiv:2604.01472."""
 import argparse
 import contextlib
 import ctypes
@@ -523,8 +522,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         # 1. compute: the updates of this process's own matrices, those of one shape as one batch
         for group in self.param_groups:
-            mine = [p for p in group["params"] if self.owner[p] == rank() and p.grad is not None]
-            if not mine:
+            if not (mine := [p for p in group["params"] if self.owner[p] == rank() and p.grad is not None]):
                 continue
             for p in mine:
                 if "momentum_buffer" not in self.state[p]:
@@ -543,10 +541,9 @@ class Muon(torch.optim.Optimizer):
         # 3. apply
         updates = self.updates.to(self.matrices[0].dtype)
         for group in self.param_groups:
-            changed = [p for p in group["params"] if p.grad is not None]
-            if group["weight_decay"] and changed:
-                torch._foreach_mul_(changed, 1 - group["lr"] * group["weight_decay"])
-            if changed:
+            if changed := [p for p in group["params"] if p.grad is not None]:
+                if group["weight_decay"]:
+                    torch._foreach_mul_(changed, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(changed, [self.part(updates, p) for p in changed], alpha=-group["lr"])
 
     def part(self, updates, p):
@@ -750,6 +747,11 @@ def write_atomically(path, content):
         raise UserError(f"cannot write {path}: {error.strerror}; what was there before is untouched") from None
 
 
+def checkpoints(folder):
+    """The checkpoints of the run in `folder`, the oldest first."""
+    return sorted((p for p in folder.glob("checkpoints/step_*.pt") if p.stem[5:].isdecimal()), key=lambda p: int(p.stem[5:]))
+
+
 def save_checkpoint(log, config, model, optimizers, progress):
     """Writes checkpoints/step_XXXXXX.pt and keeps the one before it. All processes must call it. UserError if it cannot, or a weight is not finite."""
     for name, p in model.named_parameters():
@@ -757,19 +759,18 @@ def save_checkpoint(log, config, model, optimizers, progress):
             raise UserError(f"{name} is not finite after step {progress['step']}, so nothing was saved; lower the learning rates and use --resume")
     states = [optimizer.state_dict() for optimizer in optimizers]
     if rank() == 0:
-        folder = log.folder / "checkpoints"
         content = io.BytesIO()  # torch.save would report a full disk in words of its own
         torch.save(dict(config=dataclasses.asdict(config), code_sha256=code_sha256(), model=model.state_dict(), optimizers=states,
                         progress=progress, rng=torch.get_rng_state()), content)
-        write_atomically(folder / f"step_{progress['step']:06d}.pt", content.getbuffer())
-        for old in sorted(folder.glob("step_*.pt"))[:-2]:
+        write_atomically(log.folder / f"checkpoints/step_{progress['step']:06d}.pt", content.getbuffer())
+        for old in checkpoints(log.folder)[:-2]:
             old.unlink()
 
 
 def find_checkpoint(config, train_shards):
     """(checkpoint that config.resume names, folder of its run); Nones if `auto` finds none. UserError if this run would not have made it."""
     path = Path(config.log_dir, config.run_name) if config.resume == "auto" else Path(config.resume)
-    candidates = [path] if path.is_file() else sorted(path.glob("checkpoints/step_*.pt"), reverse=True)
+    candidates = [path] if path.is_file() else checkpoints(path)[::-1]
     for candidate in candidates:
         try:
             checkpoint = torch.load(candidate, map_location="cpu", weights_only=True)
@@ -847,7 +848,7 @@ class Log:
             return
         if not checkpoint:
             self.folder = Path(config.log_dir, config.run_name or time.strftime("%Y%m%d-%H%M%S_") + config.optimizer.replace(":", "-"))
-            if config.resume != "auto" and ((self.folder / "log.txt").exists() or any(self.folder.glob("checkpoints/step_*.pt"))):
+            if config.resume != "auto" and ((self.folder / "log.txt").exists() or checkpoints(self.folder)):
                 raise UserError(f"{self.folder} already holds a run; take another run_name, or resume that run by --resume auto")
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.facts = json.loads((self.folder / "run.json").read_text()) if checkpoint else {**facts, "start": now, "resumed": []}
@@ -859,7 +860,7 @@ class Log:
                 self.files[name] = open(self.folder / name, "a" if checkpoint else "w", buffering=1, encoding="utf-8", errors="replace")
                 if checkpoint:  # what was logged after the checkpoint will be logged again
                     self.files[name].truncate(min(os.path.getsize(self.folder / name), checkpoint["progress"]["log_bytes"][name]))
-            for path in self.folder.glob("checkpoints/step_*.pt") if checkpoint else ():  # and what was saved after it, saved again
+            for path in checkpoints(self.folder):  # and what was saved after it, saved again
                 if int(path.stem[5:]) > checkpoint["progress"]["step"]:
                     path.unlink()
             for path, name in ((__file__, "train_gpt2.py"), (source, "optimizer.py")):

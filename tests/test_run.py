@@ -119,6 +119,17 @@ def test_resume_is_exact(start, tmp_path):
     assert done.returncode == 0 and json.loads((folder / "run.json").read_text())["final_val_loss"] == losses(folder)[-1][1]
 
 
+def test_the_newest_checkpoint_has_the_highest_step(start, tmp_path):
+    assert start(run_name="a", save_every=4).returncode == 0
+    folder = tmp_path / "logs/a/checkpoints"
+    shutil.copy(folder / "step_000008.pt", folder / "step_best.pt")  # of the user's own: left alone
+    (folder / "step_000010.pt").rename(folder / "step_1000000.pt")
+    (folder / "step_000008.pt").rename(folder / "step_999999.pt")
+    assert [path.name for path in train_gpt2.checkpoints(tmp_path / "logs/a")] == ["step_999999.pt", "step_1000000.pt"]
+    assert "resumed at step 10" in start(run_name="a", save_every=4, resume="auto").stdout
+    assert sorted(path.name for path in folder.iterdir()) == ["step_best.pt"]  # what is beyond the step goes
+
+
 def test_resume_refuses_another_configuration(start):
     assert start(run_name="a").returncode == 0
     done = start(run_name="a", resume="auto", momentum=0.9)
