@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import fcntl
 import glob
 import hashlib
 import importlib
@@ -186,7 +187,6 @@ def sequences_per_process(config, world):
     """Sequences of one process in a step. Raises UserError unless the batch can be split over `world` processes and micro-batches."""
     def divisors(n, wanted):  # the nearest first
         return sorted((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))
-
     per_process, size = config.batch_size // world, config.device_batch_size
     if config.batch_size % world:
         raise UserError(f"batch_size = {config.batch_size} cannot be split over {world} processes; the nearest numbers of processes that "
@@ -288,7 +288,6 @@ def prefetched(shards, batches, device):
             torch.cuda.set_device(device)  # a new thread is on GPU 0, whatever the GPU of its process
             batch = [t.pin_memory() for t in batch]
         return batch
-
     with ThreadPoolExecutor(1) as thread:
         futures = (thread.submit(read, sequences) for sequences in batches)
         following = next(futures, None)
@@ -827,7 +826,6 @@ def describe_machine(device):
     def output(*command):
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=30).stdout.strip()
-
     cpu, gpu = platform.processor() or platform.machine(), device.type == "cuda"
     with contextlib.suppress(OSError, AttributeError):  # other systems, other processors
         cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
@@ -841,8 +839,7 @@ class Log:
     """The folder of a run, its files and the terminal. Only process 0 writes."""
 
     def __init__(self, config, checkpoint, folder, facts, source):
-        """Opens `folder` to continue from `checkpoint`, or a new folder with code and machine in log.txt; run.json gets the `facts`.
-        `source`, the file of an optimizer given as module:Class or None, is kept as optimizer.py. Raises UserError if it cannot write."""
+        """Opens `folder` to continue from `checkpoint`, or a new one; run.json gets `facts`, optimizer.py the file `source`, if any."""
         self.config, self.folder, self.files, self.live, self.wandb = config, folder, {}, sys.stdout and sys.stdout.isatty(), None
         if rank() != 0:
             return
@@ -856,10 +853,14 @@ class Log:
             raise UserError(f"the run in {folder} began with another version of {config.optimizer}, which it keeps as optimizer.py; restore that")
         try:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            for name in ("log.txt", "metrics.jsonl"):
-                self.files[name] = open(self.folder / name, "a" if checkpoint else "w", buffering=1, encoding="utf-8", errors="replace")
-                if checkpoint:  # what was logged after the checkpoint will be logged again
-                    self.files[name].truncate(min(os.path.getsize(self.folder / name), checkpoint["progress"]["log_bytes"][name]))
+            for name in ("log.txt", "metrics.jsonl"):  # what was logged after the checkpoint will be logged again
+                self.files[name] = file = open(self.folder / name, "a", buffering=1, encoding="utf-8", errors="replace")
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if isinstance(error, BlockingIOError):  # else the file system has no locks
+                        raise UserError(f"another process is writing to {self.folder}; wait until it ends, or take another run_name") from None
+                file.truncate(min(os.path.getsize(self.folder / name), checkpoint["progress"]["log_bytes"][name]) if checkpoint else 0)
             for path in checkpoints(self.folder):  # and what was saved after it, saved again
                 if int(path.stem[5:]) > checkpoint["progress"]["step"]:
                     path.unlink()
@@ -1098,7 +1099,6 @@ def run(config):
 
     def stopped():  # the signal that any process has caught, or 0
         return int(reduced("max", max(signals, default=0))[0])
-
     clock = synchronized_time(device)
     for step in range(start, N + 1):
         stop, last = stopped(), step == N

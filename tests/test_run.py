@@ -424,6 +424,25 @@ def test_nan_loss_keeps_the_log(start, tmp_path):
     assert [step for step, _ in losses(tmp_path / "logs/a")] == [0, 5]
 
 
+@pytest.mark.parametrize("save_every", [0, 4])
+def test_two_runs_of_one_folder_at_once(start, tmp_path, monkeypatch, save_every):
+    """The second would write into the logs of the first, and delete its checkpoints."""
+    seconds, folder = [], tmp_path / "logs/a"
+
+    def evaluate(*args, evaluate=train_gpt2.evaluate):
+        monkeypatch.setattr(train_gpt2, "evaluate", evaluate)  # once only
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        seconds.append(start(run_name="a", resume="auto"))
+        assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        return evaluate(*args)
+
+    if save_every:
+        assert start(run_name="a", save_every=save_every).returncode == 0
+    monkeypatch.setattr(train_gpt2, "evaluate", evaluate)
+    assert start(run_name="a", resume="auto").returncode == 0
+    refused(seconds[0], "another process is writing to", "run_name")
+
+
 def test_second_run_of_one_name(start, tmp_path):
     assert start(run_name="a").returncode == 0
     before = (tmp_path / "logs/a/log.txt").read_bytes()
