@@ -552,7 +552,7 @@ class Muon(torch.optim.Optimizer):
     def state_dict(self):
         """On process 0 with the state of all matrices, whichever process owns them (all processes must call it); elsewhere its own."""
         state = super().state_dict()
-        parts = [{i: {key: value.cpu() for key, value in entry.items()} for i, entry in state["state"].items()}] * world_size()
+        parts = [{i: {k: v.cpu() if torch.is_tensor(v) else v for k, v in s.items()} for i, s in state["state"].items()}] * world_size()
         if world_size() > 1:
             dist.gather_object(parts[0], parts if rank() == 0 else None)
         for part in parts:

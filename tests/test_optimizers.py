@@ -40,6 +40,13 @@ def test_newton_schulz_is_near_the_orthogonal_factor():
     assert torch.nn.functional.cosine_similarity(newton_schulz(U).flatten(), (left @ right).flatten(), dim=0) > 0.95
 
 
+def test_state_of_a_muon_of_ones_own_may_hold_numbers():
+    W = torch.nn.Parameter(torch.zeros(4, 4))
+    optimizer = Muon([W])
+    optimizer.state[W]["calls"] = 3
+    assert optimizer.state_dict()["state"][0]["calls"] == 3
+
+
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("shape", [(32, 32), (64, 32), (32, 128)])
 def test_muon_against_torch_optim(shape, nesterov):
