@@ -160,8 +160,8 @@ def check_config(config):
         arguments = json.loads(c.optimizer_args)
     for names, low, end, must in (
             ("batch_size sequence_length num_iterations val_tokens n_layer n_head n_embd ns_steps vocab_size refresh_interval "
-             "collective_timeout log_every", 1, 2 ** 32, "at least 1, and below 2^32"),
-            ("device_batch_size warmup_iters warmdown_iters val_loss_every save_every seed data_seed", 0, 2 ** 32, "0 or more, and below 2^32"),
+             "collective_timeout log_every", 1, 2 ** 32, "at least 1, below 2^32"),
+            ("device_batch_size warmup_iters warmdown_iters val_loss_every save_every seed data_seed", 0, 2 ** 32, "0 or more, below 2^32"),
             ("learning_rate hidden_learning_rate weight_decay", 0, 1e38, "0 or more, and below 1e38"),
             ("beta1 beta2 momentum ewma", 0, 1, "at least 0 and below 1")):
         rules += [(low <= getattr(c, name) < end, name, must) for name in names.split()]
@@ -271,7 +271,7 @@ class Shards:
             if shard != opened:
                 tokens, opened = open_shard(self.paths[shard]), shard
                 if len(tokens) != self.lengths[shard]:
-                    raise UserError(f"{self.paths[shard]}: had {self.lengths[shard]:,} tokens at the start, now {len(tokens):,}; restore it")
+                    raise UserError(f"{self.paths[shard]}: had {self.lengths[shard]:,} tokens at first, now {len(tokens):,}; restore it")
             row[:] = tokens[start:start + self.T + 1]
             if row.max() >= self.vocab_size:
                 raise UserError(f"{self.paths[shard]}: token {row.max()} after position {start} is outside vocab_size = {self.vocab_size}; "
@@ -783,7 +783,7 @@ def find_checkpoint(config, train_shards):
             raise UserError(f"{candidate} was written by another version of train_gpt2.py; resume with the one in the run's folder")
         for name, theirs in checkpoint["config"].items():
             if name not in MAY_CHANGE_ON_RESUME and theirs != getattr(config, name):
-                raise UserError(f"{candidate} is from a run with {name} = {theirs!r}, not {getattr(config, name)!r}; give it --{name} {theirs}")
+                raise UserError(f"{candidate} is of a run with {name} = {theirs!r}, not {getattr(config, name)!r}; add --{name} {theirs}")
         if config.run_name not in ("", folder.name):
             raise UserError(f"resume = '{config.resume}' continues the run in {folder}, not run_name = '{config.run_name}'; leave that out")
         if not (folder / "run.json").is_file():
@@ -859,7 +859,7 @@ class Log:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError as error:
                     if isinstance(error, BlockingIOError):  # else the file system has no locks
-                        raise UserError(f"another process is writing to {self.folder}; wait until it ends, or take another run_name") from None
+                        raise UserError(f"another process is writing to {self.folder}; let it end, or take another run_name") from None
                 file.truncate(min(os.path.getsize(self.folder / name), checkpoint["progress"]["log_bytes"][name]) if checkpoint else 0)
             for path in checkpoints(self.folder):  # and what was saved after it, saved again
                 if int(path.stem[5:]) > checkpoint["progress"]["step"]:
@@ -998,7 +998,7 @@ def evaluate(model, shards, config, device, dtype, micro_batch, signals):
 
 
 def warm_up(model, raw_model, config, device, dtype, micro_batch):
-    """Builds the graphs and the memory pools with steps on dummy data, and restores the weights. UserError if no checkpoint could be made."""
+    """Builds graphs and memory pools with steps on dummy data, and restores the weights. UserError for a state no checkpoint can hold."""
     weights = {name: p.detach().cpu().clone() for name, p in raw_model.state_dict().items()}
     optimizers = build_optimizers(raw_model, config)  # a second pair, thrown away after this
     idx, targets = torch.randint(config.vocab_size, (2, micro_batch, config.sequence_length), generator=torch.Generator().manual_seed(0)).to(device)
@@ -1017,7 +1017,7 @@ def warm_up(model, raw_model, config, device, dtype, micro_batch):
             torch.save(optimizers[1].state_dict(), content := io.BytesIO())
             optimizers[1].load_state_dict(torch.load(io.BytesIO(content.getvalue()), map_location="cpu", weights_only=True))
         except Exception as error:  # whatever somebody else's code raises
-            what, = (re.findall(r"GLOBAL (\S+)", str(error)) or str(error).splitlines())[:1] or [""]  # the first: a class that weights_only refuses
+            what, = (re.findall(r"GLOBAL (\S+)", str(error)) or str(error).splitlines())[:1] or [""]  # GLOBAL: a class or function
             raise UserError(f"the state of optimizer = '{config.optimizer}' cannot be saved and loaded ({type(error).__name__}: {what}); "
                             "keep only tensors, numbers and strings there") from error
     raw_model.zero_grad(set_to_none=True)
