@@ -698,7 +698,7 @@ def lost_processes(error):
             store.wait([f"alive/{other}"], timedelta(seconds=5))
         except RuntimeError:
             missing.append(str(other))
-    reason = f"process {', '.join(missing)} does not answer any more" if 0 < len(missing) < world_size() else "the processes lost each other"
+    reason = f"process {', '.join(missing)} does not answer any more" if 0 < len(missing) < world_size() else "processes lost each other"
     return f"process {rank()}: {reason} ({str(error).splitlines()[0].split('. ')[0]}); what was saved is kept; continue with --resume"
 
 

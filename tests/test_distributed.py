@@ -237,7 +237,7 @@ def test_no_process_calls_itself_lost(monkeypatch):
     monkeypatch.setattr(train_gpt2, "rank", lambda: 1)
     monkeypatch.setattr(train_gpt2, "world_size", lambda: 2)
     monkeypatch.setattr(train_gpt2.dist, "group", SimpleNamespace(WORLD=SimpleNamespace(get_group_store=lambda: SimpleNamespace(set=gone))))
-    assert "process 1: the processes lost each other (Connection reset)" in train_gpt2.lost_processes(RuntimeError("Connection reset"))
+    assert "process 1: processes lost each other (Connection reset)" in train_gpt2.lost_processes(RuntimeError("Connection reset"))
 
 
 def test_nan_loss_ends_all_processes(shards, tmp_path):

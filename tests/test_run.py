@@ -69,7 +69,8 @@ def test_micro_batch_fits_the_gpu(monkeypatch, gigabytes, most):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gigabytes * 1.056e9))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
-    assert choose_micro_batch(Config(), gpu, 512, torch.bfloat16) == most and choose_micro_batch(Config(), gpu, 24, torch.bfloat16) == min(most, 8)
+    assert choose_micro_batch(Config(), gpu, 512, torch.bfloat16) == most
+    assert choose_micro_batch(Config(), gpu, 24, torch.bfloat16) == min(most, 8)
     assert choose_micro_batch(Config(device_batch_size=4), gpu, 512, torch.bfloat16) == 4
     assert choose_micro_batch(Config(), gpu, 512, torch.float32) == most / 2  # dtype = auto on a GPU without bfloat16, too
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.45)
@@ -243,7 +244,8 @@ def test_optimizer_args(start, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("value, word", [("lambda x: x", "lambda"), ("open(__file__)", "TextIOWrapper"), ("Thing()", "kept.Thing")])
 def test_a_state_without_checkpoints_is_refused_at_once(start, tmp_path, monkeypatch, value, word):
-    (tmp_path / "kept.py").write_text("import torch\nclass Thing:\n    pass\nclass Mine(torch.optim.SGD):\n    def step(self, closure=None):\n"
+    (tmp_path / "kept.py").write_text("import torch\nclass Thing:\n    pass\nclass Mine(torch.optim.SGD):\n"
+                                      "    def step(self, closure=None):\n"
                                       f"        self.param_groups[0]['note'] = {value}\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "kept", raising=False)
@@ -313,7 +315,7 @@ def test_wandb_offline_needs_no_account(start, tmp_path, monkeypatch):
 
 def test_order_of_settings(tmp_path):
     path = tmp_path / "c.toml"
-    path.write_bytes(b"\xef\xbb\xbfnum_iterations = 7\r\nwarmdown_iters = 2\r\nlearning_rate = 1\r\ncompile = true\r\n")  # as some editors write
+    path.write_bytes(b"\xef\xbb\xbfnum_iterations = 7\r\nwarmdown_iters = 2\r\nlearning_rate = 1\r\ncompile = true\r\n")  # of an editor
     config = load_config([str(path), "--warmdown_iters", "3", "--compile", "false"])
     assert (config.num_iterations, config.warmdown_iters, config.learning_rate, config.compile, config.n_layer) == (7, 3, 1.0, False, 12)
 
