@@ -6,19 +6,18 @@
 The optimizer is AdamW, Muon, Newton-Muon, SGD or your own. A run writes LOG_DIR/RUN_NAME/: log.txt (this code, the machine, the
 losses), metrics.jsonl (the losses as JSON), run.json (configuration, versions, hashes, results), train_gpt2.py and checkpoints/.
 The times it reports are training time: validation, checkpoints and the warm-up that compiles the model do not count.
-Model and defaults are those of record 4 of the Modded-NanoGPT speedrun (2024-10-10). Newton-Muon is arXiv:2604.01472.
-"""
+Model and defaults are those of record 4 of the Modded-NanoGPT speedrun (2024-10-10). Newton-Muon is arXiv:2604.01472."""
 import argparse
 import contextlib
 import ctypes
 import dataclasses
 import difflib
+import fcntl
 import glob
 import hashlib
 import importlib
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -67,18 +66,18 @@ class Config:
     input_bin: str = "data/fineweb10B/fineweb_train_*.bin"  # training shards: glob pattern, read in order of name
     input_val_bin: str = "data/fineweb10B/fineweb_val_*.bin"  # validation shards: glob pattern
     batch_size: int = 512  # sequences in one optimizer step, over all processes
-    device_batch_size: int = 0  # sequences in one forward pass of a process; 0: the largest power of two that fits the GPU
+    device_batch_size: int = 0  # sequences in a forward pass; 0: the largest power of two that fits the GPU (on a CPU 16384 tokens)
     sequence_length: int = 1024  # tokens in a sequence
     allow_repeat: bool = False  # start over when the shards are used up, instead of refusing to start
-    data_seed: int = 0  # order of the training sequences: 0 is that of the files, any other a fixed permutation of all of them
+    data_seed: int = 0  # order of the training sequences: 0 is that of the files, any other seed shuffles all of them, always the same way
     # schedule
     num_iterations: int = 6200  # optimizer steps
     warmup_iters: int = 0  # steps over which the learning rates rise linearly
     warmdown_iters: int = 1800  # steps at the end over which the learning rates fall linearly to 0
-    val_loss_every: int = 125  # steps between evaluations; 0: only the last
-    val_tokens: int = 10485760  # validation tokens, the first of the shards
+    val_loss_every: int = 125  # steps between evaluations; 0: only at the end
+    val_tokens: int = 10485760  # tokens of an evaluation: the first ones of the validation shards
     target_val_loss: float = 3.28  # the log says when an evaluation first reaches this loss
-    stop_at_target: bool = False  # end the run there
+    stop_at_target: bool = False  # end the run when an evaluation reaches target_val_loss
     # model
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads
@@ -87,10 +86,10 @@ class Config:
     # optimizer of the hidden matrices; the tied embedding and head always has AdamW
     optimizer: str = "muon"  # adamw, muon, newton_muon, sgd, or module:Class of any torch.optim.Optimizer, for the hidden matrices
     learning_rate: float = 0.0036  # AdamW learning rate of the tied embedding and head
-    hidden_learning_rate: float = 0.00036  # learning rate of the hidden matrices; for muon the root-mean-square of an update
+    hidden_learning_rate: float = 0.00036  # learning rate of the hidden matrices; for muon and newton_muon roughly the RMS of an update
     weight_decay: float = 0.0  # weight decay of the hidden matrices; decoupled, except for sgd
     beta1: float = 0.9  # AdamW's decay of the mean of the gradients
-    beta2: float = 0.95  # AdamW's decay of the mean of their squares
+    beta2: float = 0.95  # AdamW's decay of the mean of the squared gradients
     momentum: float = 0.95  # momentum of muon, newton_muon and sgd
     nesterov: bool = True  # Nesterov momentum for muon, newton_muon and sgd
     ns_steps: int = 5  # Newton-Schulz iterations of muon and newton_muon
@@ -103,7 +102,7 @@ class Config:
     device: str = "auto"  # cuda, cpu, or auto: cuda if there is a GPU
     dtype: str = "auto"  # type of matrix products: bfloat16, float32, or auto: bfloat16 on GPUs that have it (weights stay float32)
     compile: bool = False  # use torch.compile
-    collective_timeout: int = 600  # seconds that a process waits for the others before the job is ended
+    collective_timeout: int = 600  # seconds that a process waits for the others before it ends the job
     # output
     log_dir: str = "logs"  # folder of the runs
     run_name: str = ""  # folder of this run in log_dir; empty: time and optimizer
@@ -120,7 +119,7 @@ def boolean(text):
 def read_toml(path):
     """Fields of the TOML file at `path`. Raises UserError for an unknown key or a value of the wrong type."""
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}; configs/ has some to start from") from None
     except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError
@@ -161,8 +160,8 @@ def check_config(config):
         arguments = json.loads(c.optimizer_args)
     for names, low, end, must in (
             ("batch_size sequence_length num_iterations val_tokens n_layer n_head n_embd ns_steps vocab_size refresh_interval "
-             "collective_timeout log_every", 1, 2 ** 63, "at least 1, and below 2^63"),
-            ("device_batch_size warmup_iters warmdown_iters val_loss_every save_every seed data_seed", 0, 2 ** 63, "0 or more, and below 2^63"),
+             "collective_timeout log_every", 1, 2 ** 32, "at least 1, below 2^32"),
+            ("device_batch_size warmup_iters warmdown_iters val_loss_every save_every seed data_seed", 0, 2 ** 32, "0 or more, below 2^32"),
             ("learning_rate hidden_learning_rate weight_decay", 0, 1e38, "0 or more, and below 1e38"),
             ("beta1 beta2 momentum ewma", 0, 1, "at least 0 and below 1")):
         rules += [(low <= getattr(c, name) < end, name, must) for name in names.split()]
@@ -177,7 +176,6 @@ def check_config(config):
         (c.optimizer in OPTIMIZERS or re.fullmatch(r"[\w.]+:\w+", c.optimizer), "optimizer", f"{', '.join(OPTIMIZERS)} or module:Class"),
         (os.path.basename(c.run_name) == c.run_name and c.run_name not in (".", ".."), "run_name", "a folder name; log_dir is the path above it"),
         (c.weight_decay == 0 or ":" not in c.optimizer, "weight_decay optimizer", "0 for a module:Class; optimizer_args has its arguments"),
-        (c.data_seed < 2 ** 32, "data_seed", "below 2^32"),
         (c.resume != "auto" or c.run_name, "resume run_name", "given together: auto needs a run_name"),
         (isinstance(arguments, dict), "optimizer_args", "a JSON object")]
     for valid, names, must in rules:
@@ -189,7 +187,6 @@ def sequences_per_process(config, world):
     """Sequences of one process in a step. Raises UserError unless the batch can be split over `world` processes and micro-batches."""
     def divisors(n, wanted):  # the nearest first
         return sorted((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))
-
     per_process, size = config.batch_size // world, config.device_batch_size
     if config.batch_size % world:
         raise UserError(f"batch_size = {config.batch_size} cannot be split over {world} processes; the nearest numbers of processes that "
@@ -214,7 +211,7 @@ FIX = "make it again with the script in data/ that made it"
 def open_shard(path):
     """Memory-mapped tokens of the shard at `path`: (n,) uint16. Raises UserError if it is missing or damaged."""
     try:
-        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for ever
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait forever
             raise OSError("it is not a regular file")
         with open(path, "rb") as file:
             header, size = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4"), os.fstat(file.fileno()).st_size
@@ -235,8 +232,7 @@ class Shards:
 
     Sequence i is sequence_length tokens and the one after them; sequences follow each other in a shard, shards in order of name, and no
     sequence spans two shards. Step t of a run trains on sequences t * batch_size to (t + 1) * batch_size - 1, however many processes share
-    them. A data_seed above 0 numbers the sequences in another order. A shard is mapped only while a batch is read: memory stays flat.
-    """
+    them. A data_seed above 0 numbers the sequences in another order. A shard is mapped only while a batch is read: memory stays flat."""
 
     def __init__(self, pattern, sequence_length, vocab_size, allow_repeat=False, data_seed=0):
         self.paths = sorted(glob.glob(pattern))
@@ -266,8 +262,7 @@ class Shards:
         return list(map(facts, self.paths, self.lengths))
 
     def batch(self, sequences):
-        """Inputs and targets, each (len(sequences), T) int64, of the sequences with these numbers. Raises UserError for a token outside
-        the vocabulary, or a shard that has changed since it was checked."""
+        """Inputs and targets of these sequences, each (len(sequences), T) int64. UserError for a changed shard, or a token out of range."""
         rows, opened = np.empty((len(sequences), self.T + 1), dtype=np.int64), None
         for row, i in zip(rows, sequences):
             i = i % int(self.ends[-1]) if self.order is None else int(self.order[i % len(self.order)])
@@ -276,8 +271,7 @@ class Shards:
             if shard != opened:
                 tokens, opened = open_shard(self.paths[shard]), shard
                 if len(tokens) != self.lengths[shard]:
-                    raise UserError(f"{self.paths[shard]}: had {self.lengths[shard]:,} tokens when the run started and has {len(tokens):,} now; "
-                                    "leave the shards of a run alone")
+                    raise UserError(f"{self.paths[shard]}: had {self.lengths[shard]:,} tokens at first, now {len(tokens):,}; restore it")
             row[:] = tokens[start:start + self.T + 1]
             if row.max() >= self.vocab_size:
                 raise UserError(f"{self.paths[shard]}: token {row.max()} after position {start} is outside vocab_size = {self.vocab_size}; "
@@ -287,22 +281,20 @@ class Shards:
 
 
 def prefetched(shards, batches, device):
-    """Yields shards.batch(sequences) for each of `batches`; a thread reads the next one while the caller uses this one. For a GPU the
-    tensors lie in pinned memory, from which they can be copied while it computes."""
+    """Yields shards.batch(sequences) for each of `batches`, which a thread reads one ahead, for a GPU into pinned memory."""
     def read(sequences):
         batch = shards.batch(sequences)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # a new thread is on GPU 0, whatever the GPU of its process
             batch = [t.pin_memory() for t in batch]
         return batch
-
     with ThreadPoolExecutor(1) as thread:
         futures = (thread.submit(read, sequences) for sequences in batches)
-        waiting = list(itertools.islice(futures, 1))
-        while waiting:
-            waiting += itertools.islice(futures, 1)
+        following = next(futures, None)
+        while following:
+            current, following = following, next(futures, None)
             start = time.perf_counter()
-            batch = waiting.pop(0).result()
+            batch = current.result()
             shards.waited += time.perf_counter() - start
             yield batch
 
@@ -494,11 +486,10 @@ class Muon(torch.optim.Optimizer):
         W <- (1 - lr weight_decay) W - lr sqrt(max(m, n)) newton_schulz(U)
 
     so that lr is about the root-mean-square of an element's update. A matrix with m = 3 n is taken for a fused q, k, v, whose three
-    n x n blocks are orthogonalised apart, with sqrt(n). Raises ValueError for a setting out of range, or a parameter that is not a matrix.
+    n x n blocks are orthogonalised separately, with sqrt(n). ValueError for a setting out of range, or a parameter that is not a matrix.
 
     With several processes each matrix has one owner, which alone keeps its state and orthogonalises its momentum; one
-    all-gather shares the updates, bf16 on CUDA, else fp32. Gradients must be the same on all processes, as DDP leaves them.
-    """
+    all-gather shares the updates, bf16 on CUDA, else fp32. Gradients must be the same on all processes, as DDP leaves them."""
 
     def __init__(self, params, lr=3.6e-4, momentum=0.95, nesterov=True, ns_steps=5, weight_decay=0.0, more={}):
         if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
@@ -530,8 +521,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         # 1. compute: the updates of this process's own matrices, those of one shape as one batch
         for group in self.param_groups:
-            mine = [p for p in group["params"] if self.owner[p] == rank() and p.grad is not None]
-            if not mine:
+            if not (mine := [p for p in group["params"] if self.owner[p] == rank() and p.grad is not None]):
                 continue
             for p in mine:
                 if "momentum_buffer" not in self.state[p]:
@@ -550,10 +540,9 @@ class Muon(torch.optim.Optimizer):
         # 3. apply
         updates = self.updates.to(self.matrices[0].dtype)
         for group in self.param_groups:
-            changed = [p for p in group["params"] if p.grad is not None]
-            if group["weight_decay"] and changed:
-                torch._foreach_mul_(changed, 1 - group["lr"] * group["weight_decay"])
-            if changed:
+            if changed := [p for p in group["params"] if p.grad is not None]:
+                if group["weight_decay"]:
+                    torch._foreach_mul_(changed, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(changed, [self.part(updates, p) for p in changed], alpha=-group["lr"])
 
     def part(self, updates, p):
@@ -563,7 +552,7 @@ class Muon(torch.optim.Optimizer):
     def state_dict(self):
         """On process 0 with the state of all matrices, whichever process owns them (all processes must call it); elsewhere its own."""
         state = super().state_dict()
-        parts = [{i: {k: v.cpu() if torch.is_tensor(v) else v for k, v in e.items()} for i, e in state["state"].items()}] * world_size()
+        parts = [{i: {k: v.cpu() if torch.is_tensor(v) else v for k, v in s.items()} for i, s in state["state"].items()}] * world_size()
         if world_size() > 1:
             dist.gather_object(parts[0], parts if rank() == 0 else None)
         for part in parts:
@@ -585,14 +574,12 @@ class NewtonMuon(Muon):
 
     and from the first refresh on, each step replaces G by G P before Muon's momentum. A matrix wider than tall has n / m
     diagonal blocks instead of one K, one for each slice of its inputs; fused q, k, v share theirs. If a factorisation fails,
-    that block keeps its previous P, and `failures` counts it. Raises ValueError as Muon does.
-    """
+    that block keeps its previous P, and `failures` counts it. Raises ValueError as Muon does."""
 
     def __init__(self, params, lr=4e-4, momentum=0.95, nesterov=True, ns_steps=5, weight_decay=0.0, refresh_interval=32, ewma=0.95, ridge=0.2):
         if not 0 <= ewma < 1 or not 0 < ridge < math.inf:
             raise ValueError(f"ewma = {ewma}, ridge = {ridge}: ewma must be at least 0 and below 1, ridge positive and finite")
-        more = dict(refresh_interval=refresh_interval, ewma=ewma, ridge=ridge)
-        super().__init__(params, lr, momentum, nesterov, ns_steps, weight_decay, more)
+        super().__init__(params, lr, momentum, nesterov, ns_steps, weight_decay, dict(refresh_interval=refresh_interval, ewma=ewma, ridge=ridge))
         if other := [tuple(p.shape) for p in self.matrices if p.size(1) % min(p.shape)]:
             raise ValueError(f"a matrix of shape {other[0]}: must be square, tall, or a whole number of times wider than tall")
         self.failures = torch.zeros((), dtype=torch.int64, device=self.updates.device)
@@ -711,8 +698,8 @@ def lost_processes(error):
             store.wait([f"alive/{other}"], timedelta(seconds=5))
         except RuntimeError:
             missing.append(str(other))
-    reason = f"process {', '.join(missing)} does not answer any more" if missing else "the processes lost each other"
-    return f"process {rank()}: {reason} ({str(error).splitlines()[0].split('. ')[0]}); what was saved stays, continue with --resume"
+    reason = f"process {', '.join(missing)} does not answer any more" if 0 < len(missing) < world_size() else "processes lost each other"
+    return f"process {rank()}: {reason} ({str(error).splitlines()[0].split('. ')[0]}); what was saved is kept; continue with --resume"
 
 
 def assign_owners(costs, world):
@@ -725,7 +712,7 @@ def assign_owners(costs, world):
 
 
 def reduced(op, *values):
-    """Sums (op "sum"), minima ("min") or maxima ("max") over all processes of these numbers, in float64."""
+    """Sum (op "sum") or maximum ("max") of each of these numbers over all processes, in float64."""
     numbers = torch.tensor(values, dtype=torch.float64)
     if world_size() > 1:
         dist.all_reduce(numbers, getattr(dist.ReduceOp, op.upper()))
@@ -759,6 +746,11 @@ def write_atomically(path, content):
         raise UserError(f"cannot write {path}: {error.strerror}; what was there before is untouched") from None
 
 
+def checkpoints(folder):
+    """The checkpoints of the run in `folder`, the oldest first."""
+    return sorted((p for p in folder.glob("checkpoints/step_*.pt") if p.stem[5:].isdecimal()), key=lambda p: int(p.stem[5:]))
+
+
 def save_checkpoint(log, config, model, optimizers, progress):
     """Writes checkpoints/step_XXXXXX.pt and keeps the one before it. All processes must call it. UserError if it cannot, or a weight is not finite."""
     for name, p in model.named_parameters():
@@ -766,19 +758,18 @@ def save_checkpoint(log, config, model, optimizers, progress):
             raise UserError(f"{name} is not finite after step {progress['step']}, so nothing was saved; lower the learning rates and use --resume")
     states = [optimizer.state_dict() for optimizer in optimizers]
     if rank() == 0:
-        folder = log.folder / "checkpoints"
         content = io.BytesIO()  # torch.save would report a full disk in words of its own
         torch.save(dict(config=dataclasses.asdict(config), code_sha256=code_sha256(), model=model.state_dict(), optimizers=states,
                         progress=progress, rng=torch.get_rng_state()), content)
-        write_atomically(folder / f"step_{progress['step']:06d}.pt", content.getbuffer())
-        for old in sorted(folder.glob("step_*.pt"))[:-2]:
+        write_atomically(log.folder / f"checkpoints/step_{progress['step']:06d}.pt", content.getbuffer())
+        for old in checkpoints(log.folder)[:-2]:
             old.unlink()
 
 
 def find_checkpoint(config, train_shards):
     """(checkpoint that config.resume names, folder of its run); Nones if `auto` finds none. UserError if this run would not have made it."""
     path = Path(config.log_dir, config.run_name) if config.resume == "auto" else Path(config.resume)
-    candidates = [path] if path.is_file() else sorted(path.glob("checkpoints/step_*.pt"), reverse=True)
+    candidates = [path] if path.is_file() else checkpoints(path)[::-1]
     for candidate in candidates:
         try:
             checkpoint = torch.load(candidate, map_location="cpu", weights_only=True)
@@ -789,17 +780,16 @@ def find_checkpoint(config, train_shards):
         if not isinstance(checkpoint, dict) or "code_sha256" not in checkpoint or candidate.resolve().parent.name != "checkpoints":
             raise UserError(f"{candidate}: not a checkpoint of train_gpt2.py in the checkpoints/ of its run's folder")
         if checkpoint["code_sha256"] != code_sha256():
-            raise UserError(f"{candidate} was written by another version of train_gpt2.py (SHA-256 {checkpoint['code_sha256'][:12]}, this one is "
-                            f"{code_sha256()[:12]}); resume with the train_gpt2.py in the run's folder")
+            raise UserError(f"{candidate} was written by another version of train_gpt2.py; resume with the one in the run's folder")
         for name, theirs in checkpoint["config"].items():
             if name not in MAY_CHANGE_ON_RESUME and theirs != getattr(config, name):
-                raise UserError(f"{candidate} is from a run with {name} = {theirs!r}, this one has {getattr(config, name)!r}; give it --{name} {theirs}")
+                raise UserError(f"{candidate} is of a run with {name} = {theirs!r}, not {getattr(config, name)!r}; add --{name} {theirs}")
         if config.run_name not in ("", folder.name):
-            raise UserError(f"resume = '{config.resume}' continues the run in {folder}, so run_name = '{config.run_name}' cannot be; leave it out")
+            raise UserError(f"resume = '{config.resume}' continues the run in {folder}, not run_name = '{config.run_name}'; leave that out")
         if not (folder / "run.json").is_file():
             raise UserError(f"{folder} has checkpoints but no run.json; move them away to start a new run there")
         if (config.data_seed or config.allow_repeat) and json.loads((folder / "run.json").read_text())["train_shards"] != train_shards.describe():
-            raise UserError(f"input_bin has other shards than the run in {folder} began with, all of which make the order of its data; restore those")
+            raise UserError(f"input_bin has other shards than the run in {folder} began with, which set its data order; restore them")
         return checkpoint, folder
     if config.resume == "auto" and not candidates:
         if (path / "run.json").is_file() and '"end"' in (path / "run.json").read_text():
@@ -836,7 +826,6 @@ def describe_machine(device):
     def output(*command):
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=30).stdout.strip()
-
     cpu, gpu = platform.processor() or platform.machine(), device.type == "cuda"
     with contextlib.suppress(OSError, AttributeError):  # other systems, other processors
         cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
@@ -850,14 +839,13 @@ class Log:
     """The folder of a run, its files and the terminal. Only process 0 writes."""
 
     def __init__(self, config, checkpoint, folder, facts, source):
-        """Opens `folder` to continue from `checkpoint`, or a new folder with code and machine in log.txt; run.json gets the `facts`.
-        `source`, the file of an optimizer given as module:Class or None, is kept as optimizer.py. Raises UserError if it cannot write."""
+        """Opens `folder` to continue from `checkpoint`, or a new one; run.json gets `facts`, optimizer.py the file `source`, if any."""
         self.config, self.folder, self.files, self.live, self.wandb = config, folder, {}, sys.stdout and sys.stdout.isatty(), None
         if rank() != 0:
             return
         if not checkpoint:
             self.folder = Path(config.log_dir, config.run_name or time.strftime("%Y%m%d-%H%M%S_") + config.optimizer.replace(":", "-"))
-            if config.resume != "auto" and ((self.folder / "log.txt").exists() or any(self.folder.glob("checkpoints/step_*.pt"))):
+            if config.resume != "auto" and ((self.folder / "log.txt").exists() or checkpoints(self.folder)):
                 raise UserError(f"{self.folder} already holds a run; take another run_name, or resume that run by --resume auto")
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.facts = json.loads((self.folder / "run.json").read_text()) if checkpoint else {**facts, "start": now, "resumed": []}
@@ -865,11 +853,15 @@ class Log:
             raise UserError(f"the run in {folder} began with another version of {config.optimizer}, which it keeps as optimizer.py; restore that")
         try:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            for name in ("log.txt", "metrics.jsonl"):
-                self.files[name] = open(self.folder / name, "a" if checkpoint else "w", buffering=1, encoding="utf-8")
-                if checkpoint:  # what was logged after the checkpoint will be logged again
-                    self.files[name].truncate(min(os.path.getsize(self.folder / name), checkpoint["progress"]["log_bytes"][name]))
-            for path in self.folder.glob("checkpoints/step_*.pt") if checkpoint else ():  # and what was saved after it, saved again
+            for name in ("log.txt", "metrics.jsonl"):  # what was logged after the checkpoint will be logged again
+                self.files[name] = file = open(self.folder / name, "a", buffering=1, encoding="utf-8", errors="replace")
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if isinstance(error, BlockingIOError):  # else the file system has no locks
+                        raise UserError(f"another process is writing to {self.folder}; let it end, or take another run_name") from None
+                file.truncate(min(os.path.getsize(self.folder / name), checkpoint["progress"]["log_bytes"][name]) if checkpoint else 0)
+            for path in checkpoints(self.folder):  # and what was saved after it, saved again
                 if int(path.stem[5:]) > checkpoint["progress"]["step"]:
                     path.unlink()
             for path, name in ((__file__, "train_gpt2.py"), (source, "optimizer.py")):
@@ -913,6 +905,8 @@ class Log:
             self.write("log.txt", text)
             try:
                 print(("\r\033[K" if self.live else "") + text, end=end, flush=True)
+            except UnicodeEncodeError:
+                print(text.encode("ascii", "backslashreplace").decode(), end=end, flush=True)
             except OSError:  # the terminal or the pipe is gone; the run goes on
                 sys.stdout = None
 
@@ -958,15 +952,15 @@ def wrapped(model, config, device):
     return model, note
 
 
-def choose_micro_batch(config, device, per_process):
+def choose_micro_batch(config, device, per_process, dtype):
     """Sequences in one forward pass: device_batch_size or, without one, the largest power of two that divides per_process and fits the GPU.
-    For a token a forward pass keeps 37 L C bytes compiled and 40 otherwise (records/bench); the rest is for the backward pass."""
+    For a token a forward pass in bf16 keeps 37 L C bytes compiled and 40 otherwise (records/bench); the rest is for the backward pass."""
     tokens, rows = 16384, config.vocab_size + 128  # on a CPU more tokens at a time are no faster
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory * min(0.9, torch.cuda.get_per_process_memory_fraction(device))
         # for each parameter: weight, gradient, state, update, statistics; and the logits of a chunk
         memory -= 32 * (12 * config.n_layer * config.n_embd ** 2 + rows * config.n_embd) + 2 * CHUNK * rows
-        tokens = memory / (45 * config.n_layer * config.n_embd * (2 if config.dtype == "float32" else 1))
+        tokens = memory / (22.5 * dtype.itemsize * config.n_layer * config.n_embd)
     fitting = [2 ** i for i in range(32) if per_process % 2 ** i == 0 and 2 ** i * config.sequence_length <= tokens]
     return config.device_batch_size or max(fitting, default=1)
 
@@ -987,7 +981,7 @@ def accumulate(model, micro_batches, collect, dtype):
 
 
 def evaluate(model, shards, config, device, dtype, micro_batch, signals):
-    """Mean loss over exactly val_tokens tokens, shared by all processes. None if `signals` came meanwhile."""
+    """Mean loss over exactly val_tokens tokens, shared by all processes. None if a signal came meanwhile."""
     total, mine = 0.0, range(rank(), config.val_tokens // config.sequence_length, world_size())
     batches = [mine[i:i + micro_batch] for i in range(0, len(mine), micro_batch)]
     full = [[*numbers, *[0] * (micro_batch - len(numbers))] for numbers in batches]  # the last batch is filled up
@@ -1004,7 +998,7 @@ def evaluate(model, shards, config, device, dtype, micro_batch, signals):
 
 
 def warm_up(model, raw_model, config, device, dtype, micro_batch):
-    """Builds the graphs and the memory pools with steps on dummy data, and leaves the weights as they were."""
+    """Builds graphs and memory pools with steps on dummy data, and restores the weights. UserError for a state no checkpoint can hold."""
     weights = {name: p.detach().cpu().clone() for name, p in raw_model.state_dict().items()}
     optimizers = _, hidden = build_optimizers(raw_model, config)  # a second pair, thrown away after this
     idx, targets = torch.randint(config.vocab_size, (2, micro_batch, config.sequence_length), generator=torch.Generator().manual_seed(0)).to(device)
@@ -1018,6 +1012,14 @@ def warm_up(model, raw_model, config, device, dtype, micro_batch):
     except torch.OutOfMemoryError:
         raise UserError(f"{micro_batch} sequences of {config.sequence_length} tokens at a time do not fit into the memory of the GPU; set "
                         + (f"device_batch_size = {micro_batch // 2}" if micro_batch > 1 else "a smaller sequence_length or model")) from None
+    if ":" in config.optimizer:  # known now, rather than at the first checkpoint or when the run resumes
+        try:
+            torch.save(hidden.state_dict(), content := io.BytesIO())
+            hidden.load_state_dict(torch.load(io.BytesIO(content.getvalue()), map_location="cpu", weights_only=True))
+        except Exception as error:  # whatever somebody else's code raises
+            what, = (re.findall(r"GLOBAL (\S+)", str(error)) or str(error).splitlines())[:1] or [""]  # GLOBAL: a class or function
+            raise UserError(f"the state of optimizer = '{config.optimizer}' cannot be saved and loaded ({type(error).__name__}: {what}); "
+                            "keep only tensors, numbers and strings there") from error
     raw_model.zero_grad(set_to_none=True)
     raw_model.load_state_dict(weights)
 
@@ -1045,7 +1047,7 @@ def results(config, model, device, steps, train_time, val_loss, best, reached):
 
 
 def run(config):
-    """One training run, in this process's part of it. Returns the exit code: 0, or 128 + the signal that ended it."""
+    """This process's part of a training run. Returns the exit code: 0, or 128 + the signal that ended it."""
     per_process = sequences_per_process(config, int(os.environ.get("WORLD_SIZE") or 1))
     device = start_processes(config)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU multiplies fp32: preconditioning
@@ -1064,7 +1066,7 @@ def run(config):
     optimizers = _, hidden = build_optimizers(raw_model, config)
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     model, note = wrapped(raw_model, config, device)
-    micro_batch = choose_micro_batch(config, device, per_process)
+    micro_batch = choose_micro_batch(config, device, per_process, dtype)
     q = torch.empty(1, config.n_head, T, config.n_embd // config.n_head, dtype=dtype, device=device, requires_grad=True)
     source = inspect.getsourcefile(type(hidden)) if ":" in config.optimizer else None
     log = Log(config, checkpoint, folder, dict(
@@ -1095,10 +1097,8 @@ def run(config):
     for number in (signal.SIGINT, signal.SIGTERM):  # from now on they end the run after the step
         signal.signal(number, lambda number, frame: signals.append(number))
 
-    def stopped():
-        """The signal that any process has caught, or 0."""
+    def stopped():  # the signal that any process has caught, or 0
         return int(reduced("max", max(signals, default=0))[0])
-
     clock = synchronized_time(device)
     for step in range(start, N + 1):
         stop, last = stopped(), step == N
@@ -1129,7 +1129,7 @@ def run(config):
         # ------------------------------------------------- the training step -------------------------------------------------
         for optimizer in optimizers:
             for group in optimizer.param_groups:  # an optimizer of one's own may have groups of different rates
-                group["lr"] = group.setdefault("initial_lr", group["lr"]) * learning_rate_scale(config, step)
+                group["lr"] = group.setdefault("initial_lr", group.get("lr", 0.0)) * learning_rate_scale(config, step)
         idx, targets = (t.to(device, non_blocking=True).split(micro_batch) for t in next(batches))
         collect = hasattr(hidden, "refresh") and (step + 1) % hidden.defaults.get("refresh_interval", math.inf) == 0
         loss, grams = accumulate(model, list(zip(idx, targets)), collect, dtype)

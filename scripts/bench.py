@@ -126,7 +126,8 @@ def interval(values):
 def build(name, config, device, dtype, idx):
     """One side, warmed up: both kinds of steps have run, and graphs, memory pools and the optimizer's state are there."""
     side = SimpleNamespace(times=[], refreshes=[], peak=0, profile={})
-    side.micro_batch = max(1, min(len(idx), 16384 // config.sequence_length)) if name == "plain" else choose_micro_batch(config, device, len(idx))
+    side.micro_batch = (max(1, min(len(idx), 16384 // config.sequence_length)) if name == "plain" else
+                        choose_micro_batch(config, device, len(idx), dtype))
     side.batches = [(part, part.roll(-1, 1)) for part in idx.split(side.micro_batch)]
     before = allocated(device)
     torch.manual_seed(0)

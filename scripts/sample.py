@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 import runs  # noqa: F401: puts the repository on the path
-from train_gpt2 import GPT, Config, UserError
+from train_gpt2 import GPT, Config, UserError, checkpoints
 
 
 def load_model(path):
     """(model, its Config, steps it was trained) of a checkpoint, or of the newest one in a run's folder. Raises UserError."""
-    files = [path] if path.is_file() else sorted(path.glob("checkpoints/step_*.pt"))
+    files = [path] if path.is_file() else checkpoints(path)
     if not files:
         raise UserError(f"{path}: no checkpoint (step_*.pt, or a run's folder with checkpoints/) is there; records keep no weights")
     try:

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import train_gpt2
 from conftest import ROOT, TINY, toml
 from faults import full_disk
 
@@ -226,6 +228,16 @@ def test_lost_process_is_named(shards, tmp_path, fault):
     lines = error_lines(result)
     assert len(lines) == 1 and lines[0].startswith("error: process 0: process 1 does not answer any more ("), result.stderr
     assert saved == ["step_000002.pt", "step_000004.pt"]
+
+
+def test_no_process_calls_itself_lost(monkeypatch):
+    """Without torchrun the store is in process 0: when that is gone, nobody answers, and nobody knows who else is there."""
+    def gone(*args):
+        raise RuntimeError("Broken pipe")
+    monkeypatch.setattr(train_gpt2, "rank", lambda: 1)
+    monkeypatch.setattr(train_gpt2, "world_size", lambda: 2)
+    monkeypatch.setattr(train_gpt2.dist, "group", SimpleNamespace(WORLD=SimpleNamespace(get_group_store=lambda: SimpleNamespace(set=gone))))
+    assert "process 1: processes lost each other (Connection reset)" in train_gpt2.lost_processes(RuntimeError("Connection reset"))
 
 
 def test_nan_loss_ends_all_processes(shards, tmp_path):

@@ -134,7 +134,7 @@ def test_damage_is_refused_at_the_start(start, shards, tmp_path, make, words):
 
 @pytest.mark.parametrize("change, words", [
     (lambda path: path.unlink(), "cannot be read"),
-    (lambda path: write_shard(path, np.arange(60)), "had 100 tokens when the run started and has 60 now"),
+    (lambda path: write_shard(path, np.arange(60)), "had 100 tokens at first, now 60; restore it"),
     (lambda path: os.truncate(path, 1100), "damaged: 1,100 bytes, but its header says 100 tokens"),
 ])
 def test_a_changing_shard_is_an_error(tmp_path, change, words):

@@ -69,10 +69,12 @@ def test_micro_batch_fits_the_gpu(monkeypatch, gigabytes, most):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gigabytes * 1.056e9))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
-    assert choose_micro_batch(Config(), gpu, 512) == most and choose_micro_batch(Config(), gpu, 24) == min(most, 8)
-    assert choose_micro_batch(Config(device_batch_size=4), gpu, 512) == 4 and choose_micro_batch(Config(dtype="float32"), gpu, 512) == most / 2
+    assert choose_micro_batch(Config(), gpu, 512, torch.bfloat16) == most
+    assert choose_micro_batch(Config(), gpu, 24, torch.bfloat16) == min(most, 8)
+    assert choose_micro_batch(Config(device_batch_size=4), gpu, 512, torch.bfloat16) == 4
+    assert choose_micro_batch(Config(), gpu, 512, torch.float32) == most / 2  # dtype = auto on a GPU without bfloat16, too
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.45)
-    assert choose_micro_batch(Config(), gpu, 512) <= most / 2
+    assert choose_micro_batch(Config(), gpu, 512, torch.bfloat16) <= most / 2
 
 
 def test_a_run_continues_without_a_compiler(start, tmp_path, monkeypatch):
@@ -116,6 +118,17 @@ def test_resume_is_exact(start, tmp_path):
     assert facts["config"]["resume"] == "" and [part["config"]["resume"] for part in facts["resumed"]] == ["auto"]
     done = start(run_name="parts", resume="auto", **fields)  # a finished run has nothing left to do
     assert done.returncode == 0 and json.loads((folder / "run.json").read_text())["final_val_loss"] == losses(folder)[-1][1]
+
+
+def test_the_newest_checkpoint_has_the_highest_step(start, tmp_path):
+    assert start(run_name="a", save_every=4).returncode == 0
+    folder = tmp_path / "logs/a/checkpoints"
+    shutil.copy(folder / "step_000008.pt", folder / "step_best.pt")  # of the user's own: left alone
+    (folder / "step_000010.pt").rename(folder / "step_1000000.pt")
+    (folder / "step_000008.pt").rename(folder / "step_999999.pt")
+    assert [path.name for path in train_gpt2.checkpoints(tmp_path / "logs/a")] == ["step_999999.pt", "step_1000000.pt"]
+    assert "resumed at step 10" in start(run_name="a", save_every=4, resume="auto").stdout
+    assert sorted(path.name for path in folder.iterdir()) == ["step_best.pt"]  # what is beyond the step goes
 
 
 def test_resume_refuses_another_configuration(start):
@@ -183,6 +196,14 @@ def test_nobody_reads_the_output(start, tmp_path, monkeypatch):
         assert "final loss" in (tmp_path / f"logs/{run}/log.txt").read_text()
 
 
+@pytest.mark.parametrize("name", ["\u2603", "\udcff"])  # a letter that the terminal lacks, and a byte that is not UTF-8
+def test_names_that_cannot_be_printed(start, tmp_path, monkeypatch, name):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert start(run_name=name).returncode == 0
+    assert b"final loss" in out.buffer.getvalue() and "final loss" in (tmp_path / f"logs/{name}/log.txt").read_text()
+
+
 def test_a_gpu_machine_without_nvidia_smi(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
@@ -243,6 +264,17 @@ def test_muon_of_ones_own(start, tmp_path, monkeypatch):
         assert done.returncode == 0, done.stderr
     checkpoint = torch.load(tmp_path / "logs/Counted/checkpoints/step_000010.pt", weights_only=True)
     assert {state["count"] for state in checkpoint["optimizers"][1]["state"].values()} == {10}
+
+
+@pytest.mark.parametrize("value, word", [("lambda x: x", "lambda"), ("open(__file__)", "TextIOWrapper"), ("Thing()", "kept.Thing")])
+def test_a_state_without_checkpoints_is_refused_at_once(start, tmp_path, monkeypatch, value, word):
+    (tmp_path / "kept.py").write_text("import torch\nclass Thing:\n    pass\nclass Mine(torch.optim.SGD):\n"
+                                      "    def step(self, closure=None):\n"
+                                      f"        self.param_groups[0]['note'] = {value}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kept", raising=False)
+    refused(start(optimizer="kept:Mine", run_name="a"), "the state of optimizer = 'kept:Mine' cannot be saved and loaded", word)
+    assert not losses(tmp_path / "logs/a")  # before training
 
 
 def test_compiled_newton_muon(start, tmp_path):
@@ -307,7 +339,7 @@ def test_wandb_offline_needs_no_account(start, tmp_path, monkeypatch):
 
 def test_order_of_settings(tmp_path):
     path = tmp_path / "c.toml"
-    path.write_text("num_iterations = 7\nwarmdown_iters = 2\nlearning_rate = 1\ncompile = true\n")
+    path.write_bytes(b"\xef\xbb\xbfnum_iterations = 7\r\nwarmdown_iters = 2\r\nlearning_rate = 1\r\ncompile = true\r\n")  # of an editor
     config = load_config([str(path), "--warmdown_iters", "3", "--compile", "false"])
     assert (config.num_iterations, config.warmdown_iters, config.learning_rate, config.compile, config.n_layer) == (7, 3, 1.0, False, 12)
 
@@ -367,6 +399,7 @@ def refused(done, *words, code=1):
     (dict(optimizer="torch.optim:SGD", weight_decay=0.1), ["weight_decay = 0.1", "optimizer_args"]),
     (dict(optimizer_args="{"), ["optimizer_args", "JSON"]),
     (dict(seed=2 ** 64), ["seed = 18446744073709551616"]),
+    (dict(collective_timeout=2 ** 32), ["collective_timeout = 4294967296", "below 2^32"]),
     (dict(vocab_size=32), ["val_000000.bin", "vocab_size = 32"]),
     (dict(resume="nowhere"), ["resume = 'nowhere'"]),
     (dict(resume="auto"), ["run_name"]),
@@ -415,6 +448,25 @@ def test_batch_that_processes_cannot_share(start, monkeypatch):
 def test_nan_loss_keeps_the_log(start, tmp_path):
     refused(start(optimizer="faults:TurnsNaN", run_name="a"), "loss is nan at step 5", "learning_rate")
     assert [step for step, _ in losses(tmp_path / "logs/a")] == [0, 5]
+
+
+@pytest.mark.parametrize("save_every", [0, 4])
+def test_two_runs_of_one_folder_at_once(start, tmp_path, monkeypatch, save_every):
+    """The second would write into the logs of the first, and delete its checkpoints."""
+    seconds, folder = [], tmp_path / "logs/a"
+
+    def evaluate(*args, evaluate=train_gpt2.evaluate):
+        monkeypatch.setattr(train_gpt2, "evaluate", evaluate)  # once only
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        seconds.append(start(run_name="a", resume="auto"))
+        assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        return evaluate(*args)
+
+    if save_every:
+        assert start(run_name="a", save_every=save_every).returncode == 0
+    monkeypatch.setattr(train_gpt2, "evaluate", evaluate)
+    assert start(run_name="a", resume="auto").returncode == 0
+    refused(seconds[0], "another process is writing to", "run_name")
 
 
 def test_second_run_of_one_name(start, tmp_path):
