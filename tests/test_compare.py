@@ -193,6 +193,22 @@ def test_page_and_its_toggles(page, browser, width, height, scheme):
     assert len(paths) == 3 and not any("NaN" in d or "Infinity" in d for d in paths)
 
 
+@pytest.mark.parametrize("steps, losses, paths, circles", [
+    ([100], [1.0], 0, 1), ([0, 100], [1.0, float("nan")], 0, 1), ([100], [float("nan")], 0, 0), ([0, 100], [-1.0, -2.0], 1, 0),
+    (list(range(150_000)), [1.0] * 150_000, 1, 0)])
+def test_page_of_an_odd_run(browser, tmp_path, steps, losses, paths, circles):
+    groups = make_groups([Run("a" * 200, facts(optimizer="b" * 200), steps, losses, [1.0 + step for step in steps], steps[-1])])
+    compare.write_html(compare.compare(groups, None, 1.0), 1.0, [("t" * 200, [["group"], ["b" * 200]], "")], [], tmp_path / "a.html")
+    browser.open(tmp_path / "a.html", 390, 844)
+    for i in (0, 2, 3):
+        assert [browser.js(f"document.querySelectorAll('{kind}').length") for kind in ("path.run", "#chart circle")] == [paths, circles]
+        browser.press(CONTROL.format(i))
+    assert browser.js("document.documentElement.scrollWidth") == 390
+    assert browser.js("document.querySelectorAll('#chart text').length") > 4
+    bad = [e for e in browser.events if e["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
+    assert bad == [] and "NaN" not in browser.js("document.querySelector('#chart').outerHTML")
+
+
 def test_name_hides_its_group(page, browser):
     browser.open(page, 390, 844)
     assert browser.js(f"{GROUP.format(1)}.textContent") == "muon (2 runs)"
