@@ -115,6 +115,19 @@ def test_hostile_names(tmp_path, call):
     assert (tmp_path / "a.png").stat().st_size > 10 ** 4
 
 
+def test_a_terminal_without_unicode(tmp_path, launch):
+    write(tmp_path / "a", optimizer="\u00b5on")
+    out, errors = launch("scripts/compare.py", tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"}).communicate()
+    assert "?on" in out and errors == ""
+
+
+def test_plot_of_many_groups_and_long_labels(tmp_path, recwarn):
+    summaries = compared(*(run_of(1.9, optimizer=f"{i}" * 100) for i in range(10, 40)))
+    compare.plot(summaries, 1.0, tmp_path / "a.svg")
+    assert not [warning for warning in recwarn if "constrained_layout" in str(warning.message)]
+    assert (tmp_path / "a.svg").read_text().count("target 1") == 1
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["missing"], ["missing", "No such file"]), (["empty"], ["no log.txt"]), (["binary.pt"], ["binary.pt", "no line such as"]),
     (["a", "--baseline", "muno"], ["'muno'", "nearest is 'muon'"]), (["a", "--target", "nan"], ["--target nan"]),
