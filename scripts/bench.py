@@ -216,8 +216,8 @@ def main():
     args = parser.parse_args()
     if args.rounds < 1 or args.steps < 1:
         sys.exit(f"error: --rounds {args.rounds} --steps {args.steps}: must be at least 1")
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        sys.exit(f"error: --json {args.json}: there is no such folder; make it first")
+    if args.json and (not Path(args.json).resolve().parent.is_dir() or Path(args.json).is_dir()):
+        sys.exit(f"error: --json {args.json}: must be a file, in a folder that is there")
 
     names = list(dict.fromkeys(args.sides.split(",")))
     given = [text for name in fields if name in args for text in (f"--{name}", getattr(args, name))]

@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import re
+import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,13 +212,14 @@ def plot(summaries, target, path, published=()):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    curves = [(s.label if i == 0 else None, dict(color=f"C{number}"), run.steps, run.losses, run.seconds)
+    curves = [(textwrap.fill(s.label, 50) if i == 0 else None, dict(color=f"C{number}"), run.steps, run.losses, run.seconds)
               for number, s in enumerate(summaries) for i, run in enumerate(s.runs)]
     curves += [(label, dict(color="black", linestyle="--"), *zip(*points)) for label, points in published]
     finite = [[loss for loss in losses if abs(loss) < reading.DIVERGED] or [target] for _, _, _, losses, _ in curves]
-    lowest = min(map(min, finite))
-    top = max(losses[len(losses) // 5] for losses in finite)  # the first fifth would hide the differences of the rest
+    lowest = min(target, *map(min, finite))
+    top = max(target, *(losses[len(losses) // 5] for losses in finite))  # the first fifth would hide the differences of the rest
+    lines = sum(label.count("\n") + 1 for label, *_ in curves if label)
+    figure, axes = plt.subplots(1, 2, figsize=(11, max(4.2, 0.22 * lines + 1)), sharey=True, layout="constrained")
     for axis, what, column in zip(axes, ("step", "training time (s)"), (2, 4)):
         for label, style, *values in curves:
             label = label and " " * label.startswith("_") + label.replace("$", r"\$")  # neither hidden nor a formula
@@ -283,6 +285,7 @@ def main():
     parser.add_argument("--png", type=Path, metavar="FILE", help="write a plot of loss against steps and seconds")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the curves, to explore in a browser, and the tables")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # names have what not every terminal can show
     if args.target is not None and not abs(args.target) < reading.DIVERGED:
         raise RunError(f"--target {args.target}: must be a number")
     try:
@@ -307,4 +310,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -29,7 +29,10 @@ default_python=$root/.venv/bin/python
 [ -x "$default_python" ] || default_python=python3
 python=${PYTHON:-$default_python}
 job=${JOB:-$(basename "$config" .toml)}
-processes=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+processes=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))' 2> /dev/null)} || {
+    echo "error: $python has no torch; set PYTHON to an interpreter that has it" >&2
+    exit 1
+}
 case $head in *:*) ;; *) head=$head:29400 ;; esac
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a store for each attempt: a node that comes back does not find the one torchrun shares
 here=()

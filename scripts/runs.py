@@ -247,7 +247,8 @@ def find_runs(path, loss="val_loss"):
     if not path.is_dir() or (path / "run.json").exists():
         return read_log(path, loss), []
     runs, left_out, without, seen = [], [], [], set()
-    for folder, folders, files in os.walk(path, followlinks=True):
+    unreadable = lambda error: left_out.append(printable(f"{error.filename} cannot be read: {error.strerror}; it is left out"))
+    for folder, folders, files in os.walk(path, onerror=unreadable, followlinks=True):
         folder, real = Path(folder), os.path.realpath(folder)
         if real in seen or "run.json" in files:  # all that lies in and below the folder of a run is that run's
             folders.clear()

@@ -53,9 +53,11 @@ def generate(model, tokens, number, sequence_length, temperature=1.0, top_k=None
     device = model.lm_head.weight.device
     for _ in range(number):
         logits = model.logits(torch.tensor([tokens[-sequence_length:]], device=device))[0, -1].cpu()
+        if not logits.max() < float("inf"):
+            raise UserError("the model's logits are not finite: the run had diverged when it wrote this checkpoint")
         if top_k and top_k < len(logits):
             logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-        if temperature == 0:
+        if temperature < 1e-30:  # float32 has nothing much smaller
             tokens.append(int(logits.argmax()))
         else:
             tokens.append(int(torch.multinomial(((logits - logits.max()) / temperature).softmax(-1), 1, generator=generator)))

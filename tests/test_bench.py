@@ -58,7 +58,8 @@ def test_interval_holds_the_median_in_95_percent(n):
 
 
 @pytest.mark.parametrize("arguments, words", [(["--rounds", 0], "--rounds 0"), (["--roundz", 3], "--roundz"),
-                                              (["--json", "no/such/folder.json"], "--json no/such")])
+                                              (["--json", "no/such/folder.json"], "--json no/such"),
+                                              (["--json", "/"], "--json /: must be a file")])
 def test_a_wrong_option_is_named(call, arguments, words):
     done = call(bench, *arguments)
     assert done.returncode and words in done.stderr

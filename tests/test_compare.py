@@ -115,6 +115,19 @@ def test_hostile_names(tmp_path, call):
     assert (tmp_path / "a.png").stat().st_size > 10 ** 4
 
 
+def test_a_terminal_without_unicode(tmp_path, launch):
+    write(tmp_path / "a", optimizer="\u00b5on")
+    out, errors = launch("scripts/compare.py", tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"}).communicate()
+    assert "?on" in out and errors == ""
+
+
+def test_plot_of_many_groups_and_long_labels(tmp_path, recwarn):
+    summaries = compared(*(run_of(1.9, optimizer=f"{i}" * 100) for i in range(10, 40)))
+    compare.plot(summaries, 1.0, tmp_path / "a.svg")
+    assert not [warning for warning in recwarn if "constrained_layout" in str(warning.message)]
+    assert (tmp_path / "a.svg").read_text().count("target 1") == 1
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["missing"], ["missing", "No such file"]), (["empty"], ["no log.txt"]), (["binary.pt"], ["binary.pt", "no line such as"]),
     (["a", "--baseline", "muno"], ["'muno'", "nearest is 'muon'"]), (["a", "--target", "nan"], ["--target nan"]),
@@ -191,6 +204,22 @@ def test_page_and_its_toggles(page, browser, width, height, scheme):
         browser.press(CONTROL.format(i))
     paths = browser.js(PATHS)
     assert len(paths) == 3 and not any("NaN" in d or "Infinity" in d for d in paths)
+
+
+@pytest.mark.parametrize("steps, losses, paths, circles", [
+    ([100], [1.0], 0, 1), ([0, 100], [1.0, float("nan")], 0, 1), ([100], [float("nan")], 0, 0), ([0, 100], [-1.0, -2.0], 1, 0),
+    (list(range(150_000)), [1.0] * 150_000, 1, 0)])
+def test_page_of_an_odd_run(browser, tmp_path, steps, losses, paths, circles):
+    groups = make_groups([Run("a" * 200, facts(optimizer="b" * 200), steps, losses, [1.0 + step for step in steps], steps[-1])])
+    compare.write_html(compare.compare(groups, None, 1.0), 1.0, [("t" * 200, [["group"], ["b" * 200]], "")], [], tmp_path / "a.html")
+    browser.open(tmp_path / "a.html", 390, 844)
+    for i in (0, 2, 3):
+        assert [browser.js(f"document.querySelectorAll('{kind}').length") for kind in ("path.run", "#chart circle")] == [paths, circles]
+        browser.press(CONTROL.format(i))
+    assert browser.js("document.documentElement.scrollWidth") == 390
+    assert browser.js("document.querySelectorAll('#chart text').length") > 4
+    bad = [e for e in browser.events if e["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
+    assert bad == [] and "NaN" not in browser.js("document.querySelector('#chart').outerHTML")
 
 
 def test_name_hides_its_group(page, browser):

@@ -397,6 +397,10 @@ def test_greedy_samples(tiny):
             tokens.append(int(model.logits(torch.tensor([tokens[-16:]]))[0, -1].argmax()))
     assert list(sample.generate(model, [1, 2, 3], 20, 16, temperature=0)) == tokens[3:]
     assert list(sample.generate(model, [1, 2, 3], 20, 16, top_k=1)) == tokens[3:]
+    assert list(sample.generate(model, [1, 2, 3], 20, 16, temperature=1e-320)) == tokens[3:]
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(sample.UserError, match="had diverged"):
+        next(sample.generate(model, [1], 1, 16))
 
 
 def test_samples_follow_the_softmax(tiny):

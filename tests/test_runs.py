@@ -127,6 +127,14 @@ def test_what_cannot_be_read_is_named(tmp_path):
 # groups
 
 
+def test_a_folder_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+    write(tmp_path / "a")
+    write(tmp_path / "b", optimizer="adamw")
+    monkeypatch.setattr(os, "scandir", lambda path, scandir=os.scandir: scandir(f"{path}/log.txt" if str(path).endswith("b") else path))
+    found, left_out = find_runs(tmp_path)
+    assert [run.name for run in found] == ["a"] and len(left_out) == 1 and left_out[0].startswith(f"{tmp_path / 'b'}")
+
+
 def test_settings_make_groups_and_seeds_do_not():
     same = [run_of(), run_of(seed=1, data_seed=1, run_name="b", log_dir="x"), run_of(device="cpu", device_batch_size=4, log_every=3)]
     assert [(group.label, len(group.runs)) for group in make_groups(same)] == [("muon", 3)]
