@@ -102,9 +102,13 @@ def main():
     try:
         for name in EXPERIMENTS if "all" in args.name else dict.fromkeys(args.name):
             run(name, args)
-        write_atomically(args.out / "README.md", page(args.out).encode())
+            write_atomically(args.out / "README.md", page(args.out).encode())  # also if the next one fails
+        if not args.name:
+            write_atomically(args.out / "README.md", page(args.out).encode())
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; what was complete is written")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from lab import descent, exponent, factorisation, in_context
 from optimizers.ef_muon import EFMuon
 from optimizers.polar_muon import msgn
 from scripts import lab as script
+from train_gpt2 import UserError
 
 MINE = ("factorisation", "in_context", "decoupling", "sign_noise", "convex", "heavy_tails")
 
@@ -132,6 +133,17 @@ def test_run_files_its_results(call, tmp_path):
     assert filed["summary"] in (tmp_path / "README.md").read_text()
     again = call(script, "decoupling", "--size", "small", "--out", tmp_path / "again")
     assert again.returncode == 0 and json.loads((tmp_path / "again/decoupling.json").read_text())["rows"] == filed["rows"]
+
+
+@pytest.mark.parametrize("error, sentence", [(UserError("no shards"), "error: no shards"), (KeyboardInterrupt(), "\ninterrupted; what was complete")])
+def test_page_has_what_ended_before_an_error(call, tmp_path, monkeypatch, error, sentence):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(importlib.import_module("lab.convex"), "run", fail)
+    done = call(script, "decoupling", "convex", "--size", "small", "--out", tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith(sentence)
+    assert (tmp_path / "README.md").read_text() == script.page(tmp_path)
 
 
 def test_page_shows_what_fails(tmp_path):
