@@ -114,7 +114,8 @@ def run(size="full", seed=0):
               title="ratio of steps (bars: all repetitions)", ylim=(0.1, 1e5))
     left.legend(fontsize=7, handlelength=4)
     right.legend(fontsize=7, loc="upper left")
-    rows = [(prediction, texts[case], None if power is None else judge(*fits[case], power - 0.1, power + 0.1)) for case, power, prediction in (
+    rows = [(prediction, texts[case], None if power is None else judge(*fits[case], power - 0.1, power + 0.1))
+            for case, power, prediction in (
         ("sparse", 1, "sparse noise: SGD over SignSGD grows like d (exponent 1 within 0.1)"),
         ("dense", 0, "dense noise: it does not (exponent 0 within 0.1)"),
         ("Muon", 1, "sparse noise in singular values: SGD over Muon grows like d (exponent 1 within 0.1)"),
