@@ -2,6 +2,7 @@
 
 scripts/lab.py runs them; records/lab/README.md shows what came out.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from scipy import stats
 class Result:
     """What an experiment found.
 
-    rows     (prediction, measurement, holds) each; holds is True, False, or None where the paper leaves it open
+    rows     (prediction, measurement, holds) each; holds is True, False, or None where the paper or the measurement leaves it open
     figure   the measurement, with the prediction drawn beside it
     summary  two sentences with the measured numbers, also those that speak against the prediction
     source   authors, title, arXiv number
@@ -31,3 +32,15 @@ def exponent(x, y):
     slope = (x * y).sum() / (x * x).sum()
     left = y - y.mean() - slope * x
     return slope.item(), (stats.t.ppf(0.975, len(x) - 2) * ((left * left).sum() / (len(x) - 2) / (x * x).sum()).sqrt()).item()
+
+
+def mean_interval(x):
+    """(mean of x, half-width of its 95 % interval)."""
+    return x.mean(), stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else math.inf
+
+
+def judge(value, width, low=-math.inf, high=math.inf):
+    """Whether all (True) or none (False) of what is within `width` of value lies from low to high; None, too uncertain, if some does."""
+    if low <= value - width and value + width <= high:
+        return True
+    return False if value + width < low or value - width > high else None

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from lab import Result
+from lab import Result, judge, mean_interval
 from lab.training import cpu_config, new_model, open_shards, parallel, training_steps
 from train_gpt2 import as_blocks
 
@@ -115,7 +115,7 @@ def run(size="full", seed=0):
         d = critical[high] - critical[low]  # seed by seed
         error = d.std(ddof=1) / len(d) ** 0.5
         rows.append((claim, f"{high} {critical[high].mean():.0f}, {low} {critical[low].mean():.0f}; difference {d.mean():+.0f} +- {error:.0f}",
-                     None if abs(d.mean()) < 2 * error else bool(d.mean() > 0)))
+                     judge(*mean_interval(d), low=0)))
     if full:
         ratio = steps["Nesterov 0.95"].mean(1) / steps["momentum 0.95"].mean(1)
         rows.append(("Nesterov momentum needs fewer steps than plain at each batch size", "ratio of steps " + " ".join(f"{r:.2f}" for r in ratio),

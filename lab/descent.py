@@ -2,7 +2,7 @@
 import torch
 from matplotlib.figure import Figure
 
-from lab import exponent
+from lab import exponent, judge
 from optimizers.polar_muon import msgn
 from train_gpt2 import newton_schulz
 
@@ -68,9 +68,10 @@ def sweep(problem, conditions, repetitions, target, limits, seed, quantity):
         slope, width = exponent(torch.tensor(conditions)[:, None].expand_as(counts), counts.clamp(max=limit))
         missed = counts.isinf().any(1)
         prediction, holds = {
-            "Muon": ("Muon: iterations do not grow with the condition number (exponent up to 0.1)", slope <= 0.1 and not missed.any()),
+            "Muon": ("Muon: iterations do not grow with the condition number (exponent up to 0.1)",
+                     not missed.any() and judge(slope, width, high=0.1)),
             "Muon, Newton-Schulz": ("Muon with five Newton-Schulz steps: not in the paper", None)}.get(
-            method, (f"{method}: iterations grow with it (exponent over 0.1)", slope - width > 0.1))
+            method, (f"{method}: iterations grow with it (exponent over 0.1)", judge(slope, width, low=0.1)))
         listed = ", ".join(f"over {limit}" if medians[method, c] > limit else f"{medians[method, c]:.0f}" for c in conditions)
         rows.append((prediction, f"{listed} iterations; exponent {'over ' if missed.any() else ''}{slope:.2f} ± {width:.2f}", holds))
         low, middle, high = counts.clamp(max=limit).quantile(torch.tensor([0.0, 0.5, 1.0], dtype=counts.dtype), dim=1)

@@ -14,7 +14,7 @@ of standard deviation 1e-3; done when f - min f <= 1e-6 of its value at Gamma = 
 """
 import torch
 
-from lab import Result, exponent
+from lab import Result, exponent, judge
 from lab.descent import fewest_iterations, sweep
 
 SOURCE = ('Ma, Huang, Chi, Chen, "Preconditioning Benefits of Spectral Orthogonalization in Muon", '
@@ -52,7 +52,7 @@ def run(size="full", seed=0):
         aligned.append(fewest_iterations("Muon", (gradient, error, 0 * start), 1e-6, limits[1])[0].median().item())
     slope, width = exponent(conditions, aligned)
     counts = ", ".join(f"{count:.0f}" for count in aligned)
-    rows.insert(1, ("the same from Gamma = 0", f"{counts} iterations; exponent {slope:.2f} ± {width:.2f}", slope <= 0.1))
+    rows.insert(1, ("the same from Gamma = 0", f"{counts} iterations; exponent {slope:.2f} ± {width:.2f}", judge(slope, width, high=0.1)))
     shown = {key: f"{count:.0f}" if count < torch.inf else f"more than {limits['Muon' in key[0]]}" for key, count in medians.items()}
     first, last = conditions[0], conditions[-1]
     summary = (f"Exact Muon needs {shown['Muon', first]} iterations at condition number {first} and {shown['Muon', last]} at {last} "

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from lab import Result, exponent
+from lab import Result, exponent, judge
 from optimizers.polar_muon import msgn
 from train_gpt2 import newton_schulz
 
@@ -114,7 +114,8 @@ def run(size="full", seed=0):
               title="ratio of steps (bars: all repetitions)", ylim=(0.1, 1e5))
     left.legend(fontsize=7, handlelength=4)
     right.legend(fontsize=7, loc="upper left")
-    rows = [(prediction, texts[case], None if power is None else bool(abs(fits[case][0] - power) <= 0.1)) for case, power, prediction in (
+    rows = [(prediction, texts[case], None if power is None else judge(*fits[case], power - 0.1, power + 0.1))
+            for case, power, prediction in (
         ("sparse", 1, "sparse noise: SGD over SignSGD grows like d (exponent 1 within 0.1)"),
         ("dense", 0, "dense noise: it does not (exponent 0 within 0.1)"),
         ("Muon", 1, "sparse noise in singular values: SGD over Muon grows like d (exponent 1 within 0.1)"),

@@ -71,6 +71,30 @@ def test_one_muon_step_in_closed_form():
     assert inverse < muon
 
 
+@pytest.mark.parametrize("ridge", [None, 0.3])
+def test_one_noisy_step_in_closed_form(ridge):
+    """Along O the best rate lowers f = tr(H D K D^T) / 2 by <G, O>^2 / (2 tr(H O K O^T))."""
+    generator, h, share = torch.Generator().manual_seed(5), newton.spectrum(torch.tensor(30.0), 4), 2.0
+    D, E = (torch.randn(1, 1, 1, 4, 6, generator=generator)[0, 0, 0] for _ in range(2))
+    H, K = torch.diag(h), torch.diag(newton.spectrum(torch.tensor(100.0), 6))
+    G, noise = H @ D @ K, H.sqrt() @ E @ K.sqrt()
+    noisy = G + noise * (share * G.square().sum() / (H.trace() * K.trace())).sqrt()
+    O = msgn(noisy if ridge is None else noisy @ torch.linalg.inv(K + ridge * torch.eye(6)))
+    before, fall = float((D * G).sum() / 2), float((G * O).sum() ** 2 / (2 * (O * (H @ O @ K)).sum()))
+    found = newton.decreases(torch.tensor([100.0]), torch.tensor([share]), h, 6, ridge, 1, torch.linspace(0.01, 4, 2000), 1, 5)
+    assert float(found) == pytest.approx(np.log(before / (before - fall)), rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (16, 16), (32, 8)])
+@pytest.mark.parametrize("ridge", [None, 0.0])
+def test_best_rate_is_inside_the_grid(shape, ridge):
+    """Otherwise the map would compare the rules at the largest rate, not at the best."""
+    cells, m, n = torch.tensor([[1.0, 0.01], [100.0, 0.01], [100.0, 10.0]]).T, *shape
+    for steps, rates in newton.RATES.items():
+        all_rates, ends = (newton.decreases(*cells, torch.ones(m), n, ridge, steps, r, 2, 0).mean(1) for r in (rates, rates[[0, -1]]))
+        assert (all_rates > ends).all()
+
+
 def test_no_condition_no_difference():
     cell = dict(conditions=torch.ones(1), noises=torch.ones(1), h=torch.ones(4), n=4, steps=3, rates=torch.tensor([0.1, 0.3]), repeats=2, seed=0)
     assert torch.allclose(newton.decreases(ridge=0.0, **cell), newton.decreases(ridge=None, **cell), atol=1e-5)
@@ -80,6 +104,52 @@ def test_layers_leave_the_weights(text):
     found = layers.measure_layers(0, 1, 1, **training.SMALL)
     assert [name for name, *_ in found] == list(training.new_model(training.cpu_config(**training.SMALL))[0].hidden_matrices())
     assert all(condition >= 1 and noise > 0 for _, condition, noise, _ in found)
+
+
+def test_noise_of_layers_and_their_two_directions(text, monkeypatch):
+    directions = []
+    monkeypatch.setattr(layers, "msgn", lambda U: directions.append(U.clone()) or U)
+    small = training.SMALL | dict(n_layer=1)
+    noise = np.array([found[2] for found in layers.measure_layers(0, 0, 6, **small)])
+    preconditioned, plain = directions[0][0], directions[1][0]  # of the q block of the first matrix
+    config = training.cpu_config(**small, num_iterations=0, seed=0, data_seed=1)
+    (model, _), shards, gradients = training.new_model(config), training.open_shards(config), []
+    for i in range(24):
+        _, grams = layers.accumulate(model, [shards.batch(range(16 * i, 16 * i + 16))], True, torch.float32)
+        gradients.append([p.grad.clone() for p in model.hidden_matrices().values()])
+        model.zero_grad(set_to_none=True)
+        if i == 0:
+            K = grams[0][0] / (16 * config.sequence_length)
+            assert torch.allclose(plain, gradients[0][0][:32], atol=1e-6)
+            assert torch.allclose(preconditioned @ (K + 0.2 * K.diagonal().mean() * torch.eye(32)), plain, atol=1e-5)
+    stacked = [torch.stack(g) for g in zip(*gradients)]  # the same share from whole batches
+    share = [float(g.var(0).sum() / (g.mean(0).square().sum() - g.var(0).sum() / 24)) for g in stacked]
+    assert np.median(noise / share) == pytest.approx(1, rel=0.3)
+
+
+def test_first_update_has_the_step_size(monkeypatch):
+    models = []
+    monkeypatch.setattr(step_size, "new_model", lambda config: models.append(training.new_model(config)) or models[-1])
+    config = training.cpu_config(**training.SMALL, num_iterations=1, warmdown_iters=0, momentum=0.0, nesterov=False)
+    start = training.new_model(config)[0].hidden_matrices()
+    for optimizer, error in (("sgd", 1e-3), ("muon", 0.2)):
+        step_size.losses_at(optimizer, 0.01, config, training.open_shards(config))
+        moved = torch.cat([(p - start[name]).flatten() for name, p in models[-1][0].hidden_matrices().items()])
+        assert float(moved.detach().square().mean().sqrt()) == pytest.approx(0.01, rel=error)
+
+
+def test_critical_batch_size(monkeypatch):
+    """Steps 10 (1 + b_c / b), give or take 1 % between seeds."""
+    critical = {"Nesterov 0.95": 20, "momentum 0.95": 30, "Nesterov 0.95, decay": 20, "momentum 0.95, decay": 25, "Nesterov 0.5": 40}
+    wobble = np.array([0.99, 1.0, 1.01])
+    monkeypatch.setattr(batch_size, "parallel", lambda function, names: [
+        10 * (1 + critical[name] * np.roll(wobble, i) / np.array([[8], [32], [128], [512]])) for i, name in enumerate(names)])
+    monkeypatch.setattr(batch_size, "norms", lambda *_: np.ones((2, 400)))
+    found = {prediction: (measured, holds) for prediction, measured, holds in batch_size.run().rows}
+    measured, holds = found["more momentum lowers the critical batch size (b_c)"]
+    assert measured.startswith("Nesterov 0.5 40, Nesterov 0.95 20; difference +20") and holds is True
+    assert found["weight decay raises it, with Nesterov momentum"][1] is None
+    assert found["weight decay raises it, with plain momentum"][1] is False
 
 
 def test_polar_express_converges():
