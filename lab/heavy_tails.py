@@ -10,7 +10,7 @@ with an exact polar factor and with an inexact one. It is an upper bound: a fast
 Chosen here: f(W) = 1/2 ||W||_F^2, W (8, 8) starts at 2 I; elements of the noise from Student's t with alpha + 0.1 degrees of freedom;
 both constants 1 (1 - beta = T^-..., eta = T^-...); T from 100 to 10,000; M <- beta M + (1 - beta) G, U = beta M + (1 - beta) G,
 W <- W - eta polar(U), the direction of the trainer's Muon. Measured is the mean over the T iterates of ||grad f||_F, which such
-proofs bound and which is at least the best; exponents by least squares over 6 repetitions and the last decade of T, as the bound is one
+proofs bound and which is at least the best; exponents by least squares over 24 repetitions and the last decade of T, as the bound is one
 for large T (T eta, the farthest that a singular value can move, is 1.8 at T = 100 and alpha = 1.2: less than the way to 0).
 Inexact: the trainer's five Newton-Schulz steps.
 """
@@ -24,6 +24,7 @@ from train_gpt2 import newton_schulz
 
 SOURCE = ('"Muon with Nesterov Momentum: Heavy-Tailed Noise and (Randomized) Inexact Polar Decomposition", '
           "[arXiv:2605.06884](https://arxiv.org/abs/2605.06884)")
+CLOSE = 0.02  # of exponents: a fall exactly as fast as the bound could never be told to be
 POLAR = {"exact polar factor": msgn, "five Newton-Schulz steps": newton_schulz}
 
 
@@ -46,7 +47,7 @@ def mean_norms(polar, alphas, T, repetitions, rng, n=8):
 
 
 def run(size="full", seed=0):
-    alphas, times, repetitions = (1.2, 1.4, 1.6, 1.8, 2.0), (100, 316, 1000, 3162, 10000), 6
+    alphas, times, repetitions = (1.2, 1.4, 1.6, 1.8, 2.0), (100, 316, 1000, 3162, 10000), 24
     if size == "small":
         alphas, times, repetitions = (1.2, 2.0), (50, 200, 800), 4
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -58,8 +59,8 @@ def run(size="full", seed=0):
         for i, alpha in enumerate(alphas):
             slope, width = exponent(np.repeat(np.array(times)[:, None], repetitions, 1), norms[:, i])
             fits[name, alpha] = late = exponent(np.repeat(np.array(times[-3:])[:, None], repetitions, 1), norms[-3:, i])
-            rows.append((f"{name}, tail index {alpha}: falls as T^{predicted(alpha):.3f} or faster",
-                         f"T^{late[0]:.3f} ± {late[1]:.3f} (all T: {slope:.3f} ± {width:.3f})", judge(*late, high=predicted(alpha))))
+            rows.append((f"{name}, tail index {alpha}: falls as T^{predicted(alpha):.3f} or faster (within {CLOSE})",
+                         f"T^{late[0]:.3f} ± {late[1]:.3f} (all T: {slope:.3f} ± {width:.3f})", judge(*late, high=predicted(alpha) + CLOSE)))
             if polar is msgn:
                 middle = np.median(norms[:, i], 1)
                 quartiles = np.abs(np.quantile(norms[:, i], (0.25, 0.75), axis=1) - middle)
@@ -82,6 +83,6 @@ def run(size="full", seed=0):
     summary = (f"With rates and momentum as prescribed the mean gradient norm falls as T^{fits[exact, low][0]:.2f} at tail index {low} "
                f"(bound: {predicted(low):.2f}) and as T^{fits[exact, high][0]:.2f} at {high} (bound: {predicted(high):.2f}) from "
                f"T = {times[-3]} to {times[-1]}; with five Newton-Schulz steps the exponents are {fits[rough, low][0]:.2f} and "
-               f"{fits[rough, high][0]:.2f}. Within its interval the fall is as fast as the bound in {counts[0]} of {len(rows)} rows, "
+               f"{fits[rough, high][0]:.2f}. Within its interval the fall is as fast as the bound, less {CLOSE}, in {counts[0]} of {len(rows)} rows, "
                f"slower in {counts[1]}, and too uncertain to tell in the others.")
     return Result(rows, figure, summary, SOURCE)

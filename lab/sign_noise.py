@@ -77,7 +77,7 @@ def muon_steps(direction, d, rate, rng, repetitions, copies=4, limit=2000):
 
 
 def run(size="full", seed=0):
-    dimensions, matrix_dimensions, repetitions = (10, 30, 100, 300, 1000), (4, 8, 16, 32, 64), 5
+    dimensions, matrix_dimensions, repetitions = (10, 30, 100, 300, 1000), (4, 8, 16, 32, 64), 12
     if size == "small":
         dimensions, matrix_dimensions, repetitions = (10, 40), (4, 16), 3
     rng = np.random.default_rng(seed)

@@ -36,6 +36,9 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # not by `import runs`, which needs more than torch
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports that it starts and stops
 
+import train_gpt2  # before torch: it says how CPU threads wait
+from train_gpt2 import (GPT, PEAK_FLOPS, accumulate, build_optimizers, choose_micro_batch, fast_dtype, load_config, start_processes,
+                        synchronized_time, wrapped)
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -43,9 +46,6 @@ from torch import nn
 from torch.profiler import record_function
 
 import kernels
-import train_gpt2
-from train_gpt2 import (GPT, PEAK_FLOPS, accumulate, build_optimizers, choose_micro_batch, fast_dtype, load_config, start_processes,
-                        synchronized_time, wrapped)
 
 
 class PlainGPT(nn.Module):

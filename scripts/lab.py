@@ -16,10 +16,8 @@ import tempfile
 from pathlib import Path
 
 import runs  # puts the repository's root first on the path, so that `lab` is the package there and not this file
-
+from train_gpt2 import UserError, write_atomically  # before torch: it says how CPU threads wait
 import torch
-
-from train_gpt2 import UserError, write_atomically
 
 RESULTS = runs.ROOT / "records" / "lab"
 EXPERIMENTS = ("factorisation", "in_context", "decoupling", "step_size", "newton", "polar", "batch_size", "sign_noise", "sharpness",

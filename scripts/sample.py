@@ -11,10 +11,9 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 import runs  # noqa: F401: puts the repository on the path
-from train_gpt2 import GPT, Config, UserError, checkpoints
+from train_gpt2 import GPT, Config, UserError, checkpoints  # before torch: it says how CPU threads wait
+import torch
 
 
 def load_model(path):
