@@ -92,7 +92,7 @@ def run(size="full", seed=0):
             H, W = curvature(h, where == "random eigenvectors", generator), torch.randn(n, n, generator=generator)
             firsts.append(first_directions(H, W))
             for rule in runs:
-                runs[rule].append(min(quadratic_run(rule, rate, H, W, 100 if full else 10) for rate in (0.03, 0.06, 0.1, 0.2, 0.3, 0.6)))
+                runs[rule].append(min(quadratic_run(rule, rate, H, W, 100 if full else 10) for rate in (0.03, 0.06, 0.1, 0.2, 0.3, 0.6, 1.2, 2.4)))
         first = {rule: np.array([f[rule] for f in firsts]) for rule in firsts[0]}
         run_mean = {rule: np.array(r)[:, 1] for rule, r in runs.items()}
         off = abs(first["msgn"] / float(h.mean()) - 1).max()
