@@ -177,7 +177,7 @@ def check_config(config):
         (os.path.basename(c.run_name) == c.run_name and c.run_name not in (".", ".."), "run_name", "a folder name; log_dir is the path above it"),
         (c.weight_decay == 0 or ":" not in c.optimizer, "weight_decay optimizer", "0 for a module:Class; optimizer_args has its arguments"),
         (c.resume != "auto" or c.run_name, "resume run_name", "given together: auto needs a run_name"),
-        (isinstance(arguments, dict), "optimizer_args", "a JSON object")]
+        (isinstance(arguments, dict) and (":" in c.optimizer or not arguments), "optimizer_args optimizer", "a JSON object, {} but for a module:Class")]
     for valid, names, must in rules:
         if not valid:
             raise UserError(", ".join(f"{name} = {getattr(c, name)!r}" for name in names.split()) + f": must be {must}")
@@ -536,7 +536,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_copy_([as_blocks(self.part(self.updates, p)) for p in matrices], O.split(shape[0]))
         # 2. gather: (processes, elements), each row from the process that owns those matrices
         if world_size() > 1:
-            dist.all_gather_into_tensor(self.updates.view(-1), self.updates[rank()])
+            getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(self.updates.view(-1), self.updates[rank()])  # the name in torch 2.11
         # 3. apply
         updates = self.updates.to(self.matrices[0].dtype)
         for group in self.param_groups:

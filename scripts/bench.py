@@ -221,7 +221,8 @@ def main():
 
     names = list(dict.fromkeys(args.sides.split(",")))
     given = [text for name in fields if name in args for text in (f"--{name}", getattr(args, name))]
-    configs = {name: load_config([args.config, *given, "--optimizer", "adamw" if name == "plain" else name]) for name in names}
+    configs = {name: load_config([args.config, *given, "--optimizer", "adamw" if name == "plain" else name,
+                                  *(() if ":" in name else ("--optimizer_args", "{}"))]) for name in names}
     config = configs[names[0]]
     per_process = train_gpt2.sequences_per_process(config, int(os.environ.get("WORLD_SIZE") or 1))
     device = start_processes(config)

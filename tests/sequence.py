@@ -20,20 +20,23 @@ import train_gpt2
 
 torch.set_num_threads(1)
 counts, made = {}, []
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
 
 def counted(name, function):
+    key, which = ("all_gather", 1) if name == GATHER else (name, 0)
+
     def call(*args, **kwargs):
-        tensor = args[1] if name == "all_gather_into_tensor" else args[0]
+        tensor = args[which]
         if tensor.numel() > 8:  # not the numbers that are logged
-            counts[name] = counts.get(name, 0) + tensor.numel() * tensor.element_size()
+            counts[key] = counts.get(key, 0) + tensor.numel() * tensor.element_size()
         return function(*args, **kwargs)
     return call
 
 
 def process(environment, runs):
     os.environ.update(environment)
-    for name in ("all_gather_into_tensor", "reduce", "all_reduce"):
+    for name in (GATHER, "reduce", "all_reduce"):
         setattr(dist, name, counted(name, getattr(dist, name)))
     build, init = train_gpt2.build_optimizers, dist.init_process_group
     train_gpt2.build_optimizers = lambda *args: made.append(build(*args)) or made[-1]

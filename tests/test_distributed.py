@@ -99,7 +99,7 @@ def test_traffic_between_processes(worlds, optimizer, processes):
     warm_up = 3 if optimizer == "newton_muon" else 2
     for report in worlds[1][processes, optimizer]:
         # each process must send its share of the updates; the largest share, to which the others are padded, is at most one matrix above the mean
-        assert report["all_gather_into_tensor"] <= (STEPS + warm_up) * (weights / processes + largest)
+        assert report["all_gather"] <= (STEPS + warm_up) * (weights / processes + largest)
         assert report.get("reduce", 0) == ((STEPS // REFRESH + 1) * grams if optimizer == "newton_muon" else 0)
         assert "all_reduce" not in report
 
