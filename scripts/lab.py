@@ -94,6 +94,8 @@ def main():
             sys.exit(f"error: no experiment is called {name!r}; there are {', '.join(EXPERIMENTS)}, and all")
     if not 0 <= args.seed < 2 ** 32:
         sys.exit(f"error: --seed {args.seed}: must be at least 0 and below 2^32")
+    if (args.seed, args.size) != (0, "full") and args.out.resolve() == RESULTS:
+        sys.exit(f"error: --seed {args.seed} --size {args.size} would replace what records/lab has of --seed 0 --size full; name a folder with --out")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()  # before minutes of work

@@ -168,6 +168,12 @@ def test_page_has_what_ended_before_an_error(call, tmp_path, monkeypatch, error,
     assert (tmp_path / "README.md").read_text() == script.page(tmp_path)
 
 
+@pytest.mark.parametrize("arguments", [("--seed", 1), ("--size", "small")])
+def test_records_keep_their_results(call, arguments):
+    done = call(script, "decoupling", *arguments)
+    assert done.returncode == 1 and "name a folder with --out" in done.stderr
+
+
 def test_page_shows_what_fails(tmp_path):
     rows = [["a | b", "1", True], ["c", "2", False], ["d", "3", None]]
     facts = dict(question="Why?", rows=rows, summary="So.", source="X", command="python", seconds=1.0, torch="2")
