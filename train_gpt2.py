@@ -491,7 +491,7 @@ class Muon(torch.optim.Optimizer):
     With several processes each matrix has one owner, which alone keeps its state and orthogonalises its momentum; one
     all-gather shares the updates, bf16 on CUDA, else fp32. Gradients must be the same on all processes, as DDP leaves them."""
 
-    def __init__(self, params, lr=3.6e-4, momentum=0.95, nesterov=True, ns_steps=5, weight_decay=0.0, more={}):
+    def __init__(self, params, lr=3.6e-4, momentum=0.95, nesterov=True, ns_steps=5, weight_decay=0.0, more={}):  # more: a subclass's own
         if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
             raise ValueError(f"lr = {lr}, weight_decay = {weight_decay}, momentum = {momentum}: must be 0 or more, momentum below 1")
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, weight_decay=weight_decay, **more))
@@ -536,7 +536,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_copy_([as_blocks(self.part(self.updates, p)) for p in matrices], O.split(shape[0]))
         # 2. gather: (processes, elements), each row from the process that owns those matrices
         if world_size() > 1:
-            getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(self.updates.view(-1), self.updates[rank()])  # the name in torch 2.11
+            getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(self.updates.view(-1), self.updates[rank()])  # torch 2.11 has the second
         # 3. apply
         updates = self.updates.to(self.matrices[0].dtype)
         for group in self.param_groups:
