@@ -155,17 +155,15 @@ def load_config(argv):
 
 def check_config(config):
     """Raises UserError for a value that is out of range, whatever the data and the machine."""
-    c, arguments, rules = config, None, []
+    c, arguments = config, None
     with contextlib.suppress(json.JSONDecodeError):
         arguments = json.loads(c.optimizer_args)
-    for names, low, end, must in (
+    rules = [(low <= getattr(c, name) < end, name, must) for names, low, end, must in (
             ("batch_size sequence_length num_iterations val_tokens n_layer n_head n_embd ns_steps vocab_size refresh_interval "
              "collective_timeout log_every", 1, 2 ** 32, "at least 1, below 2^32"),
             ("device_batch_size warmup_iters warmdown_iters val_loss_every save_every seed data_seed", 0, 2 ** 32, "0 or more, below 2^32"),
             ("learning_rate hidden_learning_rate weight_decay", 0, 1e38, "0 or more, and below 1e38"),
-            ("beta1 beta2 momentum ewma", 0, 1, "at least 0 and below 1")):
-        rules += [(low <= getattr(c, name) < end, name, must) for name in names.split()]
-    rules += [
+            ("beta1 beta2 momentum ewma", 0, 1, "at least 0 and below 1")) for name in names.split()] + [
         (0 < c.ridge < math.inf, "ridge", "positive and finite"),
         (c.warmup_iters + c.warmdown_iters <= c.num_iterations, "warmup_iters warmdown_iters num_iterations", "such that both fit into the run"),
         (c.n_embd % max(1, 2 * c.n_head) == 0, "n_embd n_head", "such that n_embd / n_head is even (rotary embeddings turn pairs)"),
@@ -177,7 +175,7 @@ def check_config(config):
         (os.path.basename(c.run_name) == c.run_name and c.run_name not in (".", ".."), "run_name", "a folder name; log_dir is the path above it"),
         (c.weight_decay == 0 or ":" not in c.optimizer, "weight_decay optimizer", "0 for a module:Class; optimizer_args has its arguments"),
         (c.resume != "auto" or c.run_name, "resume run_name", "given together: auto needs a run_name"),
-        (isinstance(arguments, dict) and (":" in c.optimizer or not arguments), "optimizer_args optimizer", "a JSON object, {} but for a module:Class")]
+        (isinstance(arguments, dict) and (":" in c.optimizer or not arguments), "optimizer_args optimizer", "a JSON object, '{}' unless optimizer is a module:Class")]
     for valid, names, must in rules:
         if not valid:
             raise UserError(", ".join(f"{name} = {getattr(c, name)!r}" for name in names.split()) + f": must be {must}")
@@ -755,12 +753,11 @@ def save_checkpoint(log, config, model, optimizers, progress):
     """Writes checkpoints/step_XXXXXX.pt and keeps the one before it. All processes must call it. UserError if it cannot, or a weight is not finite."""
     for name, p in model.named_parameters():
         if not p.isfinite().all():
-            raise UserError(f"{name} is not finite after step {progress['step']}, so nothing was saved; lower the learning rates and use --resume")
+            raise UserError(f"{name} is not finite after step {progress['step']}, so nothing was saved; start another run with lower learning rates")
     states = [optimizer.state_dict() for optimizer in optimizers]
     if rank() == 0:
-        content = io.BytesIO()  # torch.save would report a full disk in words of its own
         torch.save(dict(config=dataclasses.asdict(config), code_sha256=code_sha256(), model=model.state_dict(), optimizers=states,
-                        progress=progress, rng=torch.get_rng_state()), content)
+                        progress=progress, rng=torch.get_rng_state()), content := io.BytesIO())  # not to the file: a full disk is to be told in our words
         write_atomically(log.folder / f"checkpoints/step_{progress['step']:06d}.pt", content.getbuffer())
         for old in checkpoints(log.folder)[:-2]:
             old.unlink()
@@ -783,7 +780,7 @@ def find_checkpoint(config, train_shards):
             raise UserError(f"{candidate} was written by another version of train_gpt2.py; resume with the one in the run's folder")
         for name, theirs in checkpoint["config"].items():
             if name not in MAY_CHANGE_ON_RESUME and theirs != getattr(config, name):
-                raise UserError(f"{candidate} is of a run with {name} = {theirs!r}, not {getattr(config, name)!r}; add --{name} {theirs}")
+                raise UserError(f"{candidate} is of a run with {name} = {theirs!r}, not {getattr(config, name)!r}; add --{name} {theirs!r}")
         if config.run_name not in ("", folder.name):
             raise UserError(f"resume = '{config.resume}' continues the run in {folder}, not run_name = '{config.run_name}'; leave that out")
         if not (folder / "run.json").is_file():
@@ -843,6 +840,8 @@ class Log:
         self.config, self.folder, self.files, self.live, self.wandb = config, folder, {}, sys.stdout and sys.stdout.isatty(), None
         if rank() != 0:
             return
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # names may have letters that the terminal lacks
         if not checkpoint:
             self.folder = Path(config.log_dir, config.run_name or time.strftime("%Y%m%d-%H%M%S_") + config.optimizer.replace(":", "-"))
             if config.resume != "auto" and ((self.folder / "log.txt").exists() or checkpoints(self.folder)):
@@ -860,6 +859,8 @@ class Log:
                 except OSError as error:
                     if isinstance(error, BlockingIOError):  # else the file system has no locks
                         raise UserError(f"another process is writing to {self.folder}; let it end, or take another run_name") from None
+                if not checkpoint and checkpoints(self.folder):
+                    raise UserError(f"{self.folder} has a checkpoint that was not there a moment ago; start again, to continue from it")
                 file.truncate(min(os.path.getsize(self.folder / name), checkpoint["progress"]["log_bytes"][name]) if checkpoint else 0)
             for path in checkpoints(self.folder):  # and what was saved after it, saved again
                 if int(path.stem[5:]) > checkpoint["progress"]["step"]:
@@ -905,8 +906,6 @@ class Log:
             self.write("log.txt", text)
             try:
                 print(("\r\033[K" if self.live else "") + text, end=end, flush=True)
-            except UnicodeEncodeError:
-                print(text.encode("ascii", "backslashreplace").decode(), end=end, flush=True)
             except OSError:  # the terminal or the pipe is gone; the run goes on
                 sys.stdout = None
 
@@ -1012,15 +1011,17 @@ def warm_up(model, raw_model, config, device, dtype, micro_batch):
     except torch.OutOfMemoryError:
         raise UserError(f"{micro_batch} sequences of {config.sequence_length} tokens at a time do not fit into the memory of the GPU; set "
                         + (f"device_batch_size = {micro_batch // 2}" if micro_batch > 1 else "a smaller sequence_length or model")) from None
+    raw_model.zero_grad(set_to_none=True)
     if ":" in config.optimizer:  # known now, rather than at the first checkpoint or when the run resumes
         try:
             torch.save(hidden.state_dict(), content := io.BytesIO())
             hidden.load_state_dict(torch.load(io.BytesIO(content.getvalue()), map_location="cpu", weights_only=True))
         except Exception as error:  # whatever somebody else's code raises
+            if isinstance(error, RuntimeError):  # no memory, or a process is gone
+                raise
             what, = (re.findall(r"GLOBAL (\S+)", str(error)) or str(error).splitlines())[:1] or [""]  # GLOBAL: a class or function
             raise UserError(f"the state of optimizer = '{config.optimizer}' cannot be saved and loaded ({type(error).__name__}: {what}); "
                             "keep only tensors, numbers and strings there") from error
-    raw_model.zero_grad(set_to_none=True)
     raw_model.load_state_dict(weights)
 
 
@@ -1097,8 +1098,7 @@ def run(config):
     for number in (signal.SIGINT, signal.SIGTERM):  # from now on they end the run after the step
         signal.signal(number, lambda number, frame: signals.append(number))
 
-    def stopped():  # the signal that any process has caught, or 0
-        return int(reduced("max", max(signals, default=0))[0])
+    stopped = lambda: int(reduced("max", max(signals, default=0))[0])  # the signal that any process has caught, or 0
     clock = synchronized_time(device)
     for step in range(start, N + 1):
         stop, last = stopped(), step == N

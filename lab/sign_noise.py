@@ -10,7 +10,7 @@ The slopes add up to 2 epsilon. Noise N(0, sigma^2) on coordinate 0 allows SGD a
 take of order d steps; SignSGD a rate of order epsilon^2 / sigma, with which they take the same number in every dimension: the
 ratio is of order d. Without x_0 and with dense noise N(0, sigma^2 / d) on every coordinate instead, both take of order d steps.
 
-Chosen here: epsilon = 1, sigma = 5, no momentum, constant rates, the best of 2^-12, 2^-11, ... 1 for each method and dimension, 5
+Chosen here: epsilon = 1, sigma = 5, no momentum, constant rates, the best of 2^-12, 2^-11, ... 1 for each method and dimension, 12
 repetitions of 16 noise samples each. Coordinates that move alike are simulated as one. Muon: the same instance on matrices of side
 d + 1, with x_i = u_i^T W v_i in random orthonormal bases, noise on u_0 v_0^T, rate 1/4. Then ||x||^2 / 2 under sparse noise, with
 f = 16 at the start: an ordinary function instead of a lower-bound instance.

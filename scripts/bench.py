@@ -83,7 +83,7 @@ class PlainGPT(nn.Module):
 
 
 def plain_side(config, device, dtype):
-    """(step(batches, refresh), whether it has refreshes) of the plain loop."""
+    """(step(batches, refresh), steps between refreshes or 0) of the plain loop."""
     model, _ = wrapped(PlainGPT(config).to(device), dataclasses.replace(config, compile=False), device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=0.0)
 
@@ -95,11 +95,11 @@ def plain_side(config, device, dtype):
         with record_function("bench:optimizer"):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return step, False
+    return step, 0
 
 
 def trainer_side(config, device, dtype):
-    """(step(batches, refresh), whether it has refreshes) of train_gpt2.py with the configuration's optimizer."""
+    """(step(batches, refresh), steps between refreshes or 0) of train_gpt2.py with the configuration's optimizer."""
     raw = GPT(config).to(device)
     model, _ = wrapped(raw, config, device)
     optimizers = build_optimizers(raw, config)
@@ -113,7 +113,7 @@ def trainer_side(config, device, dtype):
             for optimizer in optimizers:
                 optimizer.step()
             raw.zero_grad(set_to_none=True)
-    return step, hasattr(optimizers[1], "refresh") and "refresh_interval" in optimizers[1].defaults
+    return step, optimizers[1].defaults.get("refresh_interval", 0) if hasattr(optimizers[1], "refresh") else 0
 
 
 def interval(values):
@@ -131,8 +131,8 @@ def build(name, config, device, dtype, idx):
     side.batches = [(part, part.roll(-1, 1)) for part in idx.split(side.micro_batch)]
     before = allocated(device)
     torch.manual_seed(0)
-    side.step, side.has_refresh = (plain_side if name == "plain" else trainer_side)(config, device, dtype)
-    for refresh in (False, False, True, True)[:4 if side.has_refresh else 2]:
+    side.step, side.refresh_interval = (plain_side if name == "plain" else trainer_side)(config, device, dtype)
+    for refresh in (False, False, True, True)[:4 if side.refresh_interval else 2]:
         side.step(side.batches[:2], refresh)
     side.memory = allocated(device) - before
     return side
@@ -167,7 +167,7 @@ def report(args, config, sides, device, dtype):
         times, refreshes = side.times[:rounds], side.refreshes[:rounds]
         means[name] = ordinary = [statistics.mean(steps) for steps in times]
         if refreshes:
-            means[name] = [ms + (refresh - ms) / config.refresh_interval for ms, refresh in zip(ordinary, refreshes)]
+            means[name] = [ms + (refresh - ms) / side.refresh_interval for ms, refresh in zip(ordinary, refreshes)]
         mean = statistics.median(means[name])
         speed = 1000 * tokens / mean
         measured[name] = dict(micro_batch=side.micro_batch, step_ms=statistics.median(ordinary), mean_step_ms=mean, tokens_per_second=speed,
@@ -234,7 +234,7 @@ def main():
     first_process = train_gpt2.rank() == 0
     if args.profile:
         for side in sides.values():
-            for kind, refresh in [("step", False), ("refresh", True)][:1 + side.has_refresh]:
+            for kind, refresh in [("step", False), ("refresh", True)][:1 + (side.refresh_interval > 0)]:
                 side.profile[kind] = kernels.profiled(lambda: side.step(side.batches, refresh), device)
         if first_process:
             kernels.show({f"{name} {kind}": totals["groups"] for name, side in sides.items() for kind, totals in side.profile.items()})
@@ -243,7 +243,7 @@ def main():
         for i in range(args.rounds):
             for name in names[::1 if i % 2 else -1]:
                 times = [timed(sides[name], device, False) for _ in range(args.steps)]
-                sides[name].refreshes += [timed(sides[name], device, True)] if sides[name].has_refresh else []
+                sides[name].refreshes += [timed(sides[name], device, True)] if sides[name].refresh_interval else []
                 sides[name].times.append(times)
     if not all(side.times for side in sides.values()):
         sys.exit("error: interrupted before the first round was complete")

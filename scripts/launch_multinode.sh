@@ -30,7 +30,7 @@ default_python=$root/.venv/bin/python
 python=${PYTHON:-$default_python}
 job=${JOB:-$(basename "$config" .toml)}
 processes=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))' 2> /dev/null)} || {
-    echo "error: $python has no torch; set PYTHON to an interpreter that has it" >&2
+    echo "error: $python cannot import torch; set PYTHON to an interpreter that can" >&2
     exit 1
 }
 case $head in *:*) ;; *) head=$head:29400 ;; esac

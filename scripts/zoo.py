@@ -339,8 +339,9 @@ FILED = """
 The CPU track's lines of `runs.csv` are of the trainers of commits 9e09ea1 (a39201df5e45: its record's tuning) and 2c78ab1 (62da8cbbcb79);
 over 30 steps of Newton-Muon the first gives the losses of today's to six digits, the second to the last. Muon was tuned first there, and
 ends 0.02 lower with a momentum of 0.9 than with the 0.95 of the speedrun, which is more than Newton-Muon differs from it. So that no
-default decides, no other optimizer starts with a momentum above 0.9, unless that is the setting that is tuned. By then AdamW and torch's Muon had been run in part, whose entries stay as they were, and Newton-Muon had been
-run with another setting, the ridge (0.8 is best), and a momentum of 0.95: 1.5186 in the mean of six seeds
+default decides, no other optimizer starts with a momentum above 0.9, unless that is the setting that is tuned. By then
+AdamW and torch's Muon had been run in part, whose entries stay as they were, and Newton-Muon had been run with another
+setting, the ridge (0.8 is best), and a momentum of 0.95: 1.5186 in the mean of six seeds
 ([newton_muon_ridge.csv](cpu/newton_muon_ridge.csv), the same command at commit 5d6b04f). Now its setting is the momentum, as Muon's is.
 What is best at an end of the values tried might be better still beyond. No setting is tried there, and of the rates one pair: where
 a setting is best that is not the default, at twice the `learning_rate`. So SOAP's rates are a corner of its nine pairs.

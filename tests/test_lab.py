@@ -157,21 +157,23 @@ def test_run_files_its_results(call, tmp_path):
     assert again.returncode == 0 and json.loads((tmp_path / "again/decoupling.json").read_text())["rows"] == filed["rows"]
 
 
-@pytest.mark.parametrize("error, sentence", [(UserError("no shards"), "error: no shards"), (KeyboardInterrupt(), "\ninterrupted; what was complete")])
-def test_page_has_what_ended_before_an_error(call, tmp_path, monkeypatch, error, sentence):
+@pytest.mark.parametrize("error, code, sentence", [(UserError("no shards"), 1, "error: no shards"),
+                                                   (KeyboardInterrupt(), 130, "\ninterrupted; what was complete")])
+def test_page_has_what_ended_before_an_error(call, tmp_path, monkeypatch, error, code, sentence):
     def fail(*_):
         raise error
 
     monkeypatch.setattr(importlib.import_module("lab.convex"), "run", fail)
     done = call(script, "decoupling", "convex", "--size", "small", "--out", tmp_path)
-    assert done.returncode == 1 and done.stderr.startswith(sentence)
+    assert done.returncode == code and done.stderr.startswith(sentence)
     assert (tmp_path / "README.md").read_text() == script.page(tmp_path)
 
 
 @pytest.mark.parametrize("arguments", [("--seed", 1), ("--size", "small")])
-def test_records_keep_their_results(call, arguments):
-    done = call(script, "decoupling", *arguments)
-    assert done.returncode == 1 and "name a folder with --out" in done.stderr
+def test_records_keep_their_results(call, tmp_path, monkeypatch, arguments):
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    done = call(script, "decoupling", *arguments, "--out", tmp_path)
+    assert done.returncode == 1 and "name another folder with --out" in done.stderr and not [*tmp_path.iterdir()]
 
 
 def test_page_shows_what_fails(tmp_path):

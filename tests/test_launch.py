@@ -82,4 +82,4 @@ def test_launcher_refuses(arguments, code, words):
 def test_launcher_without_torch_says_so(stub):
     python = stub("python", "#!/bin/sh\necho ModuleNotFoundError >&2; exit 1\n")
     done = run(ROOT / "scripts/launch_multinode.sh", 2, "node7", ROOT / "configs/cpu_muon.toml", PYTHON=str(python))
-    assert done.returncode == 1 and done.stderr == f"error: {python} has no torch; set PYTHON to an interpreter that has it\n"
+    assert done.returncode == 1 and done.stderr == f"error: {python} cannot import torch; set PYTHON to an interpreter that can\n"

@@ -398,7 +398,7 @@ def refused(done, *words, code=1):
     (dict(optimizer="torch.optim:LBFGS"), ["torch.optim:LBFGS", "closure"]),
     (dict(optimizer="torch.optim:SGD", weight_decay=0.1), ["weight_decay = 0.1", "optimizer_args"]),
     (dict(optimizer_args="{"), ["optimizer_args", "JSON"]),
-    (dict(optimizer_args='{"momentum": 0.5}'), ["optimizer_args = '{\"momentum\": 0.5}', optimizer = 'muon'", "{} but for a module:Class"]),
+    (dict(optimizer_args='{"momentum": 0.5}'), ["optimizer_args = '{\"momentum\": 0.5}', optimizer = 'muon'", "'{}' unless optimizer is a module:Class"]),
     (dict(seed=2 ** 64), ["seed = 18446744073709551616"]),
     (dict(collective_timeout=2 ** 32), ["collective_timeout = 4294967296", "below 2^32"]),
     (dict(vocab_size=32), ["val_000000.bin", "vocab_size = 32"]),
@@ -468,6 +468,14 @@ def test_two_runs_of_one_folder_at_once(start, tmp_path, monkeypatch, save_every
     monkeypatch.setattr(train_gpt2, "evaluate", evaluate)
     assert start(run_name="a", resume="auto").returncode == 0
     refused(seconds[0], "another process is writing to", "run_name")
+
+
+def test_a_checkpoint_that_comes_meanwhile(start, tmp_path, monkeypatch):
+    assert start(run_name="a").returncode == 0
+    before = (tmp_path / "logs/a/log.txt").read_bytes()
+    monkeypatch.setattr(train_gpt2, "find_checkpoint", lambda *_: (None, None))  # as if it had looked before the first was saved
+    refused(start(run_name="a", resume="auto"), "has a checkpoint that was not there a moment ago")
+    assert (tmp_path / "logs/a/log.txt").read_bytes() == before
 
 
 def test_second_run_of_one_name(start, tmp_path):
