@@ -95,9 +95,9 @@ def run(size="full", seed=0):
                      f"{r2_largest:.2f})",
                      bool(abs(ratio - 1).max() < 1e-6 if exact else ratio.min() > 1 - 1e-6 and abs(exponent - 1) < 0.05 and r2 > 0.95)))
         (exponent, r2), ratio = log_fit(by_mean, schulz), schulz / by_mean
-        rows.append((f"the same with the trainer's five Newton-Schulz steps, {kind} (exponent 1 within 0.1)",
+        rows.append((f"the same with the trainer's five Newton-Schulz steps, {kind} (exponent 1 within 0.05)",
                      f"{ratio.min():.2f} to {ratio.max():.2f} times it, exponent {exponent:.3f}, R2 {r2:.4f}",
-                     bool(abs(exponent - 1) < 0.1 and r2 > 0.95)))
+                     bool(abs(exponent - 1) < 0.05 and r2 > 0.95)))
         (exponent, r2), ratio = log_fit(by_curvature, descent), descent / by_curvature
         rows.append((f"gradient descent, {kind}: largest step = 2 / lambda_max, whatever the gradient",
                      f"{ratio.min():.3f} to {ratio.max():.3f} times it, exponent {exponent:.3f}, R2 {r2:.4f}", bool(abs(ratio - 1).max() < 0.05)))
