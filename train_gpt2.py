@@ -155,9 +155,9 @@ def load_config(argv):
 
 def check_config(config):
     """Raises UserError for a value that is out of range, whatever the data and the machine."""
-    c, arguments = config, None
+    c, args = config, None
     with contextlib.suppress(json.JSONDecodeError):
-        arguments = json.loads(c.optimizer_args)
+        args = json.loads(c.optimizer_args)
     rules = [(low <= getattr(c, name) < end, name, must) for names, low, end, must in (
             ("batch_size sequence_length num_iterations val_tokens n_layer n_head n_embd ns_steps vocab_size refresh_interval "
              "collective_timeout log_every", 1, 2 ** 32, "at least 1, below 2^32"),
@@ -175,7 +175,7 @@ def check_config(config):
         (os.path.basename(c.run_name) == c.run_name and c.run_name not in (".", ".."), "run_name", "a folder name; log_dir is the path above it"),
         (c.weight_decay == 0 or ":" not in c.optimizer, "weight_decay optimizer", "0 for a module:Class; optimizer_args has its arguments"),
         (c.resume != "auto" or c.run_name, "resume run_name", "given together: auto needs a run_name"),
-        (isinstance(arguments, dict) and (":" in c.optimizer or not arguments), "optimizer_args optimizer", "a JSON object, '{}' unless optimizer is a module:Class")]
+        (isinstance(args, dict) and (":" in c.optimizer or not args), "optimizer_args optimizer", "a JSON object, '{}' unless optimizer is a module:Class")]
     for valid, names, must in rules:
         if not valid:
             raise UserError(", ".join(f"{name} = {getattr(c, name)!r}" for name in names.split()) + f": must be {must}")
