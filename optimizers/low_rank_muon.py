@@ -40,5 +40,6 @@ class LowRankMuon(Muon):
             return super().orthogonalize(matrices, U, group)
         generator = torch.Generator(U.device).manual_seed(10 ** 6 * group["seed"] + group["steps"])
         Z = torch.randn(n, k, generator=generator, dtype=U.dtype, device=U.device)
-        Q = torch.linalg.qr(U @ (U.mT @ (U @ Z)))[0]
+        X = U / U.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(U.dtype).tiny)  # its cube neither overflows nor vanishes
+        Q = torch.linalg.qr(X @ (X.mT @ (X @ Z)))[0]
         return Q @ newton_schulz(Q.mT @ U, group["ns_steps"]).to(Q.dtype) * math.sqrt(m * n / k)

@@ -38,10 +38,20 @@ def cell(text):
     return str(text).replace("|", "\\|")
 
 
+def read_result(path):
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"question", "rows", "summary", "source", "command", "seconds", "torch"} - {*result}
+        if missing or any(holds not in VERDICT for _, _, holds in result["rows"]):
+            raise ValueError(f"it lacks {min(missing)}" if missing else "a verdict is not true, false or null")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it from git, or run the experiment again") from None
+    return result
+
+
 def page(folder):
     """Text of the page on the results in `folder`."""
-    found = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-             for name in EXPERIMENTS if (folder / f"{name}.json").exists()}
+    found = {name: read_result(folder / f"{name}.json") for name in EXPERIMENTS if (folder / f"{name}.json").exists()}
     text = [HEAD, "| experiment | question | holds | fails | open |", "| --- | --- | --- | --- | --- |"]
     for name, result in found.items():
         counts = " | ".join(str(sum(holds is verdict for *_, holds in result["rows"])) for verdict in VERDICT)

@@ -25,6 +25,7 @@ import inspect
 import json
 import math
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -154,19 +155,31 @@ class Table:
         return {p.seed: loss for p, loss in found.items()}
 
 
+def read_overhead(path):
+    """{name: {"state_bytes": ..., and but for Muon "mean_step", "low", "high", "machine"}}, as Track.measure writes it; {} without the file."""
+    try:
+        measured = json.loads(path.read_text()) if path.exists() else {}
+        for name, found in measured.items():
+            if not all(isinstance(found[key], (int, float)) for key in ("state_bytes", *(("mean_step", "low", "high") if "machine" in found else ()))):
+                raise ValueError(f"a figure of {name} is no number")
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); restore it from git") from None
+    return measured
+
+
 class Track:
     """The runs of a track: which there are, and the training of those that are missing."""
 
     def __init__(self, name, jobs, logs, given, table):
         self.jobs, self.logs, self.given, self.table = jobs, logs, given, table
-        self.free, self.failed = threading.Semaphore(jobs), []  # for all threads that train
+        self.free, self.interrupted = threading.Semaphore(jobs), threading.Event()  # for all threads that train
         self.config = f"configs/{name}_muon.toml"
         self.full = load_config([self.config, *given])
         self.steps = self.full.num_iterations
 
     def train(self, points):
-        """Runs those of `points` that are not in the table."""
-        missing = [point for point in dict.fromkeys(points) if point not in self.table.losses]
+        """Runs those of `points` that are not in the table. UserError if one does not end; then none is begun any more."""
+        missing, failed = [point for point in dict.fromkeys(points) if point not in self.table.losses], []
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
 
         def one(point):
@@ -175,16 +188,16 @@ class Track:
             arguments = [self.config, "--save_every", "250", *self.given, *fields(ZOO[point.optimizer], point), *shorter, "--val_loss_every", "0",
                          "--log_dir", str(self.logs), "--run_name", name, "--resume", "auto"]
             with self.free:
-                if self.failed:
+                if failed or self.interrupted.is_set():
                     return
                 try:
                     runs.finished(self.logs / name, load_config(arguments))  # refuses what other code has left there
                 except runs.RunError as error:
-                    self.failed.append(str(error))
+                    failed.append(error.sentence)
                     return
                 loss = tune.train(arguments, self.logs / name, threads)
                 if loss is None and not runs.diverged(self.logs / name):
-                    self.failed.append(f"the run {name} in {self.logs} did not end; the same command resumes it")
+                    failed.append(f"the run {name} in {self.logs} did not end; the same command resumes it")
                     return
             loss = math.nan if loss is None else loss
             self.table.add(point, loss, code_sha256()[:12])
@@ -192,8 +205,8 @@ class Track:
 
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(one, missing))
-        if self.failed:
-            raise UserError(self.failed[0])
+        if failed or self.interrupted.is_set():
+            raise UserError(failed[0] if failed else "interrupted")
 
     def losses_of(self, points, best=math.inf):
         """{point: mean loss over the tuning seeds} of points without a seed, after their training; `best` is the least loss so far."""
@@ -228,7 +241,7 @@ class Track:
     def measure(self, name):
         """Adds the time of a step and the bytes of state to overhead.json, if they are not there."""
         path, entry = self.table.path.with_name("overhead.json"), ZOO[name]
-        measured = json.loads(path.read_text()) if path.exists() else {}
+        measured = read_overhead(path)
         if name in measured:
             return
         config = load_config([self.config, *self.given, *fields(entry, Point(name, self.steps, *entry.rates, "", 0))])
@@ -311,7 +324,7 @@ def section(folder):
     """The part of the page on the track in `folder`, and the points of its plot: (text, [(name, time of a step, final loss), ...])."""
     table = Table(folder / "runs.csv")
     steps = max(point.steps for point in table.losses)
-    measured = json.loads((folder / "overhead.json").read_text())
+    measured = read_overhead(folder / "overhead.json")
     muon, shorter = table.results("muon", steps), table.results("muon", round(SHORTER * steps))
     complete = [name for name in ZOO if name in measured and set(table.results(name, steps)) == set(SEEDS) == set(muon) == set(shorter)]
     found = {name: row(table, name, steps, measured[name], muon, shorter) for name in complete}
@@ -336,8 +349,8 @@ The time of a step is the ratio to Muon's, alternating in one process, on the ma
 bytes for each hidden parameter (fp32), lines are those of code in `optimizers/`.
 """
 FILED = """
-The CPU track's lines of `runs.csv` are of the trainers of commits 9e09ea1 (a39201df5e45: its record's tuning) and 2c78ab1 (62da8cbbcb79);
-over 30 steps of Newton-Muon the first gives the losses of today's to six digits, the second to the last. Muon was tuned first there, and
+The CPU track's lines of `runs.csv` are of the trainers of commits 9e09ea1 (a39201df5e45: its record's tuning), 2c78ab1 (62da8cbbcb79) and
+349c328 (d539f47be0cd); over 30 steps of Newton-Muon the first gives the losses of the last to six digits, the second all of them. Muon was tuned first there, and
 ends 0.02 lower with a momentum of 0.9 than with the 0.95 of the speedrun, which is more than Newton-Muon differs from it. So that no
 default decides, no other optimizer starts with a momentum above 0.9, unless that is the setting that is tuned. By then
 AdamW and torch's Muon had been run in part, whose entries stay as they were, and Newton-Muon had been run with another
@@ -402,14 +415,23 @@ def main():
         names = list(dict.fromkeys(["muon", *names]))  # all are compared with Muon
         for name in names:
             track.measure(name)
+        failed = []
         with ThreadPoolExecutor(args.jobs) as pool:  # while one optimizer waits for a run that decides its next, another trains
             try:
-                for _ in pool.map(track.compare, names):
+                for name, ending in [(name, pool.submit(track.compare, name)) for name in names]:
+                    error = ending.exception()  # waits
+                    if error:
+                        if not isinstance(error, (UserError, runs.RunError, OSError)):
+                            raise error
+                        failed.append(f"{name}: {getattr(error, 'sentence', error)}")
+                        print(f"error: {failed[-1]}", file=sys.stderr, flush=True)
                     write_page(args.records)
-            except KeyboardInterrupt:
-                track.failed.append("interrupted")
+            except BaseException:
+                track.interrupted.set()
                 tune.stop_training()
                 raise
+        if failed:
+            raise UserError(f"not complete: {'; '.join(failed)}")
     else:
         write_page(args.records, args.check)
 

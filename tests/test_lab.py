@@ -185,6 +185,13 @@ def test_page_shows_what_fails(tmp_path):
         assert line in text
 
 
+@pytest.mark.parametrize("text, what", [("{", "Expecting"), ("[]", "it lacks command"), ('{"rows": []}', "it lacks command")])
+def test_damaged_result_is_named(call, tmp_path, text, what):
+    (tmp_path / "convex.json").write_text(text)
+    done = call(script, "--out", tmp_path)
+    assert done.returncode == 1 and f"error: {tmp_path / 'convex.json'} cannot be read ({what}" in done.stderr and "from git" in done.stderr
+
+
 def test_page_is_up_to_date():
     assert (script.RESULTS / "README.md").read_text(encoding="utf-8") == script.page(script.RESULTS), "stale; run `python scripts/lab.py`"
     for path in script.RESULTS.glob("*.json"):

@@ -115,6 +115,13 @@ def test_low_rank_muon_orthogonalizes_k_directions(shape):
     torch.testing.assert_close(change, math.sqrt(32 / 4) * last_change(Muon, [part], lr=0.1), rtol=0, atol=1e-9)
 
 
+def test_low_rank_muon_takes_large_gradients():
+    """In fp32, which has no number for their cube, of which the sketch is."""
+    G = normal(*SQUARE).float()
+    one, other = (last_change(LowRankMuon, [G * s], rank_fraction=0.5, lr=0.1) for s in (1.0, 1e15))
+    torch.testing.assert_close(other, one, rtol=0, atol=1e-3)
+
+
 def test_sketches_come_from_seed_and_step():
     G = normal(*SQUARE)  # the same in both steps, without momentum: only the sketch can differ
     start = torch.zeros_like(G)
