@@ -599,8 +599,7 @@ class NewtonMuon(Muon):
         for group in self.param_groups:
             owned = [p for p in group["params"] if self.owner[p] == rank()]
             for n in {min(p.shape) for p in owned}:  # all n x n blocks are factorised as one batch
-                mine = [p for p in owned if min(p.shape) == n]
-                eye = torch.eye(n, device=self.updates.device)
+                mine, eye = [p for p in owned if min(p.shape) == n], torch.eye(n, device=self.updates.device)
                 for p in mine:
                     if "K" not in self.state[p]:
                         self.state[p]["K"], self.state[p]["P"] = (scale * eye.repeat(len(grams[p]), 1, 1) for scale in (1e-3, 1))
@@ -608,9 +607,8 @@ class NewtonMuon(Muon):
                 K, P = (torch.cat([self.state[p][key] for p in mine]) for key in "KP")  # (blocks, n, n)
                 ridge = group["ridge"] * K.diagonal(dim1=-2, dim2=-1).mean(-1) + 1e-8
                 inverse, good = self.invert(K + ridge[:, None, None] * eye)
-                P = torch.where(good[:, None, None], inverse, P)
-                for p, part in zip(mine, P.split([len(grams[p]) for p in mine])):
-                    self.state[p]["P"].copy_(part)
+                P = torch.where(good[:, None, None], inverse, P).split([len(grams[p]) for p in mine])
+                torch._foreach_copy_([self.state[p]["P"] for p in mine], P)
                 self.failures += (~good).sum()
 
     def precondition(self, p, G):
@@ -783,9 +781,11 @@ def find_checkpoint(config, train_shards):
                 raise UserError(f"{candidate} is of a run with {name} = {theirs!r}, not {getattr(config, name)!r}; add --{name} {theirs!r}")
         if config.run_name not in ("", folder.name):
             raise UserError(f"resume = '{config.resume}' continues the run in {folder}, not run_name = '{config.run_name}'; leave that out")
-        if not (folder / "run.json").is_file():
-            raise UserError(f"{folder} has checkpoints but no run.json; move them away to start a new run there")
-        if (config.data_seed or config.allow_repeat) and json.loads((folder / "run.json").read_text())["train_shards"] != train_shards.describe():
+        try:
+            began = json.loads((folder / "run.json").read_text())["train_shards"]
+        except (OSError, ValueError, LookupError, TypeError):
+            raise UserError(f"{folder} has checkpoints but no run.json that can be read; restore it, or move them away to start a new run there") from None
+        if (config.data_seed or config.allow_repeat) and began != train_shards.describe():
             raise UserError(f"input_bin has other shards than the run in {folder} began with, which set its data order; restore them")
         return checkpoint, folder
     if config.resume == "auto" and not candidates:

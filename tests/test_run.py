@@ -91,7 +91,10 @@ def test_checkpoints_without_their_run_stay(start, tmp_path):
     for name in ("log.txt", "metrics.jsonl", "run.json"):
         (tmp_path / "logs/a" / name).unlink()
     before = sorted((tmp_path / "logs/a/checkpoints").iterdir())
-    refused(start(run_name="a", save_every=4, resume="auto"), "has checkpoints but no run.json")
+    for damaged in (None, "", "{}", "[]", "{"):
+        if damaged is not None:
+            (tmp_path / "logs/a/run.json").write_text(damaged)
+        refused(start(run_name="a", save_every=4, resume="auto"), "has checkpoints but no run.json that can be read")
     assert sorted((tmp_path / "logs/a/checkpoints").iterdir()) == before and len(before) == 2
 
 
