@@ -162,6 +162,7 @@ def report(args, config, sides, device, dtype):
     parameters, flops = model.num_parameters(), model.flops_per_token()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     peak = next((value for key, value in PEAK_FLOPS.items() if gpu and key in gpu), None)
+    machine = gpu or f"{train_gpt2.describe_machine(device)['cpu']} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
     means, measured, ratios = {}, {}, {}  # means: the mean step in each round of each side
     for name, side in sides.items():
         times, refreshes = side.times[:rounds], side.refreshes[:rounds]
@@ -180,7 +181,7 @@ def report(args, config, sides, device, dtype):
             values = [mine / theirs for mine, theirs in zip(means[name], means[base])]
             ratios[f"{name}/{base}"] = dict(rounds=values, mean_step=statistics.median(values), **interval(values))
     facts = {key: getattr(config, key) for key in ("compile", "batch_size", "sequence_length", "refresh_interval")}
-    return dict(command=sys.argv[1:], config=args.config, machine=gpu or f"CPU, {torch.get_num_threads()} threads", processes=world,
+    return dict(command=sys.argv[1:], config=args.config, machine=machine, processes=world,
                 torch=torch.__version__, dtype=str(dtype), **facts, code_sha256=train_gpt2.code_sha256(), parameters=parameters,
                 flops_per_token=flops, peak_flops=peak, rounds=rounds, steps=args.steps, sides=measured, ratios=ratios)
 
