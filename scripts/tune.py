@@ -48,7 +48,7 @@ def train(arguments, folder, threads):
     errors = process.communicate()[1]
     running.remove(process)
     if process.returncode:
-        print(f"{folder.name}: {errors.strip()}", file=sys.stderr, flush=True)
+        print(f"{folder.name}: {errors.strip() or f'ended with code {process.returncode}'}", file=sys.stderr, flush=True)
         return None
     return read_facts(folder).get("final_val_loss")
 
