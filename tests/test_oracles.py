@@ -58,17 +58,19 @@ def test_soap(package, refresh, most):
 
 @shapes
 def test_normuon(package, shape):
-    assert difference(lambda p: NorMuon(p, lr=0.1, momentum=0.9, beta2=0.8, weight_decay=0.2), lambda p: package.NorMuon(  # times sqrt(m / n)
-        [dict(params=p, use_muon=True)], lr=0.1 * shape[1] ** 0.5, momentum=0.9, beta2=0.8, weight_decay=0.2 / shape[1] ** 0.5, foreach=False),
-        shape) < 1e-5
+    root = shape[1] ** 0.5  # theirs scales an update by sqrt(max(1, m / n)), ours by sqrt(max(m, n))
+    same = dict(momentum=0.9, beta2=0.8)
+    assert difference(lambda p: NorMuon(p, lr=0.1, weight_decay=0.2, **same), lambda p: package.NorMuon(
+        [dict(params=p, use_muon=True)], lr=0.1 * root, weight_decay=0.2 / root, foreach=False, **same), shape) < 1e-5
 
 
 @shapes
 @pytest.mark.parametrize("constrained", [False, True])
 def test_scion(package, shape, constrained):
     spectral = pytest.importorskip("pytorch_optimizer.optimizer.scion", reason=WHERE).LMONorm.SPECTRAL
+    rate = 0.1 * min(shape) ** 0.5 / 5
     assert difference(lambda p: Scion(p, lr=0.1, momentum=0.8, radius=5.0, constrained=constrained), lambda p: package.SCION(
-        p, lr=0.1 * min(shape) ** 0.5 / 5, momentum=0.2, scale=5.0, constraint=constrained, norm_type=spectral, foreach=False), shape) < 1e-5
+        p, lr=rate, momentum=0.2, scale=5.0, constraint=constrained, norm_type=spectral, foreach=False), shape) < 1e-5
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
