@@ -350,9 +350,9 @@ bytes for each hidden parameter (fp32), lines are those of code in `optimizers/`
 """
 FILED = """
 The CPU track's lines of `runs.csv` are of the trainers of commits 9e09ea1 (a39201df5e45: its record's tuning), 2c78ab1 (62da8cbbcb79) and
-349c328 (d539f47be0cd); over 30 steps of Newton-Muon the first gives the losses of the last to six digits, the second all of them. Muon was tuned first there, and
-ends 0.02 lower with a momentum of 0.9 than with the 0.95 of the speedrun, which is more than Newton-Muon differs from it. So that no
-default decides, no other optimizer starts with a momentum above 0.9, unless that is the setting that is tuned. By then
+349c328 (d539f47be0cd); over 30 steps of Newton-Muon the first gives the losses of the last to six digits, the second all of them.
+Muon was tuned first there, and ends 0.02 lower with a momentum of 0.9 than with the 0.95 of the speedrun, which is more than
+Newton-Muon differs from it. So that no default decides, no other optimizer starts with a momentum above 0.9, unless that is the setting that is tuned. By then
 AdamW and torch's Muon had been run in part, whose entries stay as they were, and Newton-Muon had been run with another
 setting, the ridge (0.8 is best), and a momentum of 0.95: 1.5186 in the mean of six seeds
 ([newton_muon_ridge.csv](cpu/newton_muon_ridge.csv), the same command at commit 5d6b04f). Now its setting is the momentum, as Muon's is.
