@@ -906,7 +906,7 @@ class Log:
             self.write("log.txt", text)
             try:
                 print(("\r\033[K" if self.live else "") + text, end=end, flush=True)
-            except OSError:  # the terminal or the pipe is gone; the run goes on
+            except OSError:  # the terminal or the pipe is gone; the run continues
                 sys.stdout = None
 
     def loss(self, name, step, train_time, losses, **more):

@@ -25,7 +25,7 @@ from scipy import special, stats
 SPEEDRUN_SD = 0.0013  # of the speedrun's final loss, over seeds
 SPEEDRUN_MARGIN = 0.004  # of its rules for the optimizer track
 SPEEDRUN_SLOPE = 0.0045 / 100  # final loss that a step is worth
-FEW = 5  # runs from which on their own standard deviation counts, not the known one
+MIN_RUNS_FOR_SD = 5  # runs from which on their own standard deviation counts, not the known one
 
 
 class Estimate(NamedTuple):
@@ -145,7 +145,7 @@ def record(finals, target, speedrun=False):
     too_high = "no: the mean is {} the target, no number of runs would do"
     if mean >= target:
         return Record(False, too_high.format("above" if mean > target else "at"))
-    known = speedrun and n < FEW
+    known = speedrun and n < MIN_RUNS_FOR_SD
     if not known and np.ptp(finals) == 0:
         return Record(False, "not yet: 1 more run, at least" if n == 1 else "not yet: no spread, 1 more run, at least", more=1)
     if known:
@@ -162,8 +162,8 @@ def record(finals, target, speedrun=False):
         return Record(False, too_high.format("at"))
     if speedrun:
         total = max(total, math.ceil((SPEEDRUN_MARGIN / (target - mean)) ** 2))
-    if known and total >= FEW:  # then it will be a t-test
-        total = max(FEW, total, runs_needed(target - mean, sd))
+    if known and total >= MIN_RUNS_FOR_SD:  # then it will be a t-test
+        total = max(MIN_RUNS_FOR_SD, total, runs_needed(target - mean, sd))
     more = total - n
     return Record(False, f"not yet: about {more} more run{'s' * (more > 1)} ({test})", p, more)
 

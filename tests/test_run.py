@@ -176,7 +176,7 @@ def test_a_finished_run_without_its_checkpoints_stays(start, tmp_path):
     assert losses(tmp_path / "logs/a")
 
 
-def test_another_target_is_met_anew(start, tmp_path):
+def test_another_target_is_met_again(start, tmp_path):
     assert start(run_name="a", target_val_loss=99, save_every=3, val_loss_every=2).returncode == 0
     (tmp_path / "logs/a/checkpoints/step_000010.pt").unlink()
     done = start(run_name="a", target_val_loss=0.1, resume="auto", save_every=3, val_loss_every=2)
