@@ -175,7 +175,7 @@ def check_config(config):
         (os.path.basename(c.run_name) == c.run_name and c.run_name not in (".", ".."), "run_name", "a folder name; log_dir is the path above it"),
         (c.weight_decay == 0 or ":" not in c.optimizer, "weight_decay optimizer", "0 for a module:Class; optimizer_args has its arguments"),
         (c.resume != "auto" or c.run_name, "resume run_name", "given together: auto needs a run_name"),
-        (isinstance(args, dict) and (":" in c.optimizer or not args), "optimizer_args optimizer", "a JSON object, '{}' unless optimizer is a module:Class")]
+        (isinstance(args, dict) and (":" in c.optimizer or not args), "optimizer_args optimizer", "a JSON object, '{}' without a module:Class")]
     for valid, names, must in rules:
         if not valid:
             raise UserError(", ".join(f"{name} = {getattr(c, name)!r}" for name in names.split()) + f": must be {must}")
@@ -247,8 +247,8 @@ class Shards:
         have, largest = int(self.ends[-1]), max(0, max(self.lengths) - 1) // self.T
         if have < sequences and not (self.allow_repeat and have):
             missing = f"{math.ceil((sequences - have) / largest)} more shards like the largest one" if largest else "longer shards"
-            raise UserError(f"'{self.pattern}' holds {have * self.T:,} tokens in sequences of {self.T}, {what} needs {sequences * self.T:,}: add {missing}, "
-                            "or set a lower number" + ("" if what == "validation" else " of steps, or allow_repeat = true"))
+            raise UserError(f"'{self.pattern}' holds {have * self.T:,} tokens in sequences of {self.T}, {what} needs {sequences * self.T:,}: add "
+                            f"{missing}, or set a lower number" + ("" if what == "validation" else " of steps, or allow_repeat = true"))
 
     def describe(self):
         """For run.json: name and tokens of each shard, SHA-256 of its header and size, and of its first MiB."""
@@ -784,7 +784,7 @@ def find_checkpoint(config, train_shards):
         try:
             began = json.loads((folder / "run.json").read_text())["train_shards"]
         except (OSError, ValueError, LookupError, TypeError):
-            raise UserError(f"{folder} has checkpoints but no run.json that can be read; restore it, or move them away to start a new run there") from None
+            raise UserError(f"{folder} has checkpoints but no run.json that can be read; restore it, or move the checkpoints away") from None
         if (config.data_seed or config.allow_repeat) and began != train_shards.describe():
             raise UserError(f"input_bin has other shards than the run in {folder} began with, which set its data order; restore them")
         return checkpoint, folder
@@ -798,7 +798,7 @@ def find_checkpoint(config, train_shards):
 # ---- Logging --------------------------------------------------------------------------------------------------------
 
 # dense bf16 matrix products, FLOP/s, from NVIDIA's data sheets; the first that is part of the device's name
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 WANDB_SECONDS = 60
 # a process of its own that follows metrics.jsonl: what wandb raises, or waits for, neither ends nor slows the run
 WANDB = """

@@ -56,7 +56,8 @@ class TwoPointOptimizer(MatrixOptimizer):
     """A MatrixOptimizer whose gradients are taken at other weights than its loss: load(W, state, group) puts the first into W where
     group["training"], else the second, both from the state.
 
-    train(), the mode at first, and eval() switch, at any time and as often as one likes. The mode is saved with the state.
+    train(), the mode at first, and eval() switch, at any time and as often as one likes. The mode is saved with the state: a checkpoint
+    at the end of a run has the weights of its loss, one that was saved without an evaluation those of the gradients.
     """
 
     def __init__(self, params, **settings):

@@ -2,6 +2,8 @@
 
     P = (K + (ridge tr(K) / n + 1e-8) I)^-power,  0 < power <= 1, by eigenvalues; power -> 0 would be Muon
 
+K, the momentum of G P, the step and what lr means are Newton-Muon's.
+
     python train_gpt2.py configs/cpu_newton_muon.toml --optimizer optimizers.power_newton_muon:PowerNewtonMuon
 """
 import math

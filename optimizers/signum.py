@@ -4,6 +4,8 @@
     U =  momentum M + (1 - momentum) G  (Nesterov), or M
     W <- (1 - lr weight_decay) W - lr sign(U)
 
+nesterov, the default, is not in the paper.
+
     python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.signum:Signum --hidden_learning_rate 0.002
 """
 from optimizers import MatrixOptimizer, average

@@ -19,6 +19,8 @@ import torch
 
 from optimizers import MatrixOptimizer, average
 
+RIDGE = 1e-4
+
 
 def observe(state, G, beta, sides, refresh):
     """Averages G G^T in state["left"] and G^T G in state["right"], of those in `sides`, and moves "left_basis" and "right_basis", at first
@@ -33,7 +35,7 @@ def observe(state, G, beta, sides, refresh):
             order = (Q * (A @ Q)).sum(-2).argsort(-1, descending=True)  # (blocks, size)
             v.copy_(v.take_along_dim(order.unsqueeze(-1), -2) if side == "left" else v.take_along_dim(order.unsqueeze(-2), -1))
             Q = Q.take_along_dim(order.unsqueeze(-2), -1)
-            state[basis] = torch.linalg.qr(A @ Q + 1e-4 * A.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * Q)[0]
+            state[basis] = torch.linalg.qr(A @ Q + RIDGE * A.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * Q)[0]
 
 
 def rotate(X, state, back=False):

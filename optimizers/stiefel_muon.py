@@ -23,6 +23,7 @@ import torch
 
 from optimizers import MatrixOptimizer, average
 from optimizers.polar_muon import msgn
+from train_gpt2 import as_blocks
 
 
 def descent(X, G):
@@ -35,6 +36,9 @@ def descent(X, G):
 class StiefelMuon(MatrixOptimizer):
     def __init__(self, params, lr=3.6e-4, momentum=0.95):
         super().__init__(params, lr=lr, momentum=momentum)
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if (torch.linalg.matrix_rank(as_blocks(p.detach())) < min(as_blocks(p).shape[-2:])).any():
+                raise ValueError(f"a matrix of shape {tuple(p.shape)} has not full rank: no point of the manifold is nearest")
 
     def step(self, closure=None):
         precision = torch.get_float32_matmul_precision()
@@ -52,8 +56,6 @@ class StiefelMuon(MatrixOptimizer):
         if "radius" not in state:
             state["radius"] = W.norm(dim=(-2, -1), keepdim=True) / math.sqrt(n)
             X = msgn(W)
-            if (X.norm(dim=(-2, -1)) < 0.999 * math.sqrt(n)).any():
-                raise ValueError(f"a matrix of shape {tuple(W.shape[-2:])} has a rank below {n}: no point of the manifold is nearest")
         else:
             X = W / state["radius"]
         eta = group["lr"] * math.sqrt(m) / state["radius"]

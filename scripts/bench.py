@@ -33,7 +33,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # not by `import runs`, which needs more than torch
+import runs  # noqa: F401 (first: it makes train_gpt2 importable)
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports that it starts and stops
 
 import train_gpt2  # before torch: it says how CPU threads wait

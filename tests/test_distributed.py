@@ -17,7 +17,6 @@ import train_gpt2
 from conftest import ROOT, TINY, toml
 from faults import full_disk
 
-sys.path.insert(0, str(ROOT / "tests"))
 OPTIMIZERS = ("adamw", "muon", "newton_muon")
 STEPS, REFRESH = 40, 10
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}

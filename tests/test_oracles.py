@@ -49,9 +49,10 @@ def test_first_order_rules(package, shape):
         p, lr=0.1, betas=(0.9, 0.99), clip_lambda=lambda step: (step - 1) ** 0.25), shape) < 1e-12
 
 
-@pytest.mark.parametrize("refresh, most", [(100, 1e-9), (2, 0.05)])
-def test_soap(package, refresh, most):
-    """Without refreshes and with them, which differ by the share of I that ours adds to a moment."""
+@pytest.mark.parametrize("refresh, most", [(100, 1e-9), (2, 1e-4)])
+def test_soap(package, refresh, most, monkeypatch):
+    """Without refreshes and with them, by QR decompositions that the package does in fp32."""
+    monkeypatch.setattr("optimizers.soap.RIDGE", 0.0)
     assert difference(lambda p: SOAP(p, lr=0.1, beta1=0.9, beta2=0.95, eps=0, refresh_interval=refresh), lambda p: package.SOAP(
         p, lr=0.1, betas=(0.9, 0.95), eps=0, weight_decay=0, precondition_frequency=refresh)) < most
 

@@ -267,7 +267,7 @@ def test_other_or_broken_track_is_refused(ledger, old, new, words):
     assert words in str(raised.value)
 
 
-def test_an_order_of_all_shards_needs_all_of_them(ledger):
+def test_a_shuffled_order_needs_all_shards(ledger):
     facts, track = json.loads((ledger.runs[0] / "run.json").read_text()), ledger.read_track()
     facts["train_shards"].append(dict(facts["train_shards"][0], name="train_000003.bin"))
     assert not records.track_faults(facts, track)  # which the files' order does not reach

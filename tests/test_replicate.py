@@ -141,7 +141,7 @@ def test_no_run_is_left_behind(monkeypatch, failing):
     assert processes and all(process.poll() is not None for process in processes)
 
 
-def test_runs_side_by_side_share_the_cores_and_are_told_apart(capsys, monkeypatch):
+def test_runs_side_by_side_are_told_apart(capsys, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
     code = "import os, sys; print(os.environ['OMP_NUM_THREADS']); print('and this', file=sys.stderr); sys.exit(int(sys.argv[1]))"
     assert replicate.launch({"one": ["-c", code, "0"], "two": ["-c", code, "3"]}) == [0, 3]

@@ -401,7 +401,7 @@ def refused(done, *words, code=1):
     (dict(optimizer="torch.optim:LBFGS"), ["torch.optim:LBFGS", "closure"]),
     (dict(optimizer="torch.optim:SGD", weight_decay=0.1), ["weight_decay = 0.1", "optimizer_args"]),
     (dict(optimizer_args="{"), ["optimizer_args", "JSON"]),
-    (dict(optimizer_args='{"momentum": 0.5}'), ["optimizer_args = '{\"momentum\": 0.5}', optimizer = 'muon'", "unless optimizer is a module:Class"]),
+    (dict(optimizer_args='{"momentum": 0.5}'), ["optimizer_args = '{\"momentum\": 0.5}', optimizer = 'muon'", "without a module:Class"]),
     (dict(seed=2 ** 64), ["seed = 18446744073709551616"]),
     (dict(collective_timeout=2 ** 32), ["collective_timeout = 4294967296", "below 2^32"]),
     (dict(vocab_size=32), ["val_000000.bin", "vocab_size = 32"]),

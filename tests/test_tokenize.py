@@ -296,7 +296,7 @@ def test_a_failure_keeps_the_old_data_set(out, tokenize, monkeypatch, fault, wor
     assert done.returncode == 1 and words.format(out=out) in done.stderr and contents(out) == before
 
 
-def test_a_folder_in_the_way_keeps_the_old_data_set(out, tokenize):
+def test_a_folder_in_the_way_destroys_nothing(out, tokenize):
     assert tokenize().returncode == 0
     before = contents(out)
     folder = out / f"{min(before).split('_')[0].removesuffix('.json')}_train_000009.bin"
