@@ -7,10 +7,11 @@
     python scripts/zoo.py --records logs/wide --n_embd 128    a comparison of one's own, by fields of the configuration
 
 Tuning: 12 points of an optimizer, each with the seeds 100 and 101 (seed and data_seed alike), by the mean of the final losses;
-the second seed is saved where the first ends 0.02 above the best, three standard deviations of Muon's runs: it would hardly win.
+the second seed is saved where the first ends 0.02 above the best, three standard deviations of Muon's runs on the CPU track: it would
+hardly win. The pairs' centre is written for that track; elsewhere it moves with the rates of the track's Muon configuration.
 3 x 3 pairs of learning_rate and hidden_learning_rate, a factor of 2 apart; at the best pair two other values of the setting that
 matters most; at the best of these 11 one pair more: the first untried neighbour, at a factor of 2 or else of the square root of 2.
-Results: the best point with the seeds 1 to 6, and Muon also at 0.94 of the steps, which says what a step is worth.
+Results: the best point with the seeds 1 to 6, and Muon also at 0.5 to 1.5 of the steps, which says how many steps a loss is worth.
 Time: scripts/bench.py, which alternates 10 steps of the optimizer with 10 of Muon's, before anything is trained.
 
 Every finished run is a line of records/zoo/TRACK/runs.csv and is not run again: the same command continues, on any machine that has
@@ -46,7 +47,7 @@ from train_gpt2 import GPT, MAY_CHANGE_ON_RESUME, UserError, build_optimizers, c
 RECORDS = runs.ROOT / "records" / "zoo"
 TUNING_SEEDS, SEEDS = range(tune.FIRST_TUNING_SEED, tune.FIRST_TUNING_SEED + 2), range(1, 7)
 HOPELESS = 0.02  # a point whose first seed ends so far above the best is not run again
-SHORTER = 1 - replicate.CLAIM["steps"]
+LENGTHS = (0.5, 0.75, 0.94, 1.0, 1.25, 1.5)  # of Muon, in the track's steps
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Entry:
     values: tuple  # what is tried for it besides its default
     source: str
     arguments: dict = field(default_factory=dict)
-    rates: tuple = (0.02, 0.002)  # centre of the tuning: learning_rate, hidden_learning_rate
+    rates: tuple = (0.02, 0.002)  # centre of the tuning on the CPU track: learning_rate, hidden_learning_rate
 
 
 # nobody starts with a longer memory than this unless it is the setting that is tuned: HEAD says why
@@ -177,6 +178,10 @@ class Track:
         self.full = load_config([self.config, *given])
         self.steps = self.full.num_iterations
 
+    def centre(self, entry):
+        """The entry's rates, in proportion to those of the track's Muon configuration."""
+        return tuple(rate * (getattr(self.full, name) / muons) for rate, name, muons in zip(entry.rates, tune.RATES, ZOO["muon"].rates))
+
     def train(self, points):
         """Runs those of `points` that are not in the table. UserError if one does not end; then none is begun any more."""
         missing, failed = [point for point in dict.fromkeys(points) if point not in self.table.losses], []
@@ -184,7 +189,8 @@ class Track:
 
         def one(point):
             name = "_".join(str(value) for value in point if value != "")
-            shorter = ["--warmdown_iters", str(round(self.full.warmdown_iters * point.steps / self.steps))]
+            shorter = [text for name in ("warmup_iters", "warmdown_iters")
+                       for text in (f"--{name}", str(round(getattr(self.full, name) * point.steps / self.steps)))]
             arguments = [self.config, "--save_every", "250", *self.given, *fields(ZOO[point.optimizer], point), *shorter, "--val_loss_every", "0",
                          "--log_dir", str(self.logs), "--run_name", name, "--resume", "auto"]
             with self.free:
@@ -200,7 +206,7 @@ class Track:
                     failed.append(f"the run {name} in {self.logs} did not end; the same command resumes it")
                     return
             loss = math.nan if loss is None else loss
-            self.table.add(point, loss, code_sha256()[:12])
+            self.table.add(point, loss, runs.read_facts(self.logs / name).get("code_sha256", code_sha256())[:12])
             print(f"{name}: {loss:.4f}", flush=True)
 
         with ThreadPoolExecutor(self.jobs) as pool:
@@ -218,11 +224,11 @@ class Track:
 
     def tune(self, name):
         """(learning_rate, hidden_learning_rate, setting) of the best of 12 points."""
-        entry, tried, at = ZOO[name], {}, {}  # (pair, setting) -> mean loss, point
+        entry, centre, tried, at = ZOO[name], self.centre(ZOO[name]), {}, {}  # (pair, setting) -> mean loss, point
 
         def best_of(*points):
             """The best point so far, after these have been tried."""
-            new = {(pair, setting): (name, self.steps, *tune.rates(entry.rates, pair), setting) for pair, setting in points}
+            new = {(pair, setting): (name, self.steps, *tune.rates(centre, pair), setting) for pair, setting in points}
             losses = self.losses_of(new.values(), min(tried.values(), default=math.inf))
             tried.update({point: losses[new[point]] for point in new})
             at.update(new)
@@ -236,7 +242,7 @@ class Track:
         _, setting = best_of(*((pair, json.dumps(value)) for value in entry.values))
         further, = tune.next_pairs({pair: loss for (pair, s), loss in tried.items() if s == setting})
         pair, setting = best_of((further, setting))
-        return *tune.rates(entry.rates, pair), setting
+        return *tune.rates(centre, pair), setting
 
     def measure(self, name):
         """Adds the time of a step and the bytes of state to overhead.json, if they are not there."""
@@ -244,7 +250,7 @@ class Track:
         measured = read_overhead(path)
         if name in measured:
             return
-        config = load_config([self.config, *self.given, *fields(entry, Point(name, self.steps, *entry.rates, "", 0))])
+        config = load_config([self.config, *self.given, *fields(entry, Point(name, self.steps, *self.centre(entry), "", 0))])
         found = {}
         if entry.optimizer != "muon":
             out = self.logs / "bench.json"
@@ -262,8 +268,8 @@ class Track:
     def compare(self, name):
         """Tunes one optimizer and runs it."""
         best = self.tune(name)
-        lengths = (self.steps, round(SHORTER * self.steps)) if name == "muon" else (self.steps,)
-        self.train([Point(name, steps, *best, seed) for seed in SEEDS for steps in lengths])
+        lengths = LENGTHS if name == "muon" else (1.0,)
+        self.train([Point(name, round(length * self.steps), *best, seed) for length in sorted(lengths, key=lambda x: x != 1) for seed in SEEDS])
 
 
 def state_bytes(config):
@@ -299,7 +305,23 @@ def mean_loss(finals):
     return estimates.mean_interval(values) if np.isfinite(values).all() else estimates.Estimate(math.nan)
 
 
-def row(table, name, steps, measured, muon, shorter):
+def steps_saved(gap, curve, steps):
+    """Text: 1 - steps / those after which Muon has the loss that is `gap`, an Estimate, above its own after `steps`, with the interval.
+
+    `curve` is {steps: mean final loss} of Muon, between whose points the loss is linear in the logarithm of the steps.
+    """
+    lengths, losses = zip(*sorted(curve.items(), reverse=True))  # rising losses
+
+    def share(change):
+        loss = curve[steps] + change
+        if not losses[0] <= loss <= losses[-1]:
+            return f"above {1 - steps / lengths[0]:.0%}" if loss < losses[0] else f"below {1 - steps / lengths[-1]:.0%}"
+        return f"{1 - steps / math.exp(np.interp(loss, losses, np.log(lengths))):z.1%}"
+    ends = [share(change) for change in (gap.high, gap.low) if change is not None]
+    return share(gap.mean) + (f" ({' to '.join(ends)})" if set(ends) - {share(gap.mean)} else "")
+
+
+def row(table, name, steps, measured, muon, curve):
     """What the page says of an optimizer: (Estimate of the mean final loss, cells of the table)."""
     entry, finals = ZOO[name], table.results(name, steps)
     point = next(p for p in table.losses if p.optimizer == name and p.steps == steps and p.seed in SEEDS)
@@ -310,9 +332,7 @@ def row(table, name, steps, measured, muon, shorter):
         against = f"{gap.mean:+.4f}"
         if gap.low is not None:
             against += f" ({gap.low:+.4f} to {gap.high:+.4f})" + ("" if gap.low * gap.high > 0 else " =")
-        # the steps that Muon saves against the optimizer are those that the optimizer loses against Muon
-        found = estimates.steps_saved(finals, muon, shorter, 1 - SHORTER)
-        saved = estimates.saved_text(found._replace(mean=found.mean and -found.mean, low=-found.high, high=-found.low))
+        saved = steps_saved(gap, curve, steps)
     time = "" if "mean_step" not in measured else f"{measured['mean_step']:.2f} ({measured['low']:.2f} to {measured['high']:.2f})"
     rates = f"{point.learning_rate:g}, {point.hidden_learning_rate:g}" + (f", {entry.setting} {point.setting}" if point.setting else "")
     code = lines_of_code(entry)
@@ -323,11 +343,12 @@ def row(table, name, steps, measured, muon, shorter):
 def section(folder):
     """The part of the page on the track in `folder`, and the points of its plot: (text, [(name, time of a step, final loss), ...])."""
     table = Table(folder / "runs.csv")
-    steps = max(point.steps for point in table.losses)
+    steps = max((point.steps for point in table.losses if point.seed in TUNING_SEEDS), default=0)
     measured = read_overhead(folder / "overhead.json")
-    muon, shorter = table.results("muon", steps), table.results("muon", round(SHORTER * steps))
-    complete = [name for name in ZOO if name in measured and set(table.results(name, steps)) == set(SEEDS) == set(muon) == set(shorter)]
-    found = {name: row(table, name, steps, measured[name], muon, shorter) for name in complete}
+    muon = {round(length * steps): table.results("muon", round(length * steps)) for length in LENGTHS}
+    curve = {length: float(np.mean([*finals.values()])) for length, finals in muon.items() if set(finals) == set(SEEDS)}
+    complete = [name for name in ZOO if name in measured and len(curve) == len(LENGTHS) and set(table.results(name, steps)) == set(SEEDS)]
+    found = {name: row(table, name, steps, measured[name], muon[steps], curve) for name in complete}
     rows = sorted(found.values(), key=lambda row: math.inf if math.isnan(row[0].mean) else row[0].mean)
     waiting = [name for name in ZOO if name not in complete]
     text = [f"## {folder.name}\n", f"{steps} steps, {len(SEEDS)} seeds; {len(rows)} of {len(ZOO)} optimizers.\n",
@@ -343,27 +364,57 @@ HEAD = """# The optimizers people ask about
 
 `python scripts/zoo.py` tunes each with the same effort, runs it with six other seeds, and writes this page; how, it says
 under `--help`. Every run is a line of `runs.csv`. Sorted by final loss. **=** marks what cannot be told from Muon: the 95 % interval
-of the difference over the seeds, which all optimizers share, holds 0. With as many optimizers as here, one in twenty that are equal
-will look different. Steps saved are what the difference is worth at the slope of Muon's loss between 0.94 and all of the steps.
-The time of a step is the ratio to Muon's, alternating in one process, on the machine that `overhead.json` names; the state is in
-bytes for each hidden parameter (fp32), lines are those of code in `optimizers/`.
+of the difference over the seeds, which all optimizers share, contains 0. With as many optimizers as here, one in twenty that are
+equal will look different. Steps saved are those of Muon with the same loss that the optimizer saves, by Muon's means at 0.5 to 1.5 of
+the steps, linear in their logarithm between them; the interval is that of the difference, taken the same way. The time of a step is
+the ratio to Muon's, alternating in one process, on the machine that `overhead.json` names. The state is in bytes for each hidden
+parameter (fp32), without the buffer through which Muon and what is built on it share updates. Lines are those of code in the
+optimizer's file, without what it imports from others. The setting that is tuned was our choice: the optimizer's own where it has
+one, else the momentum.
 """
 FILED = """
-The CPU track's lines of `runs.csv` are of the trainers of commits 9e09ea1 (a39201df5e45: its record's tuning), 2c78ab1 (62da8cbbcb79) and
-349c328 (d539f47be0cd); over 30 steps of Newton-Muon the first gives the losses of the last to six digits, the second all of them.
-Muon was tuned first there, and ends 0.02 lower with a momentum of 0.9 than with the 0.95 of the speedrun, which is more than
-Newton-Muon differs from it. So that no default decides, no other optimizer starts with a momentum above 0.9, unless that is the setting that is tuned. By then
-AdamW and torch's Muon had been run in part, whose entries stay as they were, and Newton-Muon had been run with another
-setting, the ridge (0.8 is best), and a momentum of 0.95: 1.5186 in the mean of six seeds
-([newton_muon_ridge.csv](cpu/newton_muon_ridge.csv), the same command at commit 5d6b04f). Now its setting is the momentum, as Muon's is.
-What is best at an end of the values tried might be better still beyond. No setting is tried there, and of the rates one pair: where
-a setting is best that is not the default, at twice the `learning_rate`. So SOAP's rates are a corner of its nine pairs.
-SF-NorMuon's gradients are taken where (1 - beta1) of a step is felt, so that it needs larger rates: the centre of its tuning was moved
-from a hidden rate of 0.002 to 0.008 after three points had shown the loss to fall up to the edge of the nine (1.857, 1.724 and
-1.633 at 0.001, 0.002 and 0.004); they stay in `runs.csv`.
-Muon alone was tried at 0.8 as well, beside its 12 points: `python train_gpt2.py configs/cpu_muon.toml --momentum 0.8` ends at 1.5094
-in the mean of the two tuning seeds (`--seed 100 --data_seed 100`, and 101), against 1.5021 at 0.9.
+On the runs of the CPU track:
+
+- **Code.** The lines of `runs.csv` are of the trainers of commits 9e09ea1 (a39201df5e45: the CPU record's tuning), 2c78ab1
+  (62da8cbbcb79) and 349c328 (d539f47be0cd). Over 30 steps of Newton-Muon the first agrees with the last to six digits, the second exactly.
+- **Momentum.** Muon was tuned first, and ends 0.02 lower with a momentum of 0.9 than with the speedrun's 0.95, which is more than
+  Newton-Muon differs from it. To keep defaults from deciding the comparison, no other optimizer starts with a momentum above 0.9, unless
+  that is the setting that is tuned. By then AdamW and torch's Muon had been run in part, whose entries stay as they were, and Newton-Muon
+  had been run with another setting, the ridge (0.8 is best), and a momentum of 0.95: 1.5186 in the mean of six seeds
+  ([newton_muon_ridge.csv](cpu/newton_muon_ridge.csv), the same command at commit 5d6b04f). Now its setting is the momentum, as Muon's is.
+- **Centres.** Muon's nine pairs surround the best one of the CPU record; Newton-Muon's and AdamW's are placed so that the record's
+  pairs are among them. The others follow from what the rate means: Muon's where it is the root-mean-square of an update, twice that for
+  SOAP and ADOPT, whose updates are Adam's, half for Lion, 0.01 for torch's Muon, which scales by 0.2; EF-Muon's has another unit.
+  SF-NorMuon's gradients are taken where (1 - beta1) of a step is felt, so that it needs larger rates: its centre was moved from a hidden
+  rate of 0.002 to 0.008 after three points had shown the loss to fall up to the edge of the nine (1.857, 1.724 and 1.633 at 0.001, 0.002
+  and 0.004); they stay in `runs.csv`.
+- **Ends.** What is best at an end of the values tried might be better still beyond. No setting is tried there, and of the rates one pair:
+  where a setting is best that is not the default, at twice the `learning_rate`. So the rates of SOAP and Scion are corners of their nine
+  pairs. Beside the 12 points, with the two tuning seeds ([beyond.csv](cpu/beyond.csv)), Dion ends at 1.5174 with a rank_fraction of 1
+  (1.5643 with 0.5), PMuon at 1.4825 with a power of 0.5 (1.4833 with 0.4), Lion at 1.6310 with a beta2 of 0.9 (1.6239 with 0.95), and Muon
+  at 1.5094 with a momentum of 0.8 (1.5021 with 0.9).
+- **Besides the rule.** torch's Muon takes the fused q, k, v as one matrix, and rounds to bf16. AdamW's beta2 is also that of the table's
+  AdamW. All run under the track's schedule, SF-NorMuon too, for which its paper has a constant rate: with one (`--warmdown_iters 0`) it
+  ends at 1.5571 instead of 1.5771, at its best point, with the two tuning seeds ([beyond.csv](cpu/beyond.csv)).
 """
+
+
+def plot(points):
+    """Loss against the time of a step, of all and of those near Muon; `points` are those of section()."""
+    points = sorted((point for point in points if math.isfinite(point[2].mean)), key=lambda point: point[2].mean)
+    muon = next((loss.mean for name, _, loss in points if name == "muon"), math.inf)
+    near = [point for point in points if abs(point[2].mean - muon) < 0.05]
+    far = [point for point in points if point not in near]
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    for axes, title, shown, labelled in zip(figure.subplots(1, 2), ("all", "within 0.05 of Muon"), (points, near), (far, near)):
+        for name, time, loss in shown:
+            half = 0 if loss.low is None else loss.high - loss.mean
+            axes.errorbar(time, loss.mean, half, fmt="o", color="C1" if name == "muon" else "C0", capsize=2)
+        for i, (name, time, loss) in enumerate(labelled):  # in a column, as many points have nearly the same place
+            axes.annotate(name, (time, loss.mean), xytext=(1.03, (i + 0.5) / len(labelled)), textcoords="axes fraction", fontsize=9,
+                          va="center", arrowprops=dict(arrowstyle="-", color="0.7", linewidth=0.6))
+        axes.set(title=title, xlabel="time of a step, relative to Muon's", ylabel="final loss, mean and 95 % interval")
+    return figure
 
 
 def write_page(records, check=False):
@@ -375,17 +426,7 @@ def write_page(records, check=False):
         return
     path.write_text(text, encoding="utf-8")
     for track, (_, points) in sections.items():
-        figure = Figure(figsize=(9, 5.5), layout="constrained")
-        axes = figure.subplots()
-        for name, time, loss in points:
-            if math.isfinite(loss.mean):
-                half = 0 if loss.low is None else loss.high - loss.mean
-                axes.errorbar(time, loss.mean, half, fmt="o", color="C1" if name == "muon" else "C0", capsize=2)
-                axes.annotate(name, (time, loss.mean), xytext=(5, 3), textcoords="offset points", fontsize=8)
-        axes.set(xlabel="time of a step, relative to Muon's", ylabel="final loss, mean and 95 % interval", xscale="log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
-        figure.savefig(records / track / "loss_time.png", dpi=110)
+        plot(points).savefig(records / track / "loss_time.png", dpi=110)
     print(f"{path}: {', '.join(f'{track} {len(points)}' for track, (_, points) in sections.items()) or 'no'} optimizers")
 
 
@@ -402,6 +443,7 @@ def main():
                         "(default: records/zoo)")
     args, given = parser.parse_known_args()
     os.chdir(runs.ROOT)  # configurations name their data from there
+    args.records = args.records.resolve()
     names = args.optimizers.split(",")
     unknown = [name for name in names if name not in ZOO]
     if unknown:
