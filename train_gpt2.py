@@ -782,7 +782,7 @@ def find_checkpoint(config, train_shards):
         if config.run_name not in ("", folder.name):
             raise UserError(f"resume = '{config.resume}' continues the run in {folder}, not run_name = '{config.run_name}'; leave that out")
         try:
-            began = json.loads((folder / "run.json").read_text())["train_shards"]
+            began = checkpoint.setdefault("facts", json.loads((folder / "run.json").read_text()))["train_shards"]
         except (OSError, ValueError, LookupError, TypeError):
             raise UserError(f"{folder} has checkpoints but no run.json that can be read; restore it, or move the checkpoints away") from None
         if (config.data_seed or config.allow_repeat) and began != train_shards.describe():
@@ -798,7 +798,7 @@ def find_checkpoint(config, train_shards):
 # ---- Logging --------------------------------------------------------------------------------------------------------
 
 # dense bf16 matrix products, FLOP/s, from NVIDIA's data sheets; the first that is part of the device's name
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 225e13, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 WANDB_SECONDS = 60
 # a process of its own that follows metrics.jsonl: what wandb raises, or waits for, neither ends nor slows the run
 WANDB = """
@@ -847,7 +847,7 @@ class Log:
             if config.resume != "auto" and ((self.folder / "log.txt").exists() or checkpoints(self.folder)):
                 raise UserError(f"{self.folder} already holds a run; take another run_name, or resume that run by --resume auto")
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self.facts = json.loads((self.folder / "run.json").read_text()) if checkpoint else {**facts, "start": now, "resumed": []}
+        self.facts = checkpoint["facts"] if checkpoint else {**facts, "start": now, "resumed": []}
         if self.facts.get("optimizer_sha256") != facts["optimizer_sha256"]:
             raise UserError(f"the run in {folder} began with another version of {config.optimizer}, which it keeps as optimizer.py; restore that")
         try:

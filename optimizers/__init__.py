@@ -22,7 +22,7 @@ def check(**settings):
             least = 0 if name == "seed" else 1
             if type(value) is not int or not least <= value < 2 ** 32:
                 raise ValueError(f"{name} = {value}: must be a whole number, {least} or more and below 2^32")
-        if name in ("nesterov", "exact", "one_sided", "constrained") and value not in (True, False):
+        if name in ("nesterov", "exact", "one_sided", "constrained", "clip") and value not in (True, False):
             raise ValueError(f"{name} = {value!r}: must be true or false")
 
 

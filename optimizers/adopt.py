@@ -17,8 +17,6 @@ from optimizers import MatrixOptimizer, average
 
 class ADOPT(MatrixOptimizer):
     def __init__(self, params, lr=1e-3, beta1=0.9, beta2=0.9999, eps=1e-6, clip=True, weight_decay=0.0):
-        if clip not in (True, False):
-            raise ValueError(f"clip = {clip!r}: must be true or false")
         super().__init__(params, lr=lr, beta1=beta1, beta2=beta2, eps=eps, clip=clip, weight_decay=weight_decay)
 
     def update(self, W, G, state, group):

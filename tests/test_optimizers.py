@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import golden
+from optimizers.adopt import ADOPT
 from optimizers.dion import Dion
 from optimizers.dp_muon import DPMuon
 from optimizers.low_rank_muon import LowRankMuon
@@ -152,7 +153,8 @@ def test_signum_follows_its_equation():
                                             (NewtonMuon, dict(ewma=1.0)), (NewtonMuon, dict(ridge=0.0)),
                                             (NewtonMuon, dict(ridge=math.nan)), (PowerNewtonMuon, dict(power=0.0)),
                                             (Signum, dict(momentum=1.0)), (Signum, dict(nesterov="false")), (Dion, dict(seed=True)),
-                                            (PolarMuon, dict(exact="no")), (Scion, dict(constrained="false"))])
+                                            (PolarMuon, dict(exact="no")), (Scion, dict(constrained="false")),
+                                            (ADOPT, dict(clip="false"))])
 def test_optimizers_refuse_settings_out_of_range(kind, settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         kind([torch.nn.Parameter(torch.zeros(2, 2))], **settings)
