@@ -323,12 +323,11 @@ def test_a_stopped_search_leaves_no_run_behind(monkeypatch, tmp_path):
     (tmp_path / "train_gpt2.py").write_text("""
 import pathlib, signal, sys
 folder = pathlib.Path(sys.argv[3])
-def stop(*_):
-    (folder / "saved").touch()  # as a run writes its checkpoint
-    sys.exit(143)
-signal.signal(signal.SIGTERM, stop)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until it is waited for: a signal just before signal.pause() would be lost
 (folder / "started").open("a").write("x")
-signal.pause()
+signal.sigwait({signal.SIGTERM})
+(folder / "saved").touch()  # as a run writes its checkpoint
+sys.exit(143)
 """)
 
     def stop_it():
