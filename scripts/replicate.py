@@ -26,19 +26,11 @@ One seed gives no verdict: the shorter arm and the overhead wait for a second. A
 On the speedrun track every evaluation is shown beside that of record 4, as published, so that a wrong set-up shows after 125 steps.
 """
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
 import os
-import pty
-import re
-import shlex
-import signal
-import subprocess
-import sys
 import textwrap
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -47,12 +39,11 @@ import torch
 import runs  # first: it makes train_gpt2 importable
 import compare
 import estimates
+import jobs
 from train_gpt2 import GPT, UserError, code_sha256, load_config
 
 FIRST_SEED = {"cpu": 1, "mini": 0, "speedrun": 0}
 CLAIM = {"steps": 0.06, "time": 0.04}  # arXiv:2604.01472, abstract
-# fields that a run has from its arm, or that would spoil its final loss
-OWN = ("seed", "data_seed", "run_name", "resume", "optimizer", "stop_at_target")
 
 
 def plan_runs(track, optimizers, seeds, logs, fields):
@@ -78,101 +69,6 @@ def plan_runs(track, optimizers, seeds, logs, fields):
                              str(logs), "--run_name", folder.name, "--resume", "auto"]
                 plan[optimizer, steps][seed] = folder, arguments, load_config(arguments)
     return plan
-
-
-def ended(folder, config):
-    """Whether `folder` holds the run of `config`, finished or diverged."""
-    return runs.finished(folder, config) or runs.diverged(folder)
-
-
-def echo(output, published):
-    """Copies what train_gpt2.py prints to the terminal, its evaluations with the `published` loss {step: loss} beside them."""
-    line = b""
-    with open(output, "rb", buffering=0) as output:
-        while True:
-            try:
-                *complete, rest = output.read(65536).split(b"\n")
-            except OSError:  # a pseudo-terminal ends like this
-                return
-            for part in complete:
-                found = re.search(rb"step:(\d+)/\d+ val_loss:(\S+)", line + part)
-                theirs = published.get(int(found[1])) if found else None
-                text = f"  published: {theirs:.4f} ({float(found[2]) - theirs:+.4f})" if theirs else ""
-                sys.stdout.write(f"{part.decode(errors='replace').rstrip()}{text}\n")
-                line = b""
-            if not complete and not rest:
-                return
-            line += rest
-            sys.stdout.write(rest.decode(errors="replace"))
-            sys.stdout.flush()
-
-
-def label(output, name):
-    """Copies lines to the terminal, with `name` in front."""
-    with open(output, encoding="utf-8", errors="replace") as output:
-        for line in output:
-            with contextlib.suppress(OSError, UnicodeError):  # a terminal that is gone, or knows few letters, ends no run
-                sys.stdout.write(f"{name}  {line.rstrip()}\n")  # in one piece: several do this at once
-                sys.stdout.flush()
-
-
-def launch(commands, published=None):
-    """Runs `python ARGUMENTS` for each of `commands`, {name: arguments}, all at once; returns their exit codes.
-
-    Several share the CPU's cores, and what they print goes through label(). What one prints goes through echo(), if there is a `published`
-    curve. Raises KeyboardInterrupt if Ctrl-C or SIGTERM stopped them.
-    """
-    several, processes, copies, stops = len(commands) > 1, [], [], []
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(commands)))} if several else None
-
-    def stop(number, frame):  # a run ends after its step and writes a checkpoint; a terminal has told it of Ctrl-C already
-        stops.append(number)
-        if number == signal.SIGTERM or not os.isatty(0):
-            for process in processes:
-                process.send_signal(number)
-
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for name, arguments in commands.items():
-            print(f"\n$ {shlex.join(['python', *arguments])}", flush=True)
-            output, end = (pty.openpty() if published and sys.stdout.isatty() else os.pipe()) if published or several else (None, None)
-            processes.append(subprocess.Popen([sys.executable, *arguments], stdout=end, stderr=end if several else None, env=environment))
-            if end:
-                os.close(end)
-                copy = (label, (output, name)) if several else (echo, (output, published))
-                copies.append(threading.Thread(target=copy[0], args=copy[1], daemon=True))
-                copies[-1].start()
-            if stops:  # it came before this process was there
-                processes[-1].terminate()
-                break
-        codes = [process.wait() for process in processes]
-        for copy in copies:
-            copy.join(5)  # a child of a run that hangs, as wandb's may, keeps its pipe open
-    except BaseException:  # for instance no memory for another process
-        for process in processes:
-            process.terminate()
-            process.wait()
-        raise
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if stops:
-        raise KeyboardInterrupt
-    return codes
-
-
-def start(arguments, otherwise):
-    """Runs `python ARGUMENTS`, as launch() does. Raises UserError with `otherwise` if that fails."""
-    code, = launch({"": arguments})
-    if code:
-        raise UserError(f"that command ended with code {code}: {otherwise}")
-
-
-def fetch_data(track, fields):
-    """Makes or downloads the track's shards, unless the `fields` from the command line name others."""
-    if not any(field.startswith("--input_bin") for field in fields):
-        start(["data/shakespeare.py"] if track == "cpu" else ["data/fineweb.py", f"configs/{track}_muon.toml"],
-              "the data are not there; the same command continues")
 
 
 def read_overhead(path, config=None, processes=1):
@@ -248,7 +144,7 @@ def main():
     if args.seeds < 1 or len(set(optimizers)) < len(optimizers):
         raise UserError(f"--seeds {args.seeds} --optimizers {args.optimizers}: seeds must be at least 1, each optimizer named once")
     for field in fields:
-        if field.startswith("--") and field[2:].split("=")[0] in OWN:
+        if field.startswith("--") and field[2:].split("=")[0] in jobs.PLANNED_FIELDS:
             raise UserError(f"{field}: every run here has its own, to its end; --seeds and --optimizers say which runs there are")
     processes = args.gpus
     if processes is None:
@@ -268,13 +164,13 @@ def main():
     overhead = args.overhead or logs / "overhead.json"
     if args.overhead and claim:
         read_overhead(overhead)
-    missing = [run for run in planned if not ended(run[0], run[2])]
+    missing = [run for run in planned if not jobs.ended(run[0], run[2])]
     if missing:
-        fetch_data(args.track, fields)
+        jobs.fetch_data(args.track, fields)
     if timed and not (overhead.exists() and (args.overhead or read_overhead(overhead, planned[0][2], processes))):
         logs.mkdir(parents=True, exist_ok=True)
         unfinished = overhead.with_suffix(".tmp")
-        start([*launcher, "scripts/bench.py", f"configs/{args.track}_newton_muon.toml", "--sides", "muon,newton_muon", "--json",
+        jobs.start([*launcher, "scripts/bench.py", f"configs/{args.track}_newton_muon.toml", "--sides", "muon,newton_muon", "--json",
                str(unfinished), *fields], "the overhead of a step was not measured; the same command continues")
         unfinished.rename(overhead)
     print(f"\n{len(planned) - len(missing)} of {len(planned)} runs in {logs} are finished", flush=True)
@@ -285,7 +181,7 @@ def main():
     for run in missing:
         together.setdefault(run[2].seed if args.track == "cpu" and processes == 1 else run[0], []).append(run)
     for batch in together.values():
-        codes = launch({folder.name: [*launcher, "train_gpt2.py", *arguments] for folder, arguments, _ in batch}, curve)
+        codes = jobs.launch({folder.name: [*launcher, "train_gpt2.py", *arguments] for folder, arguments, _ in batch}, curve)
         for (folder, _, _), code in zip(batch, codes):
             if code and not runs.diverged(folder):
                 raise UserError(f"the run in {folder} ended with code {code}; the same command resumes it from its last checkpoint")
@@ -318,4 +214,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runs.run_resumable(main)
+    jobs.run_resumable(main)

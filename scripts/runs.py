@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import signal
 import stat
 import sys
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # where train_gpt2.py is; it imports torch, which takes seconds, so this module imports it only where it must
+sys.path.insert(0, str(ROOT))  # where train_gpt2.py is, for the scripts that import this module before it
 
 LINE = re.compile(r"^step:(\d{1,12})/(\d{1,12}) (.*\btrain_time:.*)$", re.MULTILINE)
 NUMBER = r"([-+]?(?:nan|inf|infinity|\d+(?:\.\d*)?(?:e[-+]?\d+)?))"
@@ -411,32 +410,6 @@ def diverged(folder):
         return False
 
 
-def finished(folder, config):
-    """Whether `folder` holds the finished run of `config` by this code. RunError if it holds one of another code or configuration."""
-    import dataclasses
-    import importlib.util
-
-    from train_gpt2 import MAY_CHANGE_ON_RESUME, code_sha256
-    facts = read_facts(folder)
-    config_there = facts.get("config", {})
-    if not facts:
-        return False
-
-    def refuse(what):
-        raise RunError(f"{folder} {what}; choose another --log_dir, or delete it")
-
-    if facts.get("code_sha256") != code_sha256():
-        refuse("is from another version of train_gpt2.py")
-    for name, value in dataclasses.asdict(config).items():
-        if name not in MAY_CHANGE_ON_RESUME - {"stop_at_target"} and config_there.get(name) != value:
-            refuse(f"has {name} = {config_there.get(name)!r}, this run {value!r}")
-    if ":" in config.optimizer:
-        module = importlib.util.find_spec(config.optimizer.split(":")[0])
-        if module and hashlib.sha256(Path(module.origin).read_bytes()).hexdigest() != facts.get("optimizer_sha256", ""):
-            refuse(f"is from another version of {module.origin}")
-    return "end" in facts
-
-
 def read_curve(path=ROOT / "records/speedrun/record4.csv"):
     """A published validation curve: [(step, loss, training seconds), ...]. Lines that start with # say where it is from."""
     rows = [line.split(",") for line in read_text(path).splitlines() if not line.startswith("#")]
@@ -444,18 +417,3 @@ def read_curve(path=ROOT / "records/speedrun/record4.csv"):
         return [(int(step), float(loss), float(seconds)) for step, loss, seconds in rows[1:]]
     except ValueError:
         raise RunError(f"{path} is not a table of step, val_loss and train_time_s") from None
-
-
-def run_resumable(main):
-    """Calls main(), whose work the same command continues, also after SIGTERM; what a user can cause ends the script with a sentence."""
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    from train_gpt2 import UserError
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command continues")

@@ -20,43 +20,19 @@ import csv
 import dataclasses
 import itertools
 import math
-import os
 import re
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from runs import ROOT, diverged, finished, read_facts, run_resumable  # the first: it puts the repository on the path
+from jobs import Jobs, finished, run_resumable  # first: it makes train_gpt2 importable
+from runs import diverged, read_facts
 from train_gpt2 import Config, UserError, load_config
 
 RATES = ("learning_rate", "hidden_learning_rate")
 FIRST_TUNING_SEED = 100
 AXES = ((1, 0), (-1, 0), (0, 1), (0, -1))
 DIAGONALS = ((1, 1), (-1, -1), (1, -1), (-1, 1))
-
-
-running = []  # processes of train()
-
-
-def train(arguments, folder, threads):
-    """Runs train_gpt2.py with `arguments`, into `folder`; returns the final validation loss, None if the run failed."""
-    command = [sys.executable, str(ROOT / "train_gpt2.py"), *arguments]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True)
-    running.append(process)
-    errors = process.communicate()[1]
-    running.remove(process)
-    if process.returncode:
-        print(f"{folder.name}: {errors.strip() or f'ended with code {process.returncode}'}", file=sys.stderr, flush=True)
-        return None
-    return read_facts(folder).get("final_val_loss")
-
-
-def stop_training():
-    """Ends what train() runs in other threads: after their step, with a checkpoint."""
-    for process in list(running):
-        process.terminate()
 
 
 def train_all(settings, log_dir, jobs):
@@ -67,12 +43,11 @@ def train_all(settings, log_dir, jobs):
         arguments = [config, "--log_dir", str(log_dir), "--run_name", name, "--resume", "auto",
                      *(part for key, value in fields.items() for part in (f"--{key}", str(value)))]
         runs[log_dir / name] = arguments, finished(log_dir / name, load_config(arguments))
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    losses = {}
+    training, losses = Jobs(jobs), {}
 
     def one(folder):
         arguments, done = runs[folder]
-        losses[folder.name] = read_facts(folder).get("final_val_loss") if done else train(arguments, folder, threads)
+        losses[folder.name] = read_facts(folder).get("final_val_loss") if done else training.train(arguments, folder)
         print(f"{len(losses)}/{len(runs)} {folder.name}: {losses[folder.name] or 'failed'}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -80,7 +55,7 @@ def train_all(settings, log_dir, jobs):
             list(pool.map(one, runs))
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
-            stop_training()
+            training.stop()
             raise
     return {folder.name: losses[folder.name] for folder in runs}
 

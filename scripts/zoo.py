@@ -40,8 +40,8 @@ from matplotlib.figure import Figure
 import runs  # first: it makes train_gpt2 importable
 import estimates
 import records as filing
-import replicate
 import tune
+from jobs import PLANNED_FIELDS, Jobs, fetch_data, finished, run_resumable, start
 from train_gpt2 import GPT, MAY_CHANGE_ON_RESUME, UserError, build_optimizers, code_sha256, load_config
 
 RECORDS = runs.ROOT / "records" / "zoo"
@@ -173,7 +173,7 @@ class Track:
 
     def __init__(self, name, jobs, logs, given, table):
         self.jobs, self.logs, self.given, self.table = jobs, logs, given, table
-        self.free, self.interrupted = threading.Semaphore(jobs), threading.Event()  # for all threads that train
+        self.training, self.free = Jobs(jobs), threading.Semaphore(jobs)  # for all threads that train
         self.config = f"configs/{name}_muon.toml"
         self.full = load_config([self.config, *given])
         self.steps = self.full.num_iterations
@@ -185,7 +185,6 @@ class Track:
     def train(self, points):
         """Runs those of `points` that are not in the table. UserError if one does not end; then none is begun any more."""
         missing, failed = [point for point in dict.fromkeys(points) if point not in self.table.losses], []
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
 
         def one(point):
             name = "_".join(str(value) for value in point if value != "")
@@ -194,14 +193,14 @@ class Track:
             arguments = [self.config, "--save_every", "250", *self.given, *fields(ZOO[point.optimizer], point), *shorter, "--val_loss_every", "0",
                          "--log_dir", str(self.logs), "--run_name", name, "--resume", "auto"]
             with self.free:
-                if failed or self.interrupted.is_set():
+                if failed or self.training.stopped:
                     return
                 try:
-                    runs.finished(self.logs / name, load_config(arguments))  # refuses what other code has left there
+                    finished(self.logs / name, load_config(arguments))  # refuses what other code has left there
                 except runs.RunError as error:
                     failed.append(error.sentence)
                     return
-                loss = tune.train(arguments, self.logs / name, threads)
+                loss = self.training.train(arguments, self.logs / name)
                 if loss is None and not runs.diverged(self.logs / name):
                     failed.append(f"the run {name} in {self.logs} did not end; the same command resumes it")
                     return
@@ -211,7 +210,7 @@ class Track:
 
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(one, missing))
-        if failed or self.interrupted.is_set():
+        if failed or self.training.stopped:
             raise UserError(failed[0] if failed else "interrupted")
 
     def losses_of(self, points, best=math.inf):
@@ -255,7 +254,7 @@ class Track:
         if entry.optimizer != "muon":
             out = self.logs / "bench.json"
             self.logs.mkdir(parents=True, exist_ok=True)
-            replicate.start(["scripts/bench.py", self.config, "--sides", f"muon,{entry.optimizer}", "--rounds", "12", "--steps", "10",
+            start(["scripts/bench.py", self.config, "--sides", f"muon,{entry.optimizer}", "--rounds", "12", "--steps", "10",
                              "--json", str(out), "--optimizer_args", config.optimizer_args, *self.given],
                             "the time of a step was not measured; the same command continues")
             bench = json.loads(out.read_text())
@@ -450,7 +449,7 @@ def main():
     unknown = [name for name in names if name not in ZOO]
     if unknown:
         raise UserError(f"there is no optimizer '{unknown[0]}' here; there are {', '.join(ZOO)}")
-    other = [field for field in given if field.startswith("--") and field[2:].split("=")[0] not in MAY_CHANGE_ON_RESUME.difference(replicate.OWN)]
+    other = [field for field in given if field.startswith("--") and field[2:].split("=")[0] not in MAY_CHANGE_ON_RESUME.difference(PLANNED_FIELDS)]
     if other and args.records == RECORDS:
         raise UserError(f"{other[0]} makes another comparison than that of {RECORDS}; give it a folder of its own by --records FOLDER")
     if args.jobs < 1:
@@ -458,7 +457,7 @@ def main():
     if not (args.page or args.check):
         track = Track(args.track, args.jobs, args.log_dir or Path("logs") / f"zoo_{args.track}", given,
                       Table(args.records / args.track / "runs.csv"))
-        replicate.fetch_data(args.track, given)
+        fetch_data(args.track, given)
         names = list(dict.fromkeys(["muon", *names]))  # all are compared with Muon
         for name in names:
             track.measure(name)
@@ -474,8 +473,7 @@ def main():
                         print(f"error: {failed[-1]}", file=sys.stderr, flush=True)
                     write_page(args.records)
             except BaseException:
-                track.interrupted.set()
-                tune.stop_training()
+                track.training.stop()
                 raise
         if failed:
             raise UserError(f"not complete: {'; '.join(failed)}")
@@ -484,4 +482,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runs.run_resumable(main)
+    run_resumable(main)

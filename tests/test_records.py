@@ -1,12 +1,8 @@
-"""Records: what is filed and what is refused, the leaderboard, tuning, samples of text."""
+"""Records: what is filed and what is refused, the leaderboard, samples of text."""
 import hashlib
 import json
-import os
 import shlex
 import shutil
-import signal
-import sys
-import threading
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -15,14 +11,12 @@ import pytest
 import torch
 from scipy import stats
 
+import jobs
 import records
 import runs
 import sample
-import train_gpt2
-import tune
 from conftest import ROOT, TINY
 from runs import RunError
-from test_distributed import logged, write_config
 from train_gpt2 import GPT, Config, UserError, load_config
 
 RUNS = sorted(path.parent.relative_to(ROOT / "records") for path in ROOT.glob("records/*/*/*/run.json"))
@@ -170,12 +164,12 @@ def test_source_of_an_optimizer_is_filed(start, ledger, monkeypatch, tmp_path):
     assert done.returncode == 0, done.stderr
     run = tmp_path / "logs/mine"
     config = Config(**json.loads((run / "run.json").read_text())["config"])
-    assert runs.finished(run, config) and ledger.add(run).returncode == 0
+    assert jobs.finished(run, config) and ledger.add(run).returncode == 0
     filed, = ledger.folder.glob("2*_first/mine/optimizer.py")
     assert filed.read_text() == (tmp_path / "mine.py").read_text()
     (tmp_path / "mine.py").write_text("import torch\n\n\nclass Mine(torch.optim.SGD):\n    changed = True\n")
     with pytest.raises(RunError, match="is from another version of .*mine.py"):
-        runs.finished(run, config)
+        jobs.finished(run, config)
     (run / "optimizer.py").write_text("")
     with pytest.raises(RunError, match="optimizer.py does not have the SHA-256"):
         records.check_run(run, ledger.read_track())
@@ -184,14 +178,14 @@ def test_source_of_an_optimizer_is_filed(start, ledger, monkeypatch, tmp_path):
 def test_finished(ledger, tmp_path):
     run, other = ledger.runs
     config = Config(**json.loads((run / "run.json").read_text())["config"])
-    assert runs.finished(run, config) and not runs.finished(tmp_path / "nothing", config)
+    assert jobs.finished(run, config) and not jobs.finished(tmp_path / "nothing", config)
     edit("run.json", '"end"', '"ended"')(other)
-    assert not runs.finished(other, Config(**{**vars(config), "seed": 1, "run_name": "muon_1"}))
+    assert not jobs.finished(other, Config(**{**vars(config), "seed": 1, "run_name": "muon_1"}))
     with pytest.raises(RunError, match="has seed = 0, this run 5; choose another --log_dir"):
-        runs.finished(run, Config(**{**vars(config), "seed": 5}))
+        jobs.finished(run, Config(**{**vars(config), "seed": 5}))
     edit_facts(code_sha256="0")(run)
     with pytest.raises(RunError, match="another version of train_gpt2.py"):
-        runs.finished(run, config)
+        jobs.finished(run, config)
 
 
 def test_early_end_needs_the_target(start, ledger, tmp_path):
@@ -278,110 +272,6 @@ def test_a_shuffled_order_needs_all_shards(ledger):
 def test_unknown_track():
     with pytest.raises(RunError, match="no track 'gpu'; the tracks are books, cpu, mini, speedrun"):
         records.read_track("gpu")
-
-
-# tuning
-
-
-def test_grid(monkeypatch, call, tmp_path):
-    def process(returncode, errors=""):
-        return Namespace(returncode=returncode, communicate=lambda: ("", errors))
-
-    def train(command, **options):  # leaves what a run leaves that tune.py reads
-        assert command[:2] == [sys.executable, str(ROOT / "train_gpt2.py")]
-        config = load_config(command[2:])
-        started.append(config.run_name)
-        if config.learning_rate == 9:
-            return process(1, "it failed")
-        folder = tmp_path / config.run_name
-        folder.mkdir()
-        (folder / "run.json").write_text(json.dumps(dict(
-            config=vars(config), code_sha256=train_gpt2.code_sha256(), end="now", final_val_loss=1 / config.learning_rate)))
-        return process(0)
-
-    started, arguments = [], ["configs/cpu_adamw.toml", "--learning_rate", "0.5,9,1", "--weight_decay", 0.1, "--log_dir", tmp_path]
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(tune.subprocess, "Popen", train)
-    for runs_of_it in (["0.5", "9", "1"], ["9"]):  # the same command tries again only what failed
-        done = call(tune, *arguments)
-        assert started == [f"cpu_adamw_learning_rate-{rate}_weight_decay-0.1" for rate in runs_of_it]
-        assert [line.split("_w")[0] for line in done.stdout.splitlines()[-3:]] == [
-            "1.0000  cpu_adamw_learning_rate-1", "2.0000  cpu_adamw_learning_rate-0.5", "failed  cpu_adamw_learning_rate-9"]
-        assert done.returncode == 1 and "it failed" in done.stderr
-        started.clear()
-    with pytest.raises(UserError, match="--jobs 0: must be at least 1"):
-        call(tune, *arguments, "--jobs", 0)
-
-
-def test_a_tuning_run_is_a_run(shards, tmp_path):
-    config = write_config(tmp_path / "config.toml", shards)
-    loss = tune.train([str(config), "--run_name", "a"], tmp_path / "logs/a", threads=1)
-    assert loss == logged(tmp_path / "logs/a")[10, "val_loss"]
-
-
-def test_a_stopped_search_leaves_no_run_behind(monkeypatch, tmp_path):
-    (tmp_path / "train_gpt2.py").write_text("""
-import pathlib, signal, sys
-folder = pathlib.Path(sys.argv[3])
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until it is waited for: a signal just before signal.pause() would be lost
-(folder / "started").open("a").write("x")
-signal.sigwait({signal.SIGTERM})
-(folder / "saved").touch()  # as a run writes its checkpoint
-sys.exit(143)
-""")
-
-    def stop_it():
-        while not (tmp_path / "started").exists():
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(tune, "ROOT", tmp_path)
-    monkeypatch.chdir(ROOT)
-    before = signal.getsignal(signal.SIGTERM)
-    threading.Thread(target=stop_it).start()
-    try:
-        with pytest.raises(SystemExit, match="interrupted; the same command continues"):
-            runs.run_resumable(lambda: tune.train_all([("configs/cpu_muon.toml", {"seed": seed}) for seed in range(3)], tmp_path, 1))
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert (tmp_path / "saved").exists() and (tmp_path / "started").read_text() == "x"  # none of the other two
-
-
-def test_a_broken_run_is_no_divergence(monkeypatch, tmp_path):
-    monkeypatch.setattr(tune, "train", lambda arguments, folder, threads: None if "0.02_" in folder.name else 1.0)
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(UserError, match="cpu_muon_learning_rate-0.02_.* did not end"):
-        tune.protocol(["configs/cpu_muon.toml"], {}, 9, 2, tmp_path, 1)
-    monkeypatch.setattr(tune, "diverged", lambda folder: True)
-    assert tune.protocol(["configs/cpu_muon.toml"], {}, 9, 2, tmp_path, 1)["configs/cpu_muon.toml"][0] != 0.02
-
-
-def test_protocol_tunes_alike(monkeypatch, tmp_path):
-    asked, bottom = [], {"configs/cpu_muon.toml": (0.08, 0.001), "configs/cpu_adamw.toml": (0.005, 0.0057)}  # the first is 2 steps away
-
-    def bowl(settings, log_dir, jobs):
-        asked.extend(settings)
-        return {str(i): sum(abs(np.log(fields[rate] / at)) for rate, at in zip(tune.RATES, bottom[path])) + 0.01 * (fields["seed"] - 100)
-                for i, (path, fields) in enumerate(settings)}
-
-    monkeypatch.setattr(tune, "train_all", bowl)
-    monkeypatch.chdir(ROOT)
-    found = tune.protocol(list(bottom), {"num_iterations": "600"}, 12, 2, tmp_path, 1)
-    assert all(found[path] == pytest.approx(bottom[path], rel=0.01) for path in bottom)
-    counts = [sum(path == each for each, _ in asked) for path in bottom]
-    assert counts[0] == counts[1] >= 24 and len({str(point) for point in asked}) == len(asked)
-    assert {(fields["seed"], fields["data_seed"]) for _, fields in asked} == {(100, 100), (101, 101)}
-    table = (tmp_path / "tuning.csv").read_text().splitlines()
-    assert len(table) == 1 + len(asked) / 2 and all(line.startswith("configs/cpu_muon.toml") for line in table[1:1 + counts[0] // 2])
-    pairs = {tuple(fields[rate] for rate in tune.RATES) for path, fields in asked if path == "configs/cpu_muon.toml"}
-    assert max(pairs)[0] > 0.08 and min(pair[1] for pair in pairs) < 0.001
-    with pytest.raises(UserError, match="configurations of different names"):
-        monkeypatch.setattr(sys, "argv", ["tune.py", "--protocol", "a/cpu.toml", "b/cpu.toml"])
-        tune.main()
-    for fields in ({"seed": "1"}, {"learning_rate": "0.1"}):
-        with pytest.raises(UserError, match=f"leave out {next(iter(fields))}"):
-            monkeypatch.setattr(sys, "argv", ["tune.py", "--protocol", "a.toml", *(f"--{k}={v}" for k, v in fields.items())])
-            tune.main()
 
 
 # samples

@@ -1,19 +1,14 @@
-"""scripts/replicate.py: the arms that it trains, what it prints while they run, and what it makes of them."""
+"""scripts/replicate.py: the arms that it trains, and what it makes of them."""
 import dataclasses
-import io
 import json
 import math
-import os
-import pty
-import signal
-import sys
-import threading
 
 import numpy as np
 import pytest
 import torch
 
 import bench
+import jobs
 import replicate
 import train_gpt2
 from conftest import ROOT
@@ -68,91 +63,13 @@ def test_without_muon_there_is_no_shorter_arm(monkeypatch, tmp_path):
 def test_refused_before_the_first_run(call, tmp_path, arguments, words, monkeypatch):
     if torch.cuda.is_available() and "mini" in arguments:
         pytest.skip("there is a GPU")
-    monkeypatch.setattr(replicate, "launch", lambda *_: pytest.fail("starts"))
+    monkeypatch.setattr(jobs, "launch", lambda *_: pytest.fail("starts"))
     with pytest.raises(UserError) as raised:
         call(replicate, "--log_dir", tmp_path / "runs", *arguments)
     assert words in str(raised.value) and not (tmp_path / "runs").exists()
 
 
 # running them
-
-
-@pytest.mark.parametrize("open_ends", [os.pipe, pty.openpty])
-def test_the_published_loss_stands_beside_ours(open_ends, monkeypatch):
-    reader, writer = open_ends()
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
-    thread = threading.Thread(target=replicate.echo, args=(reader, {125: 5.2017, 6200: 3.2785}))
-    thread.start()
-    try:
-        for piece in ("Muon\nstep:0/6200 val_loss:10.9", "3 train_time:0ms\n\r\033[Kstep:125/6200 val_loss:5.2117 tr",
-                      "ain_time:9ms\nstep:126/6200 val_loss:5.1 x\nstep:6200/6200 val_loss:nan\nend"):
-            os.write(writer, piece.encode())
-            while not sys.stdout.getvalue().endswith(piece.rpartition("\n")[2]):  # shown at once, although its line has no end
-                assert thread.is_alive()
-    finally:
-        os.close(writer)
-        thread.join(30)
-    assert sys.stdout.getvalue() == ("Muon\nstep:0/6200 val_loss:10.93 train_time:0ms\n"
-                                     "\r\033[Kstep:125/6200 val_loss:5.2117 train_time:9ms  published: 5.2017 (+0.0100)\n"
-                                     "step:126/6200 val_loss:5.1 x\nstep:6200/6200 val_loss:nan  published: 3.2785 (+nan)\nend")
-
-
-def test_stopped_runs_end_by_themselves(tmp_path):
-    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    code = """
-import os, pathlib, signal, sys
-folder, name, other = pathlib.Path(sys.argv[1]), *sys.argv[2:]
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until it is waited for: a signal just before signal.pause() would be lost
-(folder / name).touch()
-while not (folder / other).exists():
-    pass
-if name == "b":
-    os.kill(os.getppid(), signal.SIGTERM)
-signal.sigwait({signal.SIGTERM})
-(folder / (name + " saved")).touch()  # as a run writes its checkpoint
-sys.exit(143)
-"""
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            replicate.launch({name: ["-c", code, str(tmp_path), name, other] for name, other in ("ab", "ba")})
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # as before
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "a saved", "b saved"}
-
-
-@pytest.mark.parametrize("failing", [2, None])
-def test_no_run_is_left_behind(monkeypatch, failing):
-    """Where the second cannot be started, or SIGINT reaches this process alone."""
-    processes, popen = [], replicate.subprocess.Popen
-
-    def start(command, **options):
-        if len(processes) + 1 == failing:
-            raise BlockingIOError("no more processes")
-        processes.append(popen(command, **options))
-        return processes[-1]
-
-    code = "import os, signal; print('x', flush=True); " + ("" if failing else "os.kill(os.getppid(), signal.SIGINT); ") + "signal.pause()"
-    monkeypatch.setattr(replicate.subprocess, "Popen", start)
-    monkeypatch.setattr(os, "isatty", lambda number: False)
-    with pytest.raises(BlockingIOError if failing else KeyboardInterrupt):
-        replicate.launch({"one": ["-c", code], "two": ["-c", code]})
-    assert processes and all(process.poll() is not None for process in processes)
-
-
-def test_runs_side_by_side_are_told_apart(capsys, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    code = "import os, sys; print(os.environ['OMP_NUM_THREADS']); print('and this', file=sys.stderr); sys.exit(int(sys.argv[1]))"
-    assert replicate.launch({"one": ["-c", code, "0"], "two": ["-c", code, "3"]}) == [0, 3]
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("one ", "two "))]
-    assert sorted(lines) == ["one  3", "one  and this", "two  3", "two  and this"]
-
-
-def test_failed_command_says_what_remains(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    replicate.start(["-c", "import os; assert 'OMP_NUM_THREADS' not in os.environ"], "one command has all cores")
-    with pytest.raises(UserError, match="code 3: it failed"):
-        replicate.start(["-c", "raise SystemExit(3)"], "it failed")
 
 
 @pytest.fixture
@@ -179,7 +96,7 @@ def replicated(call, tmp_path, monkeypatch):
         done = call(replicate, "--log_dir", tmp_path / "runs", "--optimizers", "muon,newton_muon", *TINY, *arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout
-    monkeypatch.setattr(replicate, "launch", launch)
+    monkeypatch.setattr(jobs, "launch", launch)
     monkeypatch.chdir(ROOT)
     return replicated
 

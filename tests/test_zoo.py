@@ -14,6 +14,7 @@ import pytest
 import torch
 from scipy import stats
 
+import jobs
 import zoo
 from test_distributed import logged, sequence, write_config
 from train_gpt2 import UserError
@@ -136,26 +137,28 @@ def test_processes_agree(shards, tmp_path):
 @pytest.fixture
 def compare(call, monkeypatch, tmp_path):
     """compare(*arguments) calls the script; compare.runs counts what it trained, compare.loss(values of fields) is their final loss."""
-    def train(arguments, folder, threads):
+    def train(self, arguments, folder):
         compare.runs += 1
         values = dict(zip(arguments[1::2], arguments[2::2]))
         values = {name[2:]: float(value) if re.fullmatch(r"[\d.e-]+", value) else value for name, value in values.items()}
         loss = compare.loss(values)
         return None if math.isnan(loss) else loss
 
-    def bench(arguments, otherwise):
+    def launch(commands):
+        arguments, = commands.values()
         if arguments[0] == "scripts/bench.py":
             side = arguments[arguments.index("--sides") + 1]
             pair = "/".join(reversed(side.split(",")))
             ratio = dict(mean_step=1.5, low=1.4, high=1.6)
             (tmp_path / "logs/bench.json").write_text(json.dumps(dict(machine="a CPU", ratios={pair: ratio})))
+        return [0]
 
     def compare(*arguments):
         compare.runs = 0
         return call(zoo, *arguments, "--log_dir", tmp_path / "logs", "--records", tmp_path / "zoo")
 
-    monkeypatch.setattr(zoo.tune, "train", train)
-    monkeypatch.setattr(zoo.replicate, "start", bench)
+    monkeypatch.setattr(jobs.Jobs, "train", train)
+    monkeypatch.setattr(jobs, "launch", launch)
     monkeypatch.setattr(zoo.runs, "diverged", lambda folder: True)
     compare.loss = bowl
     return compare
@@ -263,8 +266,8 @@ def test_who_wins_has_had_all_tuning_seeds(compare, tmp_path):
 
 def test_jobs_change_nothing(compare, tmp_path):
     tables = []
-    for jobs in (1, 2):
-        assert compare("--optimizers", "signum", "--jobs", jobs).returncode == 0
+    for number in (1, 2):
+        assert compare("--optimizers", "signum", "--jobs", number).returncode == 0
         tables.append(sorted((tmp_path / "zoo/cpu/runs.csv").read_text().splitlines()))
         shutil.rmtree(tmp_path / "zoo")
     assert tables[0] == tables[1]

@@ -1,0 +1,111 @@
+"""scripts/tune.py: the grid and the protocol."""
+import json
+import os
+import signal
+import sys
+import threading
+from argparse import Namespace
+
+import numpy as np
+import pytest
+
+import jobs
+import train_gpt2
+import tune
+from conftest import ROOT
+from train_gpt2 import UserError, load_config
+
+
+def test_grid(monkeypatch, call, tmp_path):
+    def process(returncode, errors=""):
+        return Namespace(returncode=returncode, communicate=lambda: ("", errors))
+
+    def train(command, **options):  # leaves what a run leaves that tune.py reads
+        assert command[:2] == [sys.executable, str(ROOT / "train_gpt2.py")]
+        config = load_config(command[2:])
+        started.append(config.run_name)
+        if config.learning_rate == 9:
+            return process(1, "it failed")
+        folder = tmp_path / config.run_name
+        folder.mkdir()
+        (folder / "run.json").write_text(json.dumps(dict(
+            config=vars(config), code_sha256=train_gpt2.code_sha256(), end="now", final_val_loss=1 / config.learning_rate)))
+        return process(0)
+
+    started, arguments = [], ["configs/cpu_adamw.toml", "--learning_rate", "0.5,9,1", "--weight_decay", 0.1, "--log_dir", tmp_path]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(jobs.subprocess, "Popen", train)
+    for runs_of_it in (["0.5", "9", "1"], ["9"]):  # the same command tries again only what failed
+        done = call(tune, *arguments)
+        assert started == [f"cpu_adamw_learning_rate-{rate}_weight_decay-0.1" for rate in runs_of_it]
+        assert [line.split("_w")[0] for line in done.stdout.splitlines()[-3:]] == [
+            "1.0000  cpu_adamw_learning_rate-1", "2.0000  cpu_adamw_learning_rate-0.5", "failed  cpu_adamw_learning_rate-9"]
+        assert done.returncode == 1 and "it failed" in done.stderr
+        started.clear()
+    with pytest.raises(UserError, match="--jobs 0: must be at least 1"):
+        call(tune, *arguments, "--jobs", 0)
+
+
+def test_a_stopped_search_leaves_no_run_behind(monkeypatch, tmp_path):
+    (tmp_path / "train_gpt2.py").write_text("""
+import pathlib, signal, sys
+folder = pathlib.Path(sys.argv[3])
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until it is waited for: a signal just before signal.pause() would be lost
+(folder / "started").open("a").write("x")
+signal.sigwait({signal.SIGTERM})
+(folder / "saved").touch()  # as a run writes its checkpoint
+sys.exit(143)
+""")
+
+    def stop_it():
+        while not (tmp_path / "started").exists():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(jobs, "ROOT", tmp_path)
+    monkeypatch.chdir(ROOT)
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=stop_it).start()
+    try:
+        with pytest.raises(SystemExit, match="interrupted; the same command continues"):
+            jobs.run_resumable(lambda: tune.train_all([("configs/cpu_muon.toml", {"seed": seed}) for seed in range(3)], tmp_path, 1))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (tmp_path / "saved").exists() and (tmp_path / "started").read_text() == "x"  # none of the other two
+
+
+def test_a_broken_run_is_no_divergence(monkeypatch, tmp_path):
+    monkeypatch.setattr(jobs.Jobs, "train", lambda self, arguments, folder: None if "0.02_" in folder.name else 1.0)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match="cpu_muon_learning_rate-0.02_.* did not end"):
+        tune.protocol(["configs/cpu_muon.toml"], {}, 9, 2, tmp_path, 1)
+    monkeypatch.setattr(tune, "diverged", lambda folder: True)
+    assert tune.protocol(["configs/cpu_muon.toml"], {}, 9, 2, tmp_path, 1)["configs/cpu_muon.toml"][0] != 0.02
+
+
+def test_protocol_tunes_alike(monkeypatch, tmp_path):
+    asked, bottom = [], {"configs/cpu_muon.toml": (0.08, 0.001), "configs/cpu_adamw.toml": (0.005, 0.0057)}  # the first is 2 steps away
+
+    def bowl(settings, log_dir, jobs):
+        asked.extend(settings)
+        return {str(i): sum(abs(np.log(fields[rate] / at)) for rate, at in zip(tune.RATES, bottom[path])) + 0.01 * (fields["seed"] - 100)
+                for i, (path, fields) in enumerate(settings)}
+
+    monkeypatch.setattr(tune, "train_all", bowl)
+    monkeypatch.chdir(ROOT)
+    found = tune.protocol(list(bottom), {"num_iterations": "600"}, 12, 2, tmp_path, 1)
+    assert all(found[path] == pytest.approx(bottom[path], rel=0.01) for path in bottom)
+    counts = [sum(path == each for each, _ in asked) for path in bottom]
+    assert counts[0] == counts[1] >= 24 and len({str(point) for point in asked}) == len(asked)
+    assert {(fields["seed"], fields["data_seed"]) for _, fields in asked} == {(100, 100), (101, 101)}
+    table = (tmp_path / "tuning.csv").read_text().splitlines()
+    assert len(table) == 1 + len(asked) / 2 and all(line.startswith("configs/cpu_muon.toml") for line in table[1:1 + counts[0] // 2])
+    pairs = {tuple(fields[rate] for rate in tune.RATES) for path, fields in asked if path == "configs/cpu_muon.toml"}
+    assert max(pairs)[0] > 0.08 and min(pair[1] for pair in pairs) < 0.001
+    with pytest.raises(UserError, match="configurations of different names"):
+        monkeypatch.setattr(sys, "argv", ["tune.py", "--protocol", "a/cpu.toml", "b/cpu.toml"])
+        tune.main()
+    for fields in ({"seed": "1"}, {"learning_rate": "0.1"}):
+        with pytest.raises(UserError, match=f"leave out {next(iter(fields))}"):
+            monkeypatch.setattr(sys, "argv", ["tune.py", "--protocol", "a.toml", *(f"--{k}={v}" for k, v in fields.items())])
+            tune.main()
