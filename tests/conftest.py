@@ -25,6 +25,18 @@ TINY = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=64, sequence_length=16, b
             val_loss_every=5, val_tokens=16 * 24, log_every=1, learning_rate=0.01, hidden_learning_rate=0.002, device="cpu")
 
 
+def run(*command, env={}, **options):
+    """The command in a process of its own, to its end: returncode, stdout, stderr. `env` is added to the environment."""
+    options = dict(capture_output=True, text=True, timeout=600) | options
+    return subprocess.run([*map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1", **env}, **options)
+
+
+def torchrun(processes):
+    """The command that starts so many processes of the script that follows."""
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    return [sys.executable, *several] if processes > 1 else [sys.executable]
+
+
 @pytest.fixture
 def tiny():
     return Config(**TINY)
@@ -65,12 +77,13 @@ def call(monkeypatch, capfd):
 
 @pytest.fixture
 def launch(tmp_path):
-    """launch("data/NAME.py", *arguments, **Popen's) starts a script in a process of its own, outside the repository."""
+    """launch(*command, env={}, **options of Popen) starts it in a process of its own, which does not outlive the test."""
     with contextlib.ExitStack() as stack:
-        def launch(script, *arguments, **options):
+        def launch(*command, env={}, **options):
             options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) | options
-            process = subprocess.Popen([sys.executable, ROOT / script, *map(str, arguments)],  # Ctrl-C works, even if it is ignored here
-                                       preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
+            ctrl_c_works = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # even if it is ignored here
+            process = subprocess.Popen([*map(str, command)], preexec_fn=ctrl_c_works,
+                                       env={**os.environ, "OMP_NUM_THREADS": "1", **env}, **options)
             stack.callback(process.wait)
             stack.callback(process.kill)
             return process
@@ -95,9 +108,7 @@ def start(shards, tmp_path, monkeypatch, call):
             with monkeypatch.context() as patch:
                 patch.chdir(tmp_path)
                 return call(train_gpt2, *command)
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-        return subprocess.run([sys.executable, *launcher, str(ROOT / "train_gpt2.py"), *command], capture_output=True, text=True, cwd=tmp_path,
-                              timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+        return run(*torchrun(processes), ROOT / "train_gpt2.py", *command, cwd=tmp_path, env=env)
     return start
 
 

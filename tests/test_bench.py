@@ -1,16 +1,14 @@
 """scripts/bench.py, where a step goes (scripts/kernels.py), and scripts/gpu_check.sh, on a CPU."""
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 
 import pytest
 from scipy import stats
 
 import bench
-from conftest import ROOT, TINY, toml
+from conftest import ROOT, TINY, run, toml
 from kernels import GROUPS, group, where_it_goes
 
 
@@ -67,7 +65,7 @@ def test_a_wrong_option_is_named(call, arguments, words):
 
 
 def test_an_unknown_side_is_named(config):
-    done = subprocess.run([sys.executable, ROOT / "scripts/bench.py", config, "--sides", "muon,mun"], capture_output=True, text=True)
+    done = run(sys.executable, ROOT / "scripts/bench.py", config, "--sides", "muon,mun")
     assert done.returncode == 1 and done.stderr.startswith("error: optimizer = 'mun'") and done.stderr.count("\n") == 1
 
 
@@ -135,8 +133,7 @@ def test_gpu_trace():
 
 
 def check(*arguments, **env):
-    return subprocess.run([ROOT / "scripts/gpu_check.sh", *arguments], capture_output=True, text=True, cwd="/",
-                          env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **env})
+    return run(ROOT / "scripts/gpu_check.sh", *arguments, cwd="/", env={"PYTHON": sys.executable, **env})
 
 
 def test_gpu_check_without_a_gpu_says_so(tmp_path):
@@ -148,9 +145,9 @@ def test_gpu_check_without_a_gpu_says_so(tmp_path):
 def test_gpu_check_makes_one_archive(tmp_path):
     done = check("--cpu", CUDA_VISIBLE_DEVICES="", OUT=str(tmp_path / "out"))
     assert done.returncode == 0, done.stdout + done.stderr
-    listing = subprocess.run(["tar", "-tzf", tmp_path / "out/gpu_check.tar.gz"], capture_output=True, text=True).stdout.split()
-    texts, run = ("environment", "tests", "bench", "train_newton_muon", "summary"), ("log.txt", "metrics.jsonl", "run.json")
-    files = {"bench.json", *(f"{name}.txt" for name in texts), *(f"runs/newton_muon/{name}" for name in run)}
+    listing = run("tar", "-tzf", tmp_path / "out/gpu_check.tar.gz").stdout.split()
+    texts, logs = ("environment", "tests", "bench", "train_newton_muon", "summary"), ("log.txt", "metrics.jsonl", "run.json")
+    files = {"bench.json", *(f"{name}.txt" for name in texts), *(f"runs/newton_muon/{name}" for name in logs)}
     assert {f"out/{name}" for name in files} <= set(listing) and not any(name.endswith(".pt") for name in listing)
     summary = (tmp_path / "out/summary.txt").read_text()
     assert [line.split()[-1] for line in summary.splitlines()[1:5]] == ["done"] * 4

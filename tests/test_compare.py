@@ -2,6 +2,7 @@
 import os
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from scipy import stats
 
 import compare
 from browser import Browser
+from conftest import ROOT
 from runs import SPEEDRUN, Run, make_groups
 from sample_runs import SHARD, facts, lines, run_of, write
 
@@ -117,7 +119,7 @@ def test_hostile_names(tmp_path, call):
 
 def test_a_terminal_without_unicode(tmp_path, launch):
     write(tmp_path / "a", optimizer="\u00b5on")
-    out, errors = launch("scripts/compare.py", tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"}).communicate()
+    out, errors = launch(sys.executable, ROOT / "scripts/compare.py", tmp_path, env={"PYTHONIOENCODING": "ascii"}).communicate()
     assert "?on" in out and errors == ""
 
 

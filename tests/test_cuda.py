@@ -1,15 +1,12 @@
 """The same on a GPU, where there is one: scripts/test.sh tests/test_cuda.py. Needs nothing but torch, numpy and pytest."""
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import ROOT
+from conftest import ROOT, run, torchrun
 from train_gpt2 import GPT, Config, Muon, newton_schulz
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -152,8 +149,7 @@ init = dist.init_process_group
 dist.init_process_group = lambda backend, **more: init("gloo", **more)
 train_gpt2.main()"""
     (tmp_path / "two.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "two.py",
-               tmp_path / "config.toml", "--run_name", "2", *(text for key, value in fields.items() for text in (f"--{key}", str(value)))]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    done = run(*torchrun(2), tmp_path / "two.py", tmp_path / "config.toml", "--run_name", "2",
+               *(text for key, value in fields.items() for text in (f"--{key}", value)), cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "logs/2") == pytest.approx(losses(tmp_path / "logs/1"), rel=0.002)

@@ -1,11 +1,9 @@
 """Several processes, and runs that are stopped, killed and resumed."""
 import json
-import os
 import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -14,16 +12,12 @@ import pytest
 import torch
 
 import train_gpt2
-from conftest import ROOT, TINY, toml
+from conftest import ROOT, TINY, run, toml, torchrun
 from faults import full_disk
 
 OPTIMIZERS = ("adamw", "muon", "newton_muon")
 STEPS, REFRESH = 40, 10
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
-
-
-def torchrun(processes, *arguments):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *map(str, arguments)]
+ENV = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
 
 def write_config(path, shards, **fields):
@@ -52,7 +46,7 @@ def same_weights(a, b):
 
 def sequence(*groups):
     """Runs [(processes, [[ARGUMENT, ...], ...]), ...] by sequence.py. Returns its output and {(processes, run name): reports, by rank}."""
-    done = subprocess.run([sys.executable, ROOT / "tests" / "sequence.py", json.dumps(groups)], env=ENV, capture_output=True, text=True, timeout=240)
+    done = run(sys.executable, ROOT / "tests/sequence.py", json.dumps(groups), env=ENV)
     assert done.returncode == 0, done.stderr
     reports = {}
     for report in sorted(map(json.loads, re.findall(r"REPORT (\{.*?\})", done.stdout)), key=lambda report: report["rank"]):
@@ -152,7 +146,7 @@ for _ in range(200):
 ends.append(attempt(0, config, "--run_name", "killed", "--resume", "auto"))
 print(json.dumps(ends))
 """
-    result = subprocess.run([sys.executable, "-c", code, str(config)], env={**ENV, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240)
+    result = run(sys.executable, "-c", code, config, env=ENV)
     assert result.returncode == 0, result.stderr
     ends = json.loads(result.stdout)
     assert ends.count(-9) == 20 and set(ends[:-1]) == {-9} and ends[-1] == 0, result.stdout + result.stderr
@@ -162,9 +156,8 @@ print(json.dumps(ends))
     assert steps == sorted(steps)
 
 
-def stop_in_the_middle(command, number):
-    """Starts the command, sends it the signal once step 5 is evaluated; returns exit code, seconds until the end, and all output."""
-    process = subprocess.Popen(list(map(str, command)), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def stop_in_the_middle(process, number):
+    """Sends it the signal once step 5 is evaluated; returns exit code, seconds until the end, and all output."""
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -176,19 +169,19 @@ def stop_in_the_middle(command, number):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_saves_a_checkpoint(shards, tmp_path, number, code):
+def test_signal_saves_a_checkpoint(launch, shards, tmp_path, number, code):
     config = write_config(tmp_path / "config.toml", shards, num_iterations=1000, val_loss_every=1)
-    command = [sys.executable, ROOT / "train_gpt2.py", config, "--run_name", "a"]
-    returned, seconds, output = stop_in_the_middle(command, number)
+    returned, seconds, output = stop_in_the_middle(launch(sys.executable, ROOT / "train_gpt2.py", config, "--run_name", "a"), number)
     assert returned == code and seconds < 10 and f"stopped by {number.name}" in output and "Traceback" not in output
     step = int(re.search(r"stopped by \w+ after step (\d+)", output)[1])
     assert 5 <= step < 1000 and (tmp_path / f"logs/a/checkpoints/step_{step:06d}.pt").exists()
     assert [key for key in logged(tmp_path / "logs/a") if key[1] == "train_loss"][-1] == (step, "train_loss")
 
 
-def test_stopped_processes_resume_exactly(shards, tmp_path):
+def test_stopped_processes_resume_exactly(launch, shards, tmp_path):
     config = write_config(tmp_path / "config.toml", shards, num_iterations=40, val_loss_every=1, optimizer="newton_muon", refresh_interval=3)
-    code, seconds, output = stop_in_the_middle(torchrun(2, ROOT / "train_gpt2.py", config, "--run_name", "stopped"), signal.SIGTERM)
+    two = launch(*torchrun(2), ROOT / "train_gpt2.py", config, "--run_name", "stopped")
+    code, seconds, output = stop_in_the_middle(two, signal.SIGTERM)
     assert code != 0 and seconds < 10 and "stopped by SIGTERM" in output, output
     output, _ = sequence((2, [[str(config), "--run_name", name, "--resume", "auto"] for name in ("stopped", "whole")]))
     assert output.count("resumed at step") == 1
@@ -205,10 +198,8 @@ FAULTY = dict(num_iterations=20, save_every=2, run_name="a")
 def faulty(shards, tmp_path, fault, launcher=(), env={}, **fields):
     """(result, seconds, names of the checkpoints) of a run on two processes, the second of which has the fault."""
     config = write_config(tmp_path / "config.toml", shards, optimizer=f"faults:{fault}", collective_timeout=5, **FAULTY, **fields)
-    command = torchrun(2, ROOT / "train_gpt2.py", config, "--resume", "auto")
-    command[3:3] = launcher
     start = time.monotonic()
-    result = subprocess.run(command, env={**ENV, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **env}, capture_output=True, text=True, timeout=120)
+    result = run(*torchrun(2), *launcher, ROOT / "train_gpt2.py", config, "--resume", "auto", env={**ENV, **env})
     return result, time.monotonic() - start, checkpoints(tmp_path)
 
 

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import signal
+import sys
 import termios
 import threading
 import time
@@ -19,6 +20,7 @@ import pytest
 from huggingface_hub import constants
 
 import fineweb
+from conftest import ROOT
 from fake_hub import FakeHub
 from faults import full_disk
 from train_gpt2 import Config
@@ -286,8 +288,8 @@ def test_script_stopped_in_a_terminal(hub, fetch, launch, out, tmp_path):
     hub.faults[("GET", ONE)] = iter([dict(stall=28 * MB)])
     ours, its = pty.openpty()
     termios.tcsetwinsize(its, (24, 100))
-    process = launch("data/fineweb.py", 1, "--out", out, stdout=its, stderr=its, env={
-        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_secret", "NO_PROXY": "*"})
+    process = launch(sys.executable, ROOT / "data/fineweb.py", 1, "--out", out, stdout=its, stderr=its, env={
+        "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_secret", "NO_PROXY": "*"})
     os.close(its)
     threading.Thread(target=lambda: hub.stalled.wait(300) and process.send_signal(signal.SIGINT)).start()
     shown = b""

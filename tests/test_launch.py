@@ -2,13 +2,12 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, run
 
 RECORD = f'''#!{sys.executable}
 import json, os, sys
@@ -28,17 +27,13 @@ def stub(tmp_path, monkeypatch):
     return stub
 
 
-def run(*command, **env):
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, **env}, timeout=60)
-
-
 def test_slurm_starts_the_launcher(stub, tmp_path):
     stub("srun")
     stub("scontrol", '#!/bin/sh\n[ "$*" = "show hostnames node[7-8]" ] && yes node7 | head -n 99999\n')  # more than a pipe holds
     script = tmp_path / "slurm_script"  # Slurm runs a copy
     script.write_bytes((ROOT / "scripts/slurm.sbatch").read_bytes())
-    done = run("bash", script, "configs/speedrun_muon.toml", "--save_every", 500, SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="40123",
-               SLURM_JOB_NODELIST="node[7-8]", SLURM_JOB_NUM_NODES="2", SLURM_CPUS_PER_TASK="48")
+    done = run("bash", script, "configs/speedrun_muon.toml", "--save_every", 500, env=dict(
+        SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="40123", SLURM_JOB_NODELIST="node[7-8]", SLURM_JOB_NUM_NODES="2", SLURM_CPUS_PER_TASK="48"))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == dict(job="speedrun_muon_40123", folder=str(ROOT), arguments=[
         "--kill-on-bad-exit=0", "--cpus-per-task=48", "scripts/launch_multinode.sh", "2", "node7:20123", "configs/speedrun_muon.toml",
@@ -48,7 +43,7 @@ def test_slurm_starts_the_launcher(stub, tmp_path):
 def test_slurm_output_folder_exists():
     output, = re.findall(r"^#SBATCH --output=(.*)$", (ROOT / "scripts/slurm.sbatch").read_text(), re.MULTILINE)
     assert Path(output).parent == Path(".")
-    assert subprocess.run(["git", "check-ignore", "-q", output.replace("%j", "1")], cwd=ROOT).returncode == 0
+    assert run("git", "check-ignore", "-q", output.replace("%j", "1"), cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("arguments, env, code, words", [
@@ -57,13 +52,14 @@ def test_slurm_output_folder_exists():
 ])
 def test_slurm_script_says_how_to_start_it(arguments, env, code, words, monkeypatch):
     monkeypatch.delenv("SLURM_SUBMIT_DIR", raising=False)
-    done = run("bash", ROOT / "scripts/slurm.sbatch", *arguments, **env)
+    done = run("bash", ROOT / "scripts/slurm.sbatch", *arguments, env=env)
     assert (done.returncode, words in done.stderr) == (code, True), done.stderr
 
 
 def test_launcher_starts_torchrun_with_the_nodes_rendezvous(stub):
     config = str(ROOT / "configs/cpu_muon.toml")
-    done = run(ROOT / "scripts/launch_multinode.sh", 2, "node7", config, "--save_every", 5, PYTHON=str(stub("python")), NPROC="4")
+    done = run(ROOT / "scripts/launch_multinode.sh", 2, "node7", config, "--save_every", 5,
+               env=dict(PYTHON=str(stub("python")), NPROC="4"))
     assert json.loads(done.stdout)["arguments"] == [
         "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "4", "--max_restarts", "3", "--rdzv_backend", "c10d",
         "--rdzv_endpoint", "node7:29400", "--rdzv_id", "cpu_muon", str(ROOT / "train_gpt2.py"), config, "--run_name", "cpu_muon",
@@ -81,5 +77,5 @@ def test_launcher_refuses(arguments, code, words):
 
 def test_launcher_without_torch_says_so(stub):
     python = stub("python", "#!/bin/sh\necho ModuleNotFoundError >&2; exit 1\n")
-    done = run(ROOT / "scripts/launch_multinode.sh", 2, "node7", ROOT / "configs/cpu_muon.toml", PYTHON=str(python))
+    done = run(ROOT / "scripts/launch_multinode.sh", 2, "node7", ROOT / "configs/cpu_muon.toml", env=dict(PYTHON=str(python)))
     assert done.returncode == 1 and done.stderr == f"error: {python} cannot import torch; set PYTHON to an interpreter that can\n"

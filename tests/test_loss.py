@@ -1,6 +1,4 @@
 """The loss on a GPU, without one: its kernel by Triton's interpreter, and compiled for three generations of GPUs."""
-import os
-import subprocess
 import sys
 
 import pytest
@@ -8,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt2
-from conftest import ROOT
+from conftest import ROOT, run
 from train_gpt2 import GPT, Config, head_loss
 
 triton = pytest.importorskip("triton", reason="triton is not installed; there are versions for Linux only")
@@ -89,8 +87,8 @@ print(len(code["cubin"]), code["ptx"])
 
 @pytest.mark.parametrize("capability", [80, 89, 90])
 def test_kernel_compiles(capability, tmp_path):
-    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", COMPILE, str(capability)], env=env, cwd=ROOT, capture_output=True, text=True)
+    env = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = run(sys.executable, "-c", COMPILE, capability, env=env, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert f".target sm_{capability}" in done.stdout
     assert "ld.global.v4" in done.stdout  # 16 bytes at a time; single elements would double the instructions

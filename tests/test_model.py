@@ -1,13 +1,12 @@
 import copy
 import dataclasses
 import math
-import subprocess
 import sys
 
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, run
 from train_gpt2 import GPT, Config, accumulate, build_optimizers
 
 
@@ -131,4 +130,4 @@ assert torch.initial_seed() == seed and threading.active_count() == threads and 
 assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
 assert "wandb" not in sys.modules and "tiktoken" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, check=True)
+    run(sys.executable, "-c", code, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, check=True)

@@ -8,12 +8,12 @@ import warnings
 import pytest
 
 import train_gpt2
-from conftest import ROOT
+from conftest import ROOT, run
 from test_distributed import logged, write_config
 
 
 def ip(*arguments):
-    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True)
+    return run("ip", *arguments, check=True)
 
 
 @pytest.fixture
@@ -36,31 +36,28 @@ def nodes():
             yield [([], "127.0.0.1", "lo"), ([], "127.0.0.2", "lo")]
     finally:
         for name in names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+            run("ip", "netns", "delete", name)
 
 
 def kill_node(process):
     """Kills the launcher and all processes that descend from it; torchrun's are in sessions of their own."""
     pids = [process.pid]
     for pid in pids:
-        pids += map(int, subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split())
+        pids += map(int, run("ps", "-o", "pid=", "--ppid", pid).stdout.split())
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
-def test_two_nodes_survive_a_death(nodes, shards, tmp_path, call):
+def test_two_nodes_survive_a_death(nodes, shards, tmp_path, call, launch):
     config = write_config(tmp_path / "config.toml", shards, num_iterations=100, warmdown_iters=20, val_loss_every=2, save_every=2, optimizer="newton_muon",
                           refresh_interval=5, collective_timeout=60)
 
-    def launch(node, *arguments):
-        prefix, address, interface = node
-        command = [*prefix, str(ROOT / "scripts/launch_multinode.sh"), "2", nodes[0][1], str(config), *arguments]
-        env = {**os.environ, "NPROC": "2", "PYTHON": sys.executable, "LOCAL_ADDR": address, "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1",
-               "JOB": "together"}
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def join(prefix, address, interface):
+        env = dict(NPROC="2", PYTHON=sys.executable, LOCAL_ADDR=address, GLOO_SOCKET_IFNAME=interface, JOB="together")
+        return launch(*prefix, ROOT / "scripts/launch_multinode.sh", 2, nodes[0][1], config, env=env, stderr=subprocess.STDOUT)
 
-    running = first, second = [launch(node) for node in nodes]
+    running = first, second = [join(*node) for node in nodes]
     try:
         output = ""
         while "step:10/100" not in output:  # on the node of process 0, whichever that is
@@ -68,7 +65,7 @@ def test_two_nodes_survive_a_death(nodes, shards, tmp_path, call):
             output += "".join(texts)
             assert all(texts), output
         kill_node(second)
-        running.append(launch(nodes[1]))
+        running.append(join(*nodes[1]))
         rest = first.communicate(timeout=150)[0]
         assert first.returncode == 0, rest
         assert "resumed at step" in output + rest, rest

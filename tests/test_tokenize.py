@@ -310,8 +310,8 @@ def test_a_folder_in_the_way_destroys_nothing(out, tokenize):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_its_parent(tmp_path, out, launch, number):
     os.mkfifo(tmp_path / "in.jsonl")
-    process = launch("data/tokenize_text.py", tmp_path / "in.jsonl", "--out", out, "--name", "a", "--tokenizer", "bytes", "--workers", 2,
-                     stderr=subprocess.STDOUT, start_new_session=True)
+    process = launch(sys.executable, ROOT / "data/tokenize_text.py", tmp_path / "in.jsonl", "--out", out, "--name", "a",
+                     "--tokenizer", "bytes", "--workers", 2, stderr=subprocess.STDOUT, start_new_session=True)
     with open(tmp_path / "in.jsonl", "w") as file:
         file.write('{"text": "a"}\n' * 50_000)  # more than a pipe holds: once it is taken, the workers are there
         os.killpg(process.pid, number) if number == signal.SIGINT else process.kill()  # Ctrl-C goes to all of them
