@@ -248,7 +248,7 @@ class Shards:
         if have < sequences and not (self.allow_repeat and have):
             missing = f"{math.ceil((sequences - have) / largest)} more shards like the largest one" if largest else "longer shards"
             raise UserError(f"'{self.pattern}' holds {have * self.T:,} tokens in sequences of {self.T}, {what} needs {sequences * self.T:,}: add "
-                            f"{missing}, or set a lower number" + ("" if what == "validation" else " of steps, or allow_repeat = true"))
+                            f"{missing}, or set " + ("a lower val_tokens" if what == "validation" else "a lower number of steps, or allow_repeat = true"))
 
     def describe(self):
         """For run.json: name and tokens of each shard, SHA-256 of its header and size, and of its first MiB."""
@@ -279,7 +279,7 @@ class Shards:
 
 
 def prefetched(shards, batches, device):
-    """Yields shards.batch(sequences) for each of `batches`, which a thread reads one ahead, for a GPU into pinned memory."""
+    """Yields shards.batch(sequences) for each of `batches`; a thread reads one batch ahead, into pinned memory for a GPU."""
     def read(sequences):
         batch = shards.batch(sequences)
         if device.type == "cuda":
@@ -310,7 +310,7 @@ def rotate(x, cos, sin):
 
 
 def on_gpu(x):
-    return x.is_cuda  # a function, so that tests can send CPU tensors the way of a GPU
+    return x.is_cuda  # a function, so that tests can send CPU tensors down the GPU path
 
 
 def matmul_dtype(x):
@@ -364,8 +364,8 @@ class GPT(nn.Module):
         self.register_buffer("sin", torch.cat((angles.sin(), -angles.sin()), -1), persistent=False)
 
     def forward(self, idx, targets, collect=False):
-        """(mean cross-entropy of `targets` (B, T), of which -1 does not count, after the tokens `idx` (B, T); grams): with `collect`,
-        Z Z^T of the inputs of each of hidden_matrices(), else nothing."""
+        """(mean cross-entropy of `targets` (B, T), ignoring -1, given the tokens `idx` (B, T); grams): with `collect`,
+        Z Z^T of the inputs of each of hidden_matrices(), else None."""
         x, grams = self.features(idx, collect)
         if triton and on_gpu(x):
             return head_loss(x.flatten(0, 1).to(matmul_dtype(x)), self.lm_head.weight, targets.flatten(), self.vocab_size)[0], grams
@@ -395,14 +395,14 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - self.lm_head.weight[self.vocab_size:].numel()
 
 
-# ---- Loss on a GPU: head and cross-entropy by chunks of tokens, with the gradients of both at once, so that the logits never exist whole
+# ---- Loss on a GPU: head and cross-entropy with their gradients, one chunk of tokens at a time: the full logits are never materialised
 
 CHUNK = 16384  # tokens
 
 if triton:
     @triton.jit
     def cross_entropy_kernel(logits, targets, losses, scale, vocab_size: tl.constexpr, stride: tl.constexpr, BLOCK: tl.constexpr):
-        """One program a row of `logits`, of which columns from vocab_size on are padding: losses <- logsumexp(row) - row[target],
+        """One program per row of `logits`, whose columns from vocab_size on are padding: losses <- logsumexp(row) - row[target],
         and row <- scale (softmax(row) - onehot(target)), 0 in the padding; both 0 for a target of -1."""
         log2e: tl.constexpr = 1.4426950408889634  # exp2 and log2 are what the hardware has
         row = tl.program_id(0)
@@ -413,7 +413,7 @@ if triton:
         columns, top, total = tl.arange(0, BLOCK), -float("inf"), tl.zeros([BLOCK], tl.float32)
         for start in range(0, vocab_size, BLOCK):  # running maximum, and the sums of exponentials relative to it
             x = tl.load(logits + start + columns, mask=columns < stride - start, other=0.0).to(tl.float32) * log2e
-            x = tl.where(columns < vocab_size - start, x, -float("inf"))  # a mask of the load would forbid wide loads
+            x = tl.where(columns < vocab_size - start, x, -float("inf"))  # as the load's mask, this would prevent wide loads
             higher = tl.maximum(top, tl.max(x))
             total = total * tl.exp2(top - higher) + tl.exp2(x - higher)
             top = higher
@@ -428,7 +428,7 @@ if triton:
 
 @torch.library.custom_op("train_gpt2::head_loss", mutates_args=())
 def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, d loss / d x, d loss / d weight in fp32): mean cross-entropy of `targets` (N,), of which -1 does not count, under the first
+    """(loss, d loss / d x, d loss / d weight in fp32): mean cross-entropy of `targets` (N,), ignoring -1, under the first
     vocab_size logits of x weight^T, x (N, C) and weight (rows, C)."""
     scale, losses, dx = 1 / (targets >= 0).sum(), torch.empty(len(x), device=x.device), torch.empty_like(x)
     dweight, weight = torch.zeros(weight.shape, device=x.device), weight.to(x.dtype)
@@ -469,7 +469,7 @@ def newton_schulz(U, steps=5):
 
 
 def as_blocks(W):
-    """View of a matrix W (m, n) as what is orthogonalised: (3, n, n) for a fused q, k, v, else (1, m, n)."""
+    """View of a matrix W (m, n) as the blocks to orthogonalise: (3, n, n) for a fused q, k, v, else (1, m, n)."""
     m, n = W.shape
     return W.view(3, n, n) if m == 3 * n else W.unsqueeze(0)
 
@@ -662,7 +662,7 @@ def start_processes(config):
         try:
             store, process, world = next(dist.rendezvous("env://", timeout=timeout))
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"WORLD_SIZE is {world}, but the processes cannot find each other: {error}; start them by torchrun") from None
+            raise UserError(f"WORLD_SIZE is {world}, but the processes cannot find each other: {error}; start them with torchrun") from None
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own store outlives a restart, with the old addresses
             store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         dist.init_process_group(backend, store=store, rank=process, world_size=world, timeout=timeout)
@@ -755,14 +755,14 @@ def save_checkpoint(log, config, model, optimizers, progress):
     states = [optimizer.state_dict() for optimizer in optimizers]
     if rank() == 0:
         torch.save(dict(config=dataclasses.asdict(config), code_sha256=code_sha256(), model=model.state_dict(), optimizers=states,
-                        progress=progress, rng=torch.get_rng_state()), content := io.BytesIO())  # not to the file: a full disk is to be told in our words
+                        progress=progress, rng=torch.get_rng_state()), content := io.BytesIO())  # not to the file: write_atomically() reports a full disk
         write_atomically(log.folder / f"checkpoints/step_{progress['step']:06d}.pt", content.getbuffer())
         for old in checkpoints(log.folder)[:-2]:
             old.unlink()
 
 
 def find_checkpoint(config, train_shards):
-    """(checkpoint that config.resume names, folder of its run); Nones if `auto` finds none. UserError if this run would not have made it."""
+    """(checkpoint that config.resume names, folder of its run); Nones if `auto` finds none. UserError if this run could not have written it."""
     path = Path(config.log_dir, config.run_name) if config.resume == "auto" else Path(config.resume)
     candidates = [path] if path.is_file() else checkpoints(path)[::-1]
     for candidate in candidates:
@@ -800,7 +800,7 @@ def find_checkpoint(config, train_shards):
 # dense bf16 matrix products, FLOP/s, from NVIDIA's data sheets; the first that is part of the device's name
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 225e13, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 WANDB_SECONDS = 60
-# a process of its own that follows metrics.jsonl: what wandb raises, or waits for, neither ends nor slows the run
+# a separate process that follows metrics.jsonl: a wandb that fails or hangs neither ends nor slows the run
 WANDB = """
 import json, os, select, sys
 project, folder = sys.argv[1:]
@@ -845,7 +845,7 @@ class Log:
         if not checkpoint:
             self.folder = Path(config.log_dir, config.run_name or time.strftime("%Y%m%d-%H%M%S_") + config.optimizer.replace(":", "-"))
             if config.resume != "auto" and ((self.folder / "log.txt").exists() or checkpoints(self.folder)):
-                raise UserError(f"{self.folder} already holds a run; take another run_name, or resume that run by --resume auto")
+                raise UserError(f"{self.folder} already holds a run; take another run_name, or resume that run with --resume auto")
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.facts = checkpoint["facts"] if checkpoint else {**facts, "start": now, "resumed": []}
         if self.facts.get("optimizer_sha256") != facts["optimizer_sha256"]:
@@ -953,7 +953,7 @@ def wrapped(model, config, device):
 
 def choose_micro_batch(config, device, per_process, dtype):
     """Sequences in one forward pass: device_batch_size or, without one, the largest power of two that divides per_process and fits the GPU.
-    For a token a forward pass in bf16 keeps 37 L C bytes compiled and 40 otherwise (records/bench); the rest is for the backward pass."""
+    Per token a bf16 forward pass keeps 37 L C bytes compiled, else 40 (records/bench); the rest of the 45 allowed for is for the backward pass."""
     tokens, rows = 16384, config.vocab_size + 128  # on a CPU more tokens at a time are no faster
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory * min(0.9, torch.cuda.get_per_process_memory_fraction(device))
@@ -983,14 +983,14 @@ def evaluate(model, shards, config, device, dtype, micro_batch, signals):
     """Mean loss over exactly val_tokens tokens, shared by all processes. None if a signal came meanwhile."""
     total, mine = 0.0, range(rank(), config.val_tokens // config.sequence_length, world_size())
     batches = [mine[i:i + micro_batch] for i in range(0, len(mine), micro_batch)]
-    full = [[*numbers, *[0] * (micro_batch - len(numbers))] for numbers in batches]  # the last batch is filled up
+    full = [[*numbers, *[0] * (micro_batch - len(numbers))] for numbers in batches]  # the last batch is padded
     # with torch.compile, use the graph of the training step: one without gradients would be a third to build
     with torch.set_grad_enabled(config.compile), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         for numbers, (idx, targets) in zip(batches, prefetched(shards, full, device)):
             if signals:
                 break
-            targets[len(numbers):] = -1  # what fills the batch does not count
-            loss = model(idx.to(device), targets.to(device))[0].detach()  # before the next pass: with a graph come its activations
+            targets[len(numbers):] = -1  # padding does not count
+            loss = model(idx.to(device), targets.to(device))[0].detach()  # before the next pass: a graph would keep its activations alive
             total += loss.double() * (len(numbers) * config.sequence_length)
     total, ended = reduced("sum", float(total), len(signals))
     return None if ended else total / config.val_tokens
@@ -1105,7 +1105,7 @@ def run(config):
         evaluates, saves = (last or (every and step % every == 0) for every in (config.val_loss_every, config.save_every))
         if stop or evaluates or saves:
             train_time += synchronized_time(device) - clock
-            # a checkpoint is of the moment before the evaluation, so that a run resumed from it logs that once
+            # a checkpoint holds the state before the evaluation, so that a run resumed from it logs that evaluation only once
             progress = dict(step=step, train_time=train_time, best=best, reached=reached,
                             log_bytes={name: os.path.getsize(log.folder / name) for name in log.files})
             if evaluates and not stop:
@@ -1152,7 +1152,7 @@ def run(config):
         {}, f"stopped by {signal.Signals(stop).name} after step {step}" + (f"; continue with --resume {log.folder}" if step else ""))
     log.print(text)
     log.end(**facts)
-    reduced("max", 0)  # no process leaves before all have come here
+    reduced("max", 0)  # no process exits before all have reached this line
     return 128 + stop if stop else 0
 
 
@@ -1171,7 +1171,7 @@ def main():
             print(f"error: {message}", file=sys.stderr, flush=True)
     if world_size() > 1:
         print(end="", flush=True)
-        os._exit(code)  # at once: the end of a process group can wait for others that are gone, or abort after all was done
+        os._exit(code)  # at once: tearing down a process group can wait for processes that are gone, or abort after all work is done
     sys.exit(code)
 
 

@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-NOT_INSTALLED = "error: {}; install requirements.txt, or enter the environment that has it: source .venv/bin/activate"
+NOT_INSTALLED = "error: {}; install requirements.txt, or activate the environment that has it: source .venv/bin/activate"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 try:
     import numpy as np

@@ -2,7 +2,7 @@
 
     python data/tokenize_text.py INPUT... --out data/mine --name mine [--tokenizer gpt2|bytes]
 
-INPUT is .txt (a document per file) or .jsonl (a document per line, in the field --text_field), either also as .gz or .zst, or
+INPUT is .txt (a document per file) or .jsonl (a document per line, in the field --text_field), both also compressed as .gz or .zst, or
 .parquet (a document per row, in the column --text_field). Documents keep their order. Each starts with <|endoftext|>: 50256 in
 GPT-2's BPE, 255 in bytes. The first documents, until they have more than --val_tokens tokens, become NAME_val_000000.bin, the rest
 NAME_train_000001.bin and so on. Every shard but the last of its kind has --shard_tokens tokens, so a document may continue in the

@@ -40,7 +40,7 @@ def mean_interval(x):
 
 
 def judge(value, width, low=-math.inf, high=math.inf):
-    """Whether all (True) or none (False) of what is within `width` of value lies from low to high; None, too uncertain, if some does."""
+    """True if all that is within `width` of value lies from low to high, False if none of it does, else None: too uncertain."""
     if low <= value - width and value + width <= high:
         return True
     return False if value + width < low or value - width > high else None

@@ -13,7 +13,7 @@ from lab.training import SMALL
 from optimizers.polar_muon import msgn
 
 
-# of the steps, for 1 step and for many: the best lies inside but for exact inverses at a condition of 1e4 and more
+# for 1 step and for many: the best one lies inside the grid, except with exact inverses at a condition of 1e4 or more
 RATES = {1: 0.2 * 1.3 ** torch.arange(17), 50: 0.25 * 1.7 ** torch.arange(6)}
 
 
@@ -157,8 +157,8 @@ def run(size="full", seed=0):
                  None if None in says or len(says) > 1 or abs(gain) < error else says == {bool(gain > 0)}))
     quiet_wide, noisy_wide = (at(1e2, noise, wide, 0.0, 1, "H = I")[1] for noise in (0.01, 10.0))
     summary = ("The inverse of Z Z^T helps a matrix that is wider than tall if the gradient has little noise (one step, condition 100, "
-               f"H = I: ratio {quiet_wide:.2f} at a noise share of 0.01, {noisy_wide:.2f} at 10); a square or tall one, which msgn "
-               f"whitens on its own, has {quiet[square][1]:.2f} and {quiet[tall][1]:.2f} in one step without noise at condition 1e4, and "
+               f"H = I: ratio {quiet_wide:.2f} at a noise share of 0.01, {noisy_wide:.2f} at 10); for a square or tall one, which msgn "
+               f"whitens on its own, it is {quiet[square][1]:.2f} and {quiet[tall][1]:.2f} in one step without noise at condition 1e4, and "
                "the ridge softens both gain and harm. Along one step of one batch the CPU track's layers have a mean ratio of "
                f"{layer_ratio.mean():.2f} where the map says {predicted['H = I'].mean():.2f} (H = I) or "
                f"{predicted['cond(H) = 100'].mean():.2f} (anisotropic), and Muon's final loss on the track minus Newton-Muon's is "

@@ -1,4 +1,4 @@
-"""Does SignSGD need fewer steps than SGD under sparse noise, by a factor like the dimension?
+"""Does SignSGD need fewer steps than SGD under sparse noise, by a factor that grows like the dimension?
 
 Measured is T, the first step at which the mean over t < T of E ||grad f(x_t)||_1 is at most epsilon. The paper: SGD's T over SignSGD's
 is of order d where the noise sits on few coordinates, of order 1 where it is spread evenly; Muon likewise, on singular values. Its

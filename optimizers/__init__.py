@@ -2,8 +2,8 @@
 
     python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.lion:Lion --hidden_learning_rate 0.002
 
-A rule of its own is a MatrixOptimizer with update(). A rule that changes what Muon orthogonalizes, or how, is a Muon with another
-precondition() or orthogonalize(), and so shares the work between the processes; `more` takes its settings. Both
+A new rule subclasses MatrixOptimizer and defines update(). A rule that only changes what Muon orthogonalizes, or how, subclasses Muon
+and overrides precondition() or orthogonalize(), and so shares the work between the processes; `more` takes its settings. Both
 are torch.optim.Optimizers for any trainer whose weights are in fp32 or fp64, which torch.linalg needs.
 """
 import torch
@@ -53,11 +53,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
 
 class TwoPointOptimizer(MatrixOptimizer):
-    """A MatrixOptimizer whose gradients are taken at other weights than its loss: load(W, state, group) puts the first into W where
-    group["training"], else the second, both from the state.
+    """A MatrixOptimizer whose gradients are taken at other weights than its loss is evaluated at: load(W, state, group) copies the former
+    into W if group["training"], else the latter, both from the state.
 
-    train(), the mode at first, and eval() switch, at any time and as often as one likes. The mode is saved with the state: a checkpoint
-    at the end of a run has the weights of its loss, one that was saved without an evaluation those of the gradients.
+    train(), the initial mode, and eval() switch between them, at any time and as often as you like. The mode is saved with the state: a
+    checkpoint at the end of a run has the weights of its loss, one that was saved without an evaluation those of the gradients.
     """
 
     def __init__(self, params, **settings):

@@ -13,7 +13,7 @@ example in a batch the unit is the example, and the rule the paper's. What it do
   the same epsilon takes B times the paper's noise; and none of its amplification by sampling, as the order of the data is fixed;
 - privacy of the model: the trainer's AdamW updates the table, which is also the head, without noise, and the losses are logged;
 - anything at the default multiplier, which is for comparing optimizers under noise: epsilon is astronomical;
-- anything against who knows `seed`: Z comes from it, the matrix and the number of the step, so that all processes and resumed runs agree.
+- anything against someone who knows `seed`: Z comes from it, the matrix and the step number, so that all processes and resumed runs agree.
 
 Momentum and newton_schulz come after the noise and cost no privacy. Left out: the paper's correction of the bias that noise has on
 newton_schulz (DP-MuonBC), and its own coefficients. lr means what it means in Muon.

@@ -4,7 +4,8 @@
     M <- beta2 M + (1 - beta2) G        from 0
     W <- (1 - lr weight_decay) W - lr U
 
-lr is the step of each element, up to zeros of U the root-mean-square of an update as in Muon. The paper has it 3 to 10 times below AdamW's.
+lr is the step of each element and so, zeros in U apart, the root-mean-square of an update, as in Muon. The paper's is 3 to 10 times
+below AdamW's.
 
     python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.lion:Lion --hidden_learning_rate 0.001
 """

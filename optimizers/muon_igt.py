@@ -1,6 +1,6 @@
 """MuonIGT: Muon with implicit gradient transport: gradients at an extrapolated point (arXiv:2605.05577, arXiv:2605.18528).
 
-    G at Y = W + momentum / (1 - momentum) (W - V),   V the W of one step before; at first both are W
+    G at Y = W + momentum / (1 - momentum) (W - V),   V the W of the previous step; at first Y = V = W
     M <- momentum M + (1 - momentum) G
     V <- W
     W <- (1 - lr weight_decay) W - lr sqrt(max(m, n)) newton_schulz(M)

@@ -1,12 +1,12 @@
-"""PolarMuon: Muon that orthogonalizes to 0.88 to 1.12 instead of 0.68 to 1.2 in its five steps, and further in more (Amsel et al., "The
-Polar Express", arXiv:2505.16932), or exactly.
+"""PolarMuon: Muon whose five steps bring singular values to 0.88 to 1.12 instead of 0.68 to 1.2, and more steps closer to 1 (Amsel et al.,
+"The Polar Express", arXiv:2505.16932), or that orthogonalizes exactly.
 
     M, U as in Muon
     X <- U / (1.01 ||U||_F + 1e-7), transposed if m > n
     ns_steps times:  A = X X^T,  X <- a / s X + (b / s^3 A + c / s^5 A A) X
     W <- (1 - lr weight_decay) W - lr sqrt(max(m, n)) X
 
-(a, b, c) differ from step to step: the paper's, each the best for what the step before leaves of singular values of 1e-3 to 1. From the
+(a, b, c) differ from step to step: the paper's, each the best for where earlier steps have brought singular values of 1e-3 to 1. From the
 eighth on they repeat. s = 1.01, a margin for rounding, in all steps but the last. bf16 on GPUs that have it, as in Muon. lr means what
 it means in Muon. exact: X is U' V^T of the singular value decomposition U = U' S V^T; singular values below rounding give 0.
 

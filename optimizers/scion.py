@@ -4,7 +4,7 @@
     O = newton_schulz(M)
     W <- (1 - eta) W - eta radius sqrt(m / n) O,   eta = lr sqrt(min(m, n)) / radius
 
-so that ||W||_2 comes into the ball of radius * sqrt(m / n), the corners of which are radius sqrt(m / n) O, and stays there while eta is
+so that W enters the ball ||W||_2 <= radius sqrt(m / n), whose corners are radius sqrt(m / n) O, and stays there while eta is
 at most 1; newton_schulz exceeds 1 by up to 0.2, and the ball is that much larger. With constrained = false there is no (1 - eta), and
 `radius` has no effect. The paper has an average of the gradients, whose direction is that of M, and its alpha is 1 - momentum. It has eta
 itself as the rate; here lr is the root-mean-square of an element's update in square and tall matrices, as in Muon, and lr m / n in wide

@@ -21,7 +21,7 @@ from optimizers import MatrixOptimizer, average
 
 def inverse_fourth_root(A, eps):
     """(A + eps (tr(A) / n) I)^(-1/4) of each A (..., n, n), 0 if A is 0, not finite if A is not."""
-    values, Q = torch.linalg.eigh(A.nan_to_num(0, 0, 0))  # which raises for numbers that are not finite: here the weights show them
+    values, Q = torch.linalg.eigh(A.nan_to_num(0, 0, 0))  # eigh raises for non-finite numbers: here they reach the weights instead
     mean = A.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     roots = torch.where(mean == 0, 0, (values.clamp(min=0) + eps * mean).clamp(min=1e-30) ** -0.25)
     return Q * roots.unsqueeze(-2) @ Q.mT

@@ -11,7 +11,7 @@
 
 lr is about the root-mean-square of an element's update, as in Adam and Muon. one_sided: the larger side's basis is I.
 M is kept unrotated, which is the same as changing its basis at each refresh. eps is where torch.optim.Adam has it, decay comes before the
-step, and no side is too large. Ours is the 1e-4: without it rounding would choose the directions of which the gradients have none yet.
+step, and no side counts as too large. The 1e-4 is ours: without it rounding would choose the directions that no gradient has had yet.
 
     python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.soap:SOAP --hidden_learning_rate 0.004
 """

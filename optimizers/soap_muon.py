@@ -1,4 +1,4 @@
-"""SOAP-Muon: Muon of a momentum normalised by element in SOAP's eigenbasis (record 44 of modded-nanogpt's optimizer track).
+"""SOAP-Muon: Muon on a momentum normalised elementwise in SOAP's eigenbasis (record 44 of modded-nanogpt's optimizer track).
 
     M, U as in Muon
     V =  Q_L^T U Q_R

@@ -38,11 +38,11 @@ class StiefelMuon(MatrixOptimizer):
         super().__init__(params, lr=lr, momentum=momentum)
         for p in (p for group in self.param_groups for p in group["params"]):
             if (torch.linalg.matrix_rank(as_blocks(p.detach())) < min(as_blocks(p).shape[-2:])).any():
-                raise ValueError(f"a matrix of shape {tuple(p.shape)} has not full rank: no point of the manifold is nearest")
+                raise ValueError(f"a matrix of shape {tuple(p.shape)} does not have full rank: the manifold has no unique nearest point")
 
     def step(self, closure=None):
         precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")  # TF32 keeps 11 bits, and the constraint to 1e-3
+        torch.set_float32_matmul_precision("highest")  # TF32 keeps 11 bits, and would hold the constraint only to 1e-3
         try:
             return super().step(closure)
         finally:

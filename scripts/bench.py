@@ -9,14 +9,14 @@ order that is reversed from round to round. A side is an optimizer as the traine
 the micro-batch that a run would choose; or `plain`, the loop one would write first: torch.optim.AdamW, not compiled, 16384 tokens at
 a time. Fields of the configuration can be overridden: --batch_size 128. Ctrl-C ends the rounds early.
 
-The table has the mean step of a round, by the median over the rounds; for Newton-Muon the step that refreshes its statistics (timed once
+The table shows the mean step of a round, as the median over the rounds; for Newton-Muon the step that refreshes its statistics (timed once
 a round) and the mean step, with one refresh in refresh_interval; tokens per second and model FLOPs utilisation (MFU) of the mean step; the
 peak memory of the side alone on the GPU; and the ratio of mean steps of the same round: median, and from 6 rounds on its 95 % interval by
-order statistics. Of an optimizer that does more in every k-th step, a multiple of k is the --steps that counts that right.
+order statistics. For an optimizer that does more work in every k-th step, make --steps a multiple of k.
 Model FLOPs of a token, forward and backward: 6 N + 12 L C T (N parameters, L layers, width C, context T).
 
---profile first shows where a step goes, by groups of kernels (torch.profiler). On a GPU a kernel counts with its time on the device, and
-idle is the time without any; on a CPU an operation counts with its own time. The sums Z Z^T of a refresh are part of the model's graph
+--profile first shows where a step goes, by groups of kernels (torch.profiler). On a GPU a kernel counts by its time on the device, and
+idle is the time without any; on a CPU an operation counts by its self time. The sums Z Z^T of a refresh are part of the model's graph
 and count as matrix products. The profiler slows the launching of kernels, so its idle time is an upper bound.
 """
 import argparse

@@ -12,7 +12,7 @@ valid record      The mean final loss is at or below the target with p < 0.01, b
                   (3.28 - mean) sqrt(n) >= 0.004, the rule of its optimizer track, and for fewer than 5 runs a z-test with the standard
                   deviation that is known for it, 0.0013. Logs without a run.json are taken for the speedrun's if the target is 3.28.
 against           Difference of the mean final losses with its interval and one-sided p, by Welch's t-test; change in the time of a
-                  step, by that test of logarithms. "track 3" is the speedrun's rule for two groups: (loss difference + 0.0045 for each
+                  step, by the same test on logarithms. "track 3" is the speedrun's rule for two groups: (loss difference + 0.0045 for each
                   100 steps fewer) / sqrt(1/n1 + 1/n2), better from 0.004 on.
 95 % of a mean    By Student's t, and by the percentile bootstrap (9999 resamples of the runs).
 first crossing    Where the straight line between the first evaluation at or below the target and the one before meets it. It depends
@@ -72,7 +72,7 @@ def find_baseline(groups, name=None):
     if len(fits) != 1:
         labels = [group.label for group in groups]
         near = difflib.get_close_matches(name, labels, n=1, cutoff=0)[0]
-        raise RunError(f"{'several groups are' if fits else 'no group is'} the baseline '{name}'; the nearest is '{near}', "
+        raise RunError(f"{'several groups match' if fits else 'no group matches'} the baseline '{name}'; the nearest is '{near}', "
                        f"all are: {', '.join(map(repr, labels))}")
     return fits[0]
 
@@ -196,7 +196,7 @@ def notes(groups, target):
     if untimed:
         found.append(f"{len(untimed)} of {len(runs)} runs did not time their first 10 steps: ms/step is of the others")
     if len(reading.machines(known)) > 1:
-        found.append(f"the runs had different machines ({'; '.join(reading.machines(known))}): their seconds do not compare")
+        found.append(f"the runs had different machines ({'; '.join(reading.machines(known))}): their seconds cannot be compared")
     if len({run.facts.get("code_sha256") for run in known}) > 1:
         found.append("the runs had different versions of train_gpt2.py")
     if any(len({run.config.get("data_seed", 0) for run in group.runs}) == 1 < len(group.runs) for group in groups if group.optimizer):

@@ -25,7 +25,7 @@ from scipy import special, stats
 SPEEDRUN_SD = 0.0013  # of the speedrun's final loss, over seeds
 SPEEDRUN_MARGIN = 0.004  # of its rules for the optimizer track
 SPEEDRUN_SLOPE = 0.0045 / 100  # final loss that a step is worth
-MIN_RUNS_FOR_SD = 5  # runs from which on their own standard deviation counts, not the known one
+MIN_RUNS_FOR_SD = 5  # from this many runs on, their own standard deviation is used, not the known one
 
 
 class Estimate(NamedTuple):
@@ -204,8 +204,8 @@ def steps_saved(baseline, candidate, shorter, fraction):
 
     unpaired  the variance is pooled over the three arms, with n_B + n_C + n_D - 3 degrees of freedom
     paired    the covariance matrix of B_i - C_i and D_i - C_i over the n seeds that all arms have, with n - 1 degrees of freedom
-    The narrower interval counts, but pairs only where the seeds matter. The narrower of two intervals of 95 % covers the truth less often
-    than either: in 92 % for 3 to 5 seeds that do not matter; with the condition in 94.5 % and more.
+    The narrower interval is used, but the paired one only where the seeds matter. The narrower of two 95 % intervals covers the truth less
+    often than either: in 92 % of cases for 3 to 5 seeds that do not matter; with that condition in 94.5 % or more.
     """
     arms = [np.array(list(arm.values()), float) for arm in (baseline, candidate, shorter)]
     diverged = sum(int((~np.isfinite(arm)).sum()) for arm in arms)
@@ -266,7 +266,7 @@ def verdict(saved, claim=0.06, tolerance=0.005):
     """Verdict on `saved` for a claim, given to within `tolerance`.
 
     fewer       yes if the interval is above 0, no if it is below
-    as claimed  no if the interval is below claim - tolerance; else yes if it is above half the claim (so that a wide one is no merit)
+    as claimed  no if the interval is below claim - tolerance; else yes if it is above half the claim (so that a wide one gains nothing)
     """
     least, half = claim - tolerance, claim / 2
 

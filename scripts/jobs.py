@@ -16,7 +16,7 @@ from pathlib import Path
 from runs import ROOT, RunError, diverged, read_facts  # first: it makes train_gpt2 importable
 from train_gpt2 import MAY_CHANGE_ON_RESUME, UserError, code_sha256
 
-# fields that a run of several has from their plan, or that would spoil its final loss
+# fields that the plan sets for each of several runs, or that would spoil the final loss
 PLANNED_FIELDS = ("seed", "data_seed", "run_name", "resume", "optimizer", "stop_at_target")
 
 
@@ -163,11 +163,11 @@ def fetch_data(track, fields):
     """Makes or downloads the track's shards, unless the `fields` from the command line name others."""
     if not any(field.startswith("--input_bin") for field in fields):
         start(["data/shakespeare.py"] if track == "cpu" else ["data/fineweb.py", f"configs/{track}_muon.toml"],
-              "the data are not there; the same command continues")
+              "the data are not there; run the same command again to continue")
 
 
 def run_resumable(main):
-    """Calls main(), whose work the same command continues, also after SIGTERM; what a user can cause ends the script with a sentence."""
+    """Calls main(). After Ctrl-C or SIGTERM the same command continues; errors that a user can cause end the script with a sentence."""
     def interrupt(number, frame):
         raise KeyboardInterrupt
 
@@ -177,4 +177,4 @@ def run_resumable(main):
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command continues")
+        sys.exit("\ninterrupted; run the same command again to continue")

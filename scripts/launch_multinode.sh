@@ -5,8 +5,8 @@
 #   scripts/launch_multinode.sh 2 node1 configs/speedrun_newton_muon.toml
 #
 # HEAD is the name or address of one of the nodes (HEAD:PORT if 29400 is taken), at which they find each other. When a process or a node dies,
-# the others stop, wait until all NODES are there again (start the command again on the node that died), and resume from the last checkpoint:
-# up to MAX_RESTARTS times, in log_dir, which must be a folder that all nodes see. Set --save_every, or there is none before the end.
+# the others stop, wait until all NODES are there again (start the command again on the node that died), and resume, up to MAX_RESTARTS
+# times, from the last checkpoint in log_dir, a folder that all nodes must share. Without --save_every there is none before the end.
 # Environment:
 #   NPROC         processes on this node (default: one for each GPU; 1 without GPUs)
 #   MAX_RESTARTS  (default: 3)

@@ -4,17 +4,18 @@
     python scripts/replicate.py --track speedrun --seeds 3          the claim itself, on all GPUs of this machine
     python scripts/replicate.py --track mini --num_iterations 450   fields of the configuration are passed on to train_gpt2.py
 
-The data come first, by data/shakespeare.py or data/fineweb.py, unless --input_bin names others; then, if a verdict is wanted, the overhead
-of a step, by bench.py.
-Runs and overhead.json lie in --log_dir. What is finished there is not done again, and a broken run resumes from its last checkpoint, so the
-same command continues after an interruption, and a larger --seeds adds to what is there. On the CPU track the runs of a seed go side by
-side and share the cores: less time in all, and the same load for each; how long a step takes alone, only bench.py measures.
+First it fetches the data with data/shakespeare.py or data/fineweb.py, unless --input_bin names others; then, if there is to be a verdict,
+it measures the overhead of a step with bench.py.
+Runs and overhead.json are in --log_dir. What is finished there is not done again, and a broken run resumes from its last checkpoint, so the
+same command continues after an interruption, and a larger --seeds adds to what is there. On the CPU track the runs of one seed run in
+parallel and share the cores: less time in all, and the same load for each; only bench.py measures how long a step takes on its own.
 
 The claim (arXiv:2604.01472): Newton-Muon reaches the loss of Muon in 6 % fewer steps, and in about 4 % less time.
-The arms: Muon with all N steps of the configuration, Newton-Muon with N and with 0.94 N, its warm-down shortened alike, and the other
+The arms: Muon with all N steps of the configuration, Newton-Muon with N and with 0.94 N, its warm-down scaled too, and the other
 optimizers with N. Run i of each has seed i and data_seed i: 0 is the files' order (the speedrun's own), others are permutations of it.
 The CPU track begins with 1: in the files' order a batch is a piece of a scene, and Muon's final loss 0.11 higher.
-Their final losses B, C and D give the steps saved at equal final loss, 0.06 (B - C) / (D - C), with a 95 % interval (scripts/estimates.py);
+The final losses of Muon, B, and of Newton-Muon with N and 0.94 N, C and D, give the steps saved at equal final loss,
+0.06 (B - C) / (D - C), with a 95 % interval (scripts/estimates.py);
 with the overhead of Newton-Muon's step, measured before the runs by alternating with Muon's, they give the time saved.
 Two questions: fewer steps than Muon? Yes if the interval is above 0, no if it is below.
                As many fewer as claimed? No if it is below 5.5 %; else yes if it is above 3 %.
@@ -107,10 +108,10 @@ def conclude(baseline, candidate, shorter, fraction, overhead, spread=None):
     if len(baseline) == 1:
         lines.append("one seed gives no verdict; --seeds 5 adds runs and gives one")
         if spread:
-            lines.append(f"two runs that differ in nothing but the seed have final losses up to {estimates.noise(*spread):.4f} apart "
+            lines.append(f"two runs that differ only in the seed have final losses within {estimates.noise(*spread):.4f} of each other "
                          f"(95 % of pairs; standard deviation {spread[0]:.4f}): a smaller difference means nothing")
         else:
-            lines.append("how large a difference means nothing is not known for this configuration: two or more seeds would tell")
+            lines.append("how large a difference can be mere noise is not known for this configuration: two or more seeds would tell")
         return lines
     saved = estimates.steps_saved(baseline, candidate, shorter, fraction)
     found = estimates.verdict(saved, CLAIM["steps"])
@@ -132,7 +133,7 @@ def main():
                         help="of the configurations TRACK_NAME.toml in configs/ (default: muon,newton_muon,adamw)")
     parser.add_argument("--gpus", type=int, help="processes, one on each GPU (default: all GPUs, but one process on the cpu track)")
     parser.add_argument("--overhead", type=Path, metavar="FILE", help="what bench.py --json wrote, instead of measuring a step's overhead")
-    parser.add_argument("--log_dir", type=Path, help="folder of the runs, from that of the repository (default: logs/TRACK)")
+    parser.add_argument("--log_dir", type=Path, help="folder of the runs, relative to the repository (default: logs/TRACK)")
     parser.add_argument("--png", type=Path, help="plot (default: TRACK.png in the folder above the runs)")
     args, fields = parser.parse_known_args()
     os.chdir(runs.ROOT)  # configurations name their data from there
@@ -145,7 +146,7 @@ def main():
         raise UserError(f"--seeds {args.seeds} --optimizers {args.optimizers}: seeds must be at least 1, each optimizer named once")
     for field in fields:
         if field.startswith("--") and field[2:].split("=")[0] in jobs.PLANNED_FIELDS:
-            raise UserError(f"{field}: every run here has its own, to its end; --seeds and --optimizers say which runs there are")
+            raise UserError(f"{field}: every run here has its own, and goes to its end; --seeds and --optimizers say which runs there are")
     processes = args.gpus
     if processes is None:
         processes = 1 if args.track == "cpu" else torch.cuda.device_count()
@@ -158,7 +159,7 @@ def main():
     planned = [run for seed_runs in zip(*(arm.values() for arm in plan.values())) for run in seed_runs]  # one seed after the other
     targets = {config.target_val_loss for _, _, config in planned}
     if len(targets) > 1:
-        raise UserError(f"the configurations have different targets ({', '.join(map(str, targets))}); give one by --target_val_loss")
+        raise UserError(f"the configurations have different targets ({', '.join(map(str, targets))}); set one with --target_val_loss")
     claim = {"muon", "newton_muon"} <= set(optimizers)
     timed = claim and (args.seeds > 1 or args.overhead)
     overhead = args.overhead or logs / "overhead.json"
@@ -171,7 +172,7 @@ def main():
         logs.mkdir(parents=True, exist_ok=True)
         unfinished = overhead.with_suffix(".tmp")
         jobs.start([*launcher, "scripts/bench.py", f"configs/{args.track}_newton_muon.toml", "--sides", "muon,newton_muon", "--json",
-               str(unfinished), *fields], "the overhead of a step was not measured; the same command continues")
+               str(unfinished), *fields], "the overhead of a step was not measured; run the same command again to continue")
         unfinished.rename(overhead)
     print(f"\n{len(planned) - len(missing)} of {len(planned)} runs in {logs} are finished", flush=True)
     curve = {step: loss for step, loss, _ in runs.read_curve()} if args.track == "speedrun" else None

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train Muon, Newton-Muon and AdamW, compare their final losses, and say what that makes of the claim that Newton-Muon needs fewer steps.
+# Train Muon, Newton-Muon and AdamW, compare their final losses, and say what that means for the claim that Newton-Muon needs fewer steps.
 #
 #   scripts/run.sh                       Shakespeare's plays, on the CPU, one run of each: 6 minutes at most on 2 cores
 #   scripts/run.sh --seeds 5             five runs of each, and a verdict; those that are there already are not run again

@@ -47,14 +47,14 @@ class RunError(SystemExit):
 # What run.json, metrics.jsonl and track.toml may hold. "?" marks a name that may be missing, "*" is for every other name.
 
 IS = {
-    "a whole number from 0": lambda v: type(v) is int and 0 <= v < 2 ** 63,
-    "a whole number from 0 or null": lambda v: v is None or type(v) is int and 0 <= v < 2 ** 63,
+    "a non-negative integer": lambda v: type(v) is int and 0 <= v < 2 ** 63,
+    "a non-negative integer or null": lambda v: v is None or type(v) is int and 0 <= v < 2 ** 63,
     "a finite number": lambda v: type(v) in (int, float) and abs(v) < 1e15,
     "a number or NaN": lambda v: type(v) is float or type(v) is int and abs(v) < 1e15,
     "true or false": lambda v: type(v) is bool,
-    "a text": lambda v: type(v) is str,
-    "a text or null": lambda v: v is None or type(v) is str,
-    "a text, a finite number, true, false or null":
+    "a string": lambda v: type(v) is str,
+    "a string or null": lambda v: v is None or type(v) is str,
+    "a string, a finite number, true, false or null":
         lambda v: v is None or type(v) in (str, bool) or type(v) is float and math.isfinite(v) or type(v) is int and abs(v) < 2 ** 63,
 }
 COUNT, COUNT_OR_NULL, FINITE, NUMBER_OR_NAN, FLAG, TEXT, TEXT_OR_NULL, SIMPLE = IS
@@ -202,7 +202,7 @@ def evaluations(text, loss):
         while runs[-1] and runs[-1][-1][0] >= step:  # what a resumed run did again
             runs[-1].pop()
         runs[-1].append((step, value, time, int(planned), average))
-    # a single early evaluation before others is an example in the code
+    # a single early evaluation followed by more runs is an example in the logged code
     return [rows for i, rows in enumerate(runs) if rows[1:] or rows[0][0] == rows[0][3] or i == len(runs) - 1]
 
 
@@ -224,7 +224,7 @@ def read_log(path, loss="val_loss"):
     runs = []
     for i, rows in enumerate(found):
         steps, losses, seconds, planned, averages = map(list, zip(*rows))
-        # Old logs do not time the first 10 steps. The first average tells; later ones may be of the steps since the last evaluation only.
+        # Old logs do not time the first 10 steps. The first average tells; later ones may cover only the steps since the last evaluation.
         step, time, average = next(((s, t, a) for s, t, a in zip(steps, seconds, averages) if s > 10), (0, 0, 0))
         untimed = 10 if average and abs(time / average - (step - 10)) < 0.4 else 0
         numbered = printable(name + f" {i + 1}" * (len(found) > 1))
@@ -285,8 +285,8 @@ def without_copies(runs):
 
 
 def track(run):
-    """What compared runs must share, {name: value}, as far as run.json says it. Of the shards those that the run reads count: in the files'
-    order the first ones, in another all."""
+    """What compared runs must share, {name: value}, as far as run.json says it. Only the shards that the run reads count: in the
+    files' order the first ones, in any other order all."""
     facts = {name: value for name, value in {**run.facts, **run.config}.items() if name in (*SPEEDRUN, "parameters")}
     T = max(1, run.config.get("sequence_length", 1))
     trained = run.planned * run.facts.get("tokens_per_step", 0)
@@ -303,7 +303,7 @@ def track(run):
 
 
 def check_track(runs):
-    """RunError, naming the differences, if runs have different data, model, batch or validation. What run.json lacks passes."""
+    """RunError, naming the differences, if runs have different data, model, batch or validation. What run.json lacks is not checked."""
     known = {}
     for run in runs:
         differences = [f"{name} ({known[name][0]}: {known[name][1]}, {run.name}: {value})" for name, value in track(run).items()
@@ -337,7 +337,7 @@ def settings(run, group_by):
 
 
 def judged(label, optimizer, runs, at_step):
-    """The Group of these runs at `at_step`; if that is None, at the end of their schedule, or where others stopped all their runs."""
+    """The Group of these runs at `at_step`; if that is None, at the end of their schedule or, for published logs, where all of them end."""
     fault = remark = ""
     if at_step is not None:
         lacking = next((run for run in runs if at_step not in run.steps and not run.diverged), None)
@@ -346,7 +346,7 @@ def judged(label, optimizer, runs, at_step):
             fault = f"{lacking.name} has no evaluation at step {at_step}"
     short = [run for run in runs if not run.diverged and run.steps[-1] < run.planned]
     if any(run.stopped_at_target for run in runs):
-        fault = "runs that stop at the target prove nothing by their final loss"
+        fault = "the final losses of runs that stop at the target prove nothing"
     elif at_step is None and short:
         ends = {run.steps[-1] for run in runs}
         if len(ends) > 1 or not runs[1:] or any(run.facts for run in runs):

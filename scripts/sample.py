@@ -3,7 +3,7 @@
     python scripts/sample.py logs/cpu/muon_600_seed-1 --prompt "ROMEO"
 
 Tokens are bytes for a vocabulary of 256 and GPT-2's BPE for one of 50257; runs on other tokens cannot be sampled. Each next token is drawn
-from softmax(logits / temperature) over the --top_k most likely ones, until --tokens are there or the document ends.
+from softmax(logits / temperature) over the --top_k most likely ones, until there are --tokens of them or the document ends.
 """
 import argparse
 import codecs

@@ -1,4 +1,4 @@
-# Sourced by run.sh and test.sh: goes to the repository and makes .venv with what requirements.txt lists, once for each version of it.
+# Sourced by run.sh and test.sh: goes to the repository and installs requirements.txt into .venv, again whenever that file changes.
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if ! .venv/bin/python -c "import pip" 2> /dev/null; then  # there is none, or one that was stopped while it was made

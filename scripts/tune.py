@@ -116,7 +116,7 @@ def main():
                                      usage="%(prog)s [--protocol] CONFIG.toml ... [--field V1,V2,...] [options]")
     parser.add_argument("config", nargs="+", metavar="CONFIG.toml")
     parser.add_argument("--protocol", action="store_true", help="tune both learning rates of each configuration, with equal effort")
-    parser.add_argument("--points", type=int, default=12, help="pairs of rates that the protocol tries at least (default: 12)")
+    parser.add_argument("--points", type=int, default=12, help="least number of pairs of rates that the protocol tries (default: 12)")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each pair, from 2 (default: 2)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--log_dir", type=Path, default=Path("logs/tune"), help="folder of the runs (default: logs/tune)")
@@ -137,7 +137,7 @@ def main():
         protocol(configs, grid, points, seeds, log_dir, jobs)
         return
     if len(configs) > 1:
-        raise UserError(f"{len(configs)} configurations: a grid is of one; --protocol tunes several alike")
+        raise UserError(f"{len(configs)} configurations: a grid takes only one; --protocol tunes several alike")
     values = [re.split(r",(?![^{]*\})", text) for text in grid.values()]  # not at the commas within a JSON object
     losses = train_all([(configs[0], dict(zip(grid, point))) for point in itertools.product(*values)], log_dir, jobs)
     print("\nfinal validation loss, best first")

@@ -1,14 +1,14 @@
 """Compare the optimizers of optimizers/ with Muon, all tuned alike: records/zoo/README.md.
 
-    python scripts/zoo.py --jobs 2                     every optimizer on the CPU track: 25 runs, half an hour of two cores each
+    python scripts/zoo.py --jobs 2                     every optimizer on the CPU track: 25 runs and half an hour on two cores for each
     python scripts/zoo.py --optimizers soap,normuon    these, and Muon, with which all are compared
     python scripts/zoo.py --track mini                 the same on a GPU, on the configurations configs/mini_*.toml
     python scripts/zoo.py --page                       only writes the page of what has been run
     python scripts/zoo.py --records logs/wide --n_embd 128    a comparison of one's own, by fields of the configuration
 
 Tuning: 12 points of an optimizer, each with the seeds 100 and 101 (seed and data_seed alike), by the mean of the final losses;
-the second seed is saved where the first ends 0.02 above the best, three standard deviations of Muon's runs on the CPU track: it would
-hardly win. The pairs' centre is written for that track; elsewhere it moves with the rates of the track's Muon configuration.
+the second seed is skipped where the first ends 0.02 above the best, three standard deviations of Muon's runs on the CPU track: such a
+point would hardly win. The centre of the pairs is set for that track; elsewhere it scales with the rates of the track's Muon configuration.
 3 x 3 pairs of learning_rate and hidden_learning_rate, a factor of 2 apart; at the best pair two other values of the setting that
 matters most; at the best of these 11 one pair more: the first untried neighbour, at a factor of 2 or else of the square root of 2.
 Results: the best point with the seeds 1 to 6, and Muon also at 0.5 to 1.5 of the steps, which says how many steps a loss is worth.
@@ -61,7 +61,7 @@ class Entry:
     rates: tuple = (0.02, 0.002)  # centre of the tuning on the CPU track: learning_rate, hidden_learning_rate
 
 
-# nobody starts with a longer memory than this unless it is the setting that is tuned: HEAD says why
+# no optimizer starts with a longer memory than this, unless that is its tuned setting: FILED says why
 SHORTER_MEMORY = {"momentum": 0.9}
 
 ZOO = {
@@ -256,7 +256,7 @@ class Track:
             self.logs.mkdir(parents=True, exist_ok=True)
             start(["scripts/bench.py", self.config, "--sides", f"muon,{entry.optimizer}", "--rounds", "12", "--steps", "10",
                              "--json", str(out), "--optimizer_args", config.optimizer_args, *self.given],
-                            "the time of a step was not measured; the same command continues")
+                            "the time of a step was not measured; run the same command again to continue")
             bench = json.loads(out.read_text())
             ratio = bench["ratios"][f"{entry.optimizer}/muon"]
             found = {"machine": bench["machine"], **{key: ratio[key] for key in ("mean_step", "low", "high")}}
@@ -272,7 +272,7 @@ class Track:
 
 
 def state_bytes(config):
-    """Bytes of state for a hidden parameter, after a refresh and two steps: the first of some only begins."""
+    """Bytes of state per hidden parameter, after a refresh and two steps: for some rules the first step only initialises."""
     model = GPT(config)
     hidden, matrices = build_optimizers(model, config)[1], list(model.hidden_matrices().values())
     for p in matrices:
@@ -305,7 +305,7 @@ def mean_loss(finals):
 
 
 def steps_saved(gap, curve, steps):
-    """Text: 1 - steps / those after which Muon has the loss that is `gap`, an Estimate, above its own after `steps`, with the interval.
+    """Text: 1 - steps / s with its interval, where s steps take Muon to a loss that is `gap`, an Estimate, above its own after `steps`.
 
     `curve` is {steps: mean final loss} of Muon, between whose points the loss is linear in the logarithm of the steps.
     """
@@ -361,40 +361,40 @@ def section(folder):
 
 HEAD = """# The optimizers people ask about
 
-`python scripts/zoo.py` tunes each with the same effort, runs it with six other seeds, and writes this page; how, it says
-under `--help`. Every run is a line of `runs.csv`. Sorted by final loss. **=** marks what cannot be told from Muon: the 95 % interval
-of the difference over the seeds, which all optimizers share, contains 0. With as many optimizers as here, one in twenty that are
-equal will look different. Steps saved are those of Muon with the same loss that the optimizer saves, by Muon's means at 0.5 to 1.5 of
-the steps, linear in their logarithm between them; the interval is that of the difference, taken the same way. The time of a step is
-the ratio to Muon's, alternating in one process, on the machine that `overhead.json` names. The state is in bytes for each hidden
-parameter (fp32), without the buffer through which Muon and what is built on it share updates. Lines are those of code in the
-optimizer's file, without what it imports from others. The setting that is tuned was our choice: the optimizer's own where it has
-one, else the momentum.
+`python scripts/zoo.py` tunes each with the same effort, runs it with six other seeds, and writes this page; `--help` says how.
+Every run is a line of `runs.csv`. Rows are sorted by final loss. **=** marks what cannot be told from Muon: the 95 % interval
+of the difference over the seeds, which all optimizers share, contains 0. Of the optimizers that equal Muon, one in twenty will
+look different. Steps saved: of the steps in which Muon would reach the same loss, the share that the optimizer does without;
+Muon's steps come from its mean losses at 0.5 to 1.5 of the steps, interpolated linearly in the logarithm of the steps; the
+interval is that of the difference in loss, converted the same way. The time of a step is its ratio to Muon's, the two taking
+turns in one process, on the machine that `overhead.json` names. The state is in bytes per hidden parameter (fp32), without the
+buffer through which Muon and what is built on it share updates. Lines are lines of code in the optimizer's file, without what
+it imports from others. Which setting is tuned was our choice: one of the optimizer's own where it has any, else the momentum.
 """
 FILED = """
 On the runs of the CPU track:
 
 - **Code.** The lines of `runs.csv` are of the trainers of commits 9e09ea1 (a39201df5e45: the CPU record's tuning), 2c78ab1
   (62da8cbbcb79) and 349c328 (d539f47be0cd). Over 30 steps of Newton-Muon the first agrees with the last to six digits, the second exactly.
-  The lines of the last are of another kind of CPU: seed 1 of the configurations of Muon, Newton-Muon and AdamW ends at 1.5184, 1.5136
-  and 1.6451 there, at 1.5183, 1.5136 and 1.6443 on the first kind.
+  The lines of the last come from another kind of CPU, on which seed 1 of the Muon, Newton-Muon and AdamW configurations ends at 1.5184,
+  1.5136 and 1.6451; on the first kind it ends at 1.5183, 1.5136 and 1.6443.
 - **Momentum.** Muon was tuned first, and ends 0.02 lower with a momentum of 0.9 than with the speedrun's 0.95, which is more than
-  Newton-Muon differs from it. To keep defaults from deciding the comparison, no other optimizer starts with a momentum above 0.9, unless
+  separates it from Newton-Muon. To keep defaults from deciding the comparison, no other optimizer starts with a momentum above 0.9, unless
   that is the setting that is tuned. By then AdamW and torch's Muon had been run in part, whose entries stay as they were, and Newton-Muon
   had been run with another setting, the ridge (0.8 is best), and a momentum of 0.95: 1.5186 in the mean of six seeds
   ([newton_muon_ridge.csv](cpu/newton_muon_ridge.csv), the same command at commit 5d6b04f). Now its setting is the momentum, as Muon's is.
 - **Centres.** Muon's nine pairs surround the best one of the CPU record; Newton-Muon's and AdamW's are placed so that the record's
   pairs are among them. The others follow from what the rate means: Muon's where it is the root-mean-square of an update, twice that for
   SOAP and ADOPT, whose updates are Adam's, half for Lion, 0.01 for torch's Muon, which scales by 0.2; EF-Muon's has another unit.
-  SF-NorMuon's gradients are taken where (1 - beta1) of a step is felt, so that it needs larger rates: its centre was moved from a hidden
+  SF-NorMuon's gradients feel only (1 - beta1) of a step, so it needs larger rates: its centre was moved from a hidden
   rate of 0.002 to 0.008 after three points had shown the loss to fall up to the edge of the nine (1.857, 1.724 and 1.633 at 0.001, 0.002
   and 0.004); they stay in `runs.csv`.
-- **Ends.** What is best at an end of the values tried might be better still beyond. No setting is tried there, and of the rates one pair:
-  where a setting is best that is not the default, at twice the `learning_rate`. So the rates of SOAP and Scion are corners of their nine
-  pairs. Beside the 12 points, with the two tuning seeds ([beyond.csv](cpu/beyond.csv)), Dion ends at 1.5174 with a rank_fraction of 1
-  (1.5643 with 0.5), PMuon at 1.4825 with a power of 0.5 (1.4833 with 0.4), Lion at 1.6310 with a beta2 of 0.9 (1.6239 with 0.95), and Muon
-  at 1.5094 with a momentum of 0.8 (1.5021 with 0.9).
-- **Besides the rule.** torch's Muon takes the fused q, k, v as one matrix, and rounds to bf16. AdamW's beta2 is also that of the table's
+- **Ends.** Where the best value is at an end of those tried, one beyond it might be better still. No setting is tried there, and only
+  one pair of rates: at twice the `learning_rate`, if the best setting is not the default. So the rates of SOAP and Scion are corners of
+  their nine pairs. In addition to the 12 points, with the two tuning seeds ([beyond.csv](cpu/beyond.csv)), Dion ends at 1.5174 with a
+  rank_fraction of 1 (1.5643 with 0.5), PMuon at 1.4825 with a power of 0.5 (1.4833 with 0.4), Lion at 1.6310 with a beta2 of 0.9 (1.6239
+  with 0.95), and Muon at 1.5094 with a momentum of 0.8 (1.5021 with 0.9).
+- **Other differences.** torch's Muon takes the fused q, k, v as one matrix, and rounds to bf16. AdamW's beta2 is also that of the table's
   AdamW. All run under the track's schedule, SF-NorMuon too, for which its paper has a constant rate: with one (`--warmdown_iters 0`) it
   ends at 1.5571 instead of 1.5771, at its best point, with the two tuning seeds ([beyond.csv](cpu/beyond.csv)).
 """
@@ -437,7 +437,7 @@ def main():
     parser.add_argument("--optimizers", default=",".join(ZOO), metavar="NAME,...", help=f"of {', '.join(ZOO)} (default: all)")
     parser.add_argument("--track", choices=("cpu", "mini"), default="cpu", help="(default: cpu)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the CPU cores (default: 1)")
-    parser.add_argument("--log_dir", type=Path, help="folder of the runs, from that of the repository (default: logs/zoo_TRACK)")
+    parser.add_argument("--log_dir", type=Path, help="folder of the runs, relative to the repository (default: logs/zoo_TRACK)")
     parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
     parser.add_argument("--records", type=Path, default=RECORDS, metavar="FOLDER", help="of the page and its tables, for one choice of fields "
@@ -451,7 +451,7 @@ def main():
         raise UserError(f"there is no optimizer '{unknown[0]}' here; there are {', '.join(ZOO)}")
     other = [field for field in given if field.startswith("--") and field[2:].split("=")[0] not in MAY_CHANGE_ON_RESUME.difference(PLANNED_FIELDS)]
     if other and args.records == RECORDS:
-        raise UserError(f"{other[0]} makes another comparison than that of {RECORDS}; give it a folder of its own by --records FOLDER")
+        raise UserError(f"{other[0]} makes this a different comparison from {RECORDS}; give it a folder of its own with --records FOLDER")
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: must be at least 1")
     if not (args.page or args.check):

@@ -32,7 +32,7 @@ def test_a_shard_holds_what_was_written(tmp_path):
 
 @pytest.mark.parametrize("error, code", [
     (OSError(28, "No space left on device", "a.bin"), "error: [Errno 28] No space left on device: 'a.bin'"),
-    (ImportError("No module named 'tiktoken'"), "error: No module named 'tiktoken'; install requirements.txt, or enter the "
+    (ImportError("No module named 'tiktoken'"), "error: No module named 'tiktoken'; install requirements.txt, or activate the "
      "environment that has it: source .venv/bin/activate"),
     (KeyboardInterrupt(), "interrupted; run the same command again to resume"),
     (BrokenPipeError(), 1),

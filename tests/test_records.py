@@ -228,16 +228,16 @@ def edit_rows(new):
 @pytest.mark.parametrize("damage, words", [
     (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl cannot be read"),
     (edit_facts(train_shards=[], val_shards=[]), "0 train_shards, the track has 2; 0 val_shards"),
-    (edit_facts(end=""), "did not come to its end"), (edit("run.json", '"end"', '"ended"'), "did not come to its end"),
+    (edit_facts(end=""), "did not finish"), (edit("run.json", '"end"', '"ended"'), "did not finish"),
     (edit("log.txt", "\nclass Muon", "\nclass  Muon"), "code in log.txt does not have the SHA-256"),
     (edit("log.txt", '"learning_rate": 0.01', '"learning_rate": 0.02'), "configuration in log.txt is not that of run.json"),
-    (edit("log.txt", "\nstep:5/10 val_loss:", "\nstep:5/10 val_loss:0"), "metrics.jsonl and log.txt do not tell the same"),
-    (lambda run: (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text()[:-1].rpartition("\n")[0]), "do not tell the same"),
+    (edit("log.txt", "\nstep:5/10 val_loss:", "\nstep:5/10 val_loss:0"), "metrics.jsonl and log.txt do not agree on steps"),
+    (lambda run: (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text()[:-1].rpartition("\n")[0]), "do not agree on steps"),
     (edit("run.json", '"final_val_loss": ', '"final_val_loss": 1'), "final_val_loss in run.json is not the last"),
     (edit("run.json", '"tokens_per_step": 192', '"tokens_per_step": 100'), "tokens_per_step is not batch_size x sequence_length"),
     (edit_rows(lambda row: {**row, "train_time_ms": row["train_time_ms"] + 5000 * (row["step"] == 5)}), ": steps or times do not rise"),
     (edit_rows(lambda row: {**row, "train_time_ms": 0.0}), ": steps or times do not rise in metrics.jsonl$"),
-    (edit_rows(lambda row: {**row, "train_time_ms": 1000 * row["train_time_ms"]}), "nearer to each other than the training time"),
+    (edit_rows(lambda row: {**row, "train_time_ms": 1000 * row["train_time_ms"]}), "closer together than the training time"),
     (edit_rows(lambda row: row if row["step"] != 5 or "train_loss" in row else None), "not have one val_loss for every 5 steps up to 10")])
 def test_damaged_run_is_refused(ledger, damage, words):
     damage(ledger.runs[1])

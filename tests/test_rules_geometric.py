@@ -359,7 +359,7 @@ def test_stiefel_muon_needs_all_bits_of_its_products(monkeypatch):
 
 def test_stiefel_muon_refuses_lower_rank():
     W = torch.nn.Parameter(with_values([1.0, 1.0, 1.0], 8, 4))
-    with pytest.raises(ValueError, match=r"a matrix of shape \(8, 4\) has not full rank"):
+    with pytest.raises(ValueError, match=r"a matrix of shape \(8, 4\) does not have full rank"):
         StiefelMuon([W])
 
 

@@ -185,9 +185,9 @@ def test_unread_shards():
 
 @pytest.mark.parametrize("change, words", [
     ("[]", "it is a list, not an object"), ({"config": 5}, "it.config is 5, not an object"), ({"machine": None}, "it.machine is None"),
-    ({"resumed": 5}, "it.resumed is 5, not a list"), ({"end": 5}, "it.end is 5, not a text"),
+    ({"resumed": 5}, "it.resumed is 5, not a list"), ({"end": 5}, "it.end is 5, not a string"),
     ({"parameters": 10 ** 400}, "it.parameters is 1000"),
-    ({"train_shards": [{"tokens": -1}]}, "it.train_shards[0].tokens is -1, not a whole number"), ("[" * 10 ** 5, "not valid JSON")])
+    ({"train_shards": [{"tokens": -1}]}, "it.train_shards[0].tokens is -1, not a non-negative integer"), ("[" * 10 ** 5, "not valid JSON")])
 def test_wrong_types_in_run_json(tmp_path, change, words):
     run = write(tmp_path / "a")
     (run / "run.json").write_text(change if isinstance(change, str) else json.dumps({**facts(), **change}))

@@ -67,7 +67,7 @@ sys.exit(143)
     before = signal.getsignal(signal.SIGTERM)
     threading.Thread(target=stop_it).start()
     try:
-        with pytest.raises(SystemExit, match="interrupted; the same command continues"):
+        with pytest.raises(SystemExit, match="interrupted; run the same command again to continue"):
             jobs.run_resumable(lambda: tune.train_all([("configs/cpu_muon.toml", {"seed": seed}) for seed in range(3)], tmp_path, 1))
     finally:
         signal.signal(signal.SIGTERM, before)

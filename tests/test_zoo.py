@@ -303,7 +303,7 @@ def test_bad_arguments(compare, arguments, sentence):
 
 
 def test_another_comparison_needs_a_folder(call):
-    with pytest.raises(UserError, match="--n_layer makes another comparison"):
+    with pytest.raises(UserError, match="--n_layer makes this a different comparison"):
         call(zoo, "--check", "--n_layer", "2")
 
 
