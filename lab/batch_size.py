@@ -138,6 +138,6 @@ def run(size="full", seed=0):
     summary = (f"The fewest samples to the target are needed at {' and '.join(map(str, sorted(set(best.values()))))} sequences (over all "
                f"variants), and samples begin to be wasted (b_c) at {min(c.mean() for c in critical.values()):.0f} to "
                f"{max(c.mean() for c in critical.values()):.0f}; an optimum at an end of the range of {batches[0]} to {batches[-1]} says "
-               f"only that it is not inside. Weight decay held the spectral norm at {last:.2f} (bound {bound:.2f}); without it, it was "
+               f"only that it is not inside. Weight decay held the spectral norm below {top:.3f} (bound {bound:.3f}); without it, it was "
                f"{free:.2f} after {length} steps, and rising.")
     return Result(rows, figure, summary, "Sato, Naganuma, Iiduka, Convergence Bound and Critical Batch Size of Muon Optimizer, arXiv:2507.01598")

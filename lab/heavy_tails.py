@@ -79,9 +79,9 @@ def run(size="full", seed=0):
     low, high = alphas[0], alphas[-1]
     exact, rough = POLAR
     counts = [sum(holds is verdict for *_, holds in rows) for verdict in (True, False)]
-    summary = (f"With rates and momentum as prescribed the mean gradient norm falls as T^{fits[exact, low][0]:.2f} at tail index {low} "
-               f"(bound: {predicted(low):.2f}) and as T^{fits[exact, high][0]:.2f} at {high} (bound: {predicted(high):.2f}) from "
-               f"T = {times[-3]} to {times[-1]}; with five Newton-Schulz steps the exponents are {fits[rough, low][0]:.2f} and "
-               f"{fits[rough, high][0]:.2f}. Within its interval the fall is as fast as the bound in {counts[0]} of {len(rows)} rows, "
+    summary = (f"With rates and momentum as prescribed the mean gradient norm falls as T^{fits[exact, low][0]:.3f} at tail index {low} "
+               f"(bound: {predicted(low):.3f}) and as T^{fits[exact, high][0]:.3f} at {high} (bound: {predicted(high):.3f}) from "
+               f"T = {times[-3]} to {times[-1]}; with five Newton-Schulz steps the exponents are {fits[rough, low][0]:.3f} and "
+               f"{fits[rough, high][0]:.3f}. Within its interval the fall is as fast as the bound in {counts[0]} of {len(rows)} rows, "
                f"slower in {counts[1]}, and too uncertain to tell in the others.")
     return Result(rows, figure, summary, SOURCE)

@@ -25,8 +25,8 @@ EXPERIMENTS = ("factorisation", "in_context", "decoupling", "step_size", "newton
 VERDICT = {True: "holds", False: "**fails**", None: "open"}
 HEAD = """# Why it works: the theory, as experiments
 
-What the papers around Muon predict, and what was measured here. Each experiment runs in under 2 minutes on 2 cores:
-`python scripts/lab.py NAME`, or `all`. Its equations and the constants that a paper leaves open are in `lab/NAME.py`.
+What the papers around Muon predict, and what was measured here. Below each table stands its command and what it took;
+`python scripts/lab.py all` runs them all. Equations and the constants that a paper leaves open are in `lab/NAME.py`.
 ± is the half-width of a 95 % interval (where it says sd, the standard deviation), +- a standard error (in `sharpness` the
 standard deviation); *open*: the paper says nothing, or the 95 % interval includes both outcomes.
 

@@ -108,7 +108,7 @@ def conclude(baseline, candidate, shorter, fraction, overhead, spread=None):
     if len(baseline) == 1:
         lines.append("one seed gives no verdict; --seeds 5 adds runs and gives one")
         if spread:
-            lines.append(f"two runs that differ only in the seed have final losses within {estimates.noise(*spread):.4f} of each other "
+            lines.append(f"two runs of Muon, or of Newton-Muon, that differ only in the seed have final losses within {estimates.noise(*spread):.4f} of each other "
                          f"(95 % of pairs; standard deviation {spread[0]:.4f}): a smaller difference means nothing")
         else:
             lines.append("how large a difference can be mere noise is not known for this configuration: two or more seeds would tell")

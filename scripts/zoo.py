@@ -320,10 +320,17 @@ def steps_saved(gap, curve, steps):
     return share(gap.mean) + (f" ({' to '.join(ends)})" if set(ends) - {share(gap.mean)} else "")
 
 
-def row(table, name, steps, measured, muon, curve):
+def at_ends(table, point):
+    """Names of the rates and of the setting whose value in `point`, the best, is the smallest or largest of those tried."""
+    tried = [p for p in table.losses if p[:2] == point[:2] and p.seed in TUNING_SEEDS]
+    rates = [rate for rate in tune.RATES if getattr(point, rate) in (end(getattr(p, rate) for p in tried) for end in (min, max))]
+    return rates + [ZOO[point.optimizer].setting] * bool(point.setting)  # its default lies between the other two values
+
+
+def row(table, name, point, measured, muon, curve):
     """What the page says of an optimizer: (Estimate of the mean final loss, cells of the table)."""
-    entry, finals = ZOO[name], table.results(name, steps)
-    point = next(p for p in table.losses if p.optimizer == name and p.steps == steps and p.seed in SEEDS)
+    entry, steps = ZOO[name], point.steps
+    finals = table.results(name, steps)
     loss = mean_loss(finals)
     against, saved = "", ""
     if name != "muon" and math.isfinite(loss.mean):
@@ -347,12 +354,16 @@ def section(folder):
     muon = {round(length * steps): table.results("muon", round(length * steps)) for length in LENGTHS}
     curve = {length: float(np.mean([*finals.values()])) for length, finals in muon.items() if set(finals) == set(SEEDS)}
     complete = [name for name in ZOO if name in measured and len(curve) == len(LENGTHS) and set(table.results(name, steps)) == set(SEEDS)]
-    found = {name: row(table, name, steps, measured[name], muon[steps], curve) for name in complete}
+    best = {name: next(p for p in table.losses if p.optimizer == name and p.steps == steps and p.seed in SEEDS) for name in complete}
+    found = {name: row(table, name, best[name], measured[name], muon[steps], curve) for name in complete}
+    ends = [f"`{name}` ({', '.join(at_ends(table, point))})" for name, point in best.items() if at_ends(table, point)]
     rows = sorted(found.values(), key=lambda row: math.inf if math.isnan(row[0].mean) else row[0].mean)
     waiting = [name for name in ZOO if name not in complete]
     text = [f"## {folder.name}\n", f"{steps} steps, {len(SEEDS)} seeds; {len(rows)} of {len(ZOO)} optimizers.\n",
             filing.markdown([("optimizer", "final loss (95 %)", "against Muon, by pairs", "steps saved", "time of a step",
                               "state, bytes", "lines", "rates, setting", "source"), *(cells for _, cells in rows)])]
+    if ends:
+        text.append("Best at an end of the values tried, so perhaps better beyond it: " + ", ".join(ends) + ".\n")
     if waiting:
         text.append("Not run yet, or not to the end: " + ", ".join(f"`{name}`" for name in waiting) + ".\n")
     text.append(f"![loss against the time of a step]({folder.name}/loss_time.png)\n")
@@ -362,38 +373,40 @@ def section(folder):
 HEAD = """# The optimizers people ask about
 
 `python scripts/zoo.py` tunes each with the same effort, runs it with six other seeds, and writes this page; `--help` says how.
-Every run is a line of `runs.csv`. Rows are sorted by final loss. **=** marks what cannot be told from Muon: the 95 % interval
-of the difference over the seeds, which all optimizers share, contains 0. Of the optimizers that equal Muon, one in twenty will
-look different. Steps saved: of the steps in which Muon would reach the same loss, the share that the optimizer does without;
-Muon's steps come from its mean losses at 0.5 to 1.5 of the steps, interpolated linearly in the logarithm of the steps; the
-interval is that of the difference in loss, converted the same way. The time of a step is its ratio to Muon's, the two taking
-turns in one process, on the machine that `overhead.json` names. The state is in bytes per hidden parameter (fp32), without the
-buffer through which Muon and what is built on it share updates. Lines are lines of code in the optimizer's file, without what
-it imports from others. Which setting is tuned was our choice: one of the optimizer's own where it has any, else the momentum.
+Every run behind the table is a line of `runs.csv`. Rows are sorted by final loss. **=** marks what cannot be told from Muon:
+the 95 % interval of the difference over the seeds, which all optimizers share, contains 0. Of the optimizers that equal Muon,
+one in twenty will look different. Steps saved: of the steps in which Muon would reach the same loss, the share that the
+optimizer does without; Muon's steps come from its mean losses at 0.5 to 1.5 of the steps, interpolated linearly in the
+logarithm of the steps; the interval is that of the difference in loss, converted the same way. The time of a step is its ratio
+to Muon's, the two taking turns in one process, on the machine that `overhead.json` names. The state is in bytes per hidden
+parameter (fp32), without the buffer through which Muon and what is built on it share updates. Lines are lines of code in the
+optimizer's file, without what it imports from others. Which setting is tuned was our choice: one of the optimizer's own where
+it has any, else the momentum.
 """
 FILED = """
 On the runs of the CPU track:
 
-- **Code.** The lines of `runs.csv` are of the trainers of commits 9e09ea1 (a39201df5e45: the CPU record's tuning), 2c78ab1
-  (62da8cbbcb79) and 349c328 (d539f47be0cd). Over 30 steps of Newton-Muon the first agrees with the last to six digits, the second exactly.
-  The lines of the last come from another kind of CPU, on which seed 1 of the Muon, Newton-Muon and AdamW configurations ends at 1.5184,
-  1.5136 and 1.6451; on the first kind it ends at 1.5183, 1.5136 and 1.6443.
+- **Code.** The lines of `runs.csv` are of the trainers of commits 9e09ea1 (a39201df5e45: the CPU record's tuning), 2c78ab1 (62da8cbbcb79)
+  and 349c328 (d539f47be0cd). Over 30 steps (`python train_gpt2.py configs/cpu_newton_muon.toml --num_iterations 30 --warmdown_iters 0`)
+  the losses of the first agree with those of the last to six digits, those of the second exactly. The lines of the last come from another
+  kind of CPU, on which seed 1 of the Muon, Newton-Muon and AdamW configurations ends at 1.5184, 1.5136 and 1.6451; on the first kind it
+  ends at 1.5183, 1.5136 and 1.6443 ([two_cpus.csv](../bench/two_cpus.csv)).
 - **Momentum.** Muon was tuned first, and ends 0.02 lower with a momentum of 0.9 than with the speedrun's 0.95, which is more than
-  separates it from Newton-Muon. To keep defaults from deciding the comparison, no other optimizer starts with a momentum above 0.9, unless
-  that is the setting that is tuned. By then AdamW and torch's Muon had been run in part, whose entries stay as they were, and Newton-Muon
-  had been run with another setting, the ridge (0.8 is best), and a momentum of 0.95: 1.5186 in the mean of six seeds
+  separates it from Newton-Muon. To keep defaults from deciding the comparison, no other optimizer starts with a momentum above 0.9,
+  unless that is the setting that is tuned. By then AdamW and torch's Muon had been run in part, whose entries stay as they were, and
+  Newton-Muon had been run with another setting, the ridge (0.8 is best), and a momentum of 0.95: 1.5186 in the mean of six seeds
   ([newton_muon_ridge.csv](cpu/newton_muon_ridge.csv), the same command at commit 5d6b04f). Now its setting is the momentum, as Muon's is.
-- **Centres.** Muon's nine pairs surround the best one of the CPU record; Newton-Muon's and AdamW's are placed so that the record's
-  pairs are among them. The others follow from what the rate means: Muon's where it is the root-mean-square of an update, twice that for
-  SOAP and ADOPT, whose updates are Adam's, half for Lion, 0.01 for torch's Muon, which scales by 0.2; EF-Muon's has another unit.
-  SF-NorMuon's gradients feel only (1 - beta1) of a step, so it needs larger rates: its centre was moved from a hidden
-  rate of 0.002 to 0.008 after three points had shown the loss to fall up to the edge of the nine (1.857, 1.724 and 1.633 at 0.001, 0.002
-  and 0.004); they stay in `runs.csv`.
-- **Ends.** Where the best value is at an end of those tried, one beyond it might be better still. No setting is tried there, and only
-  one pair of rates: at twice the `learning_rate`, if the best setting is not the default. So the rates of SOAP and Scion are corners of
-  their nine pairs. In addition to the 12 points, with the two tuning seeds ([beyond.csv](cpu/beyond.csv)), Dion ends at 1.5174 with a
-  rank_fraction of 1 (1.5643 with 0.5), PMuon at 1.4825 with a power of 0.5 (1.4833 with 0.4), Lion at 1.6310 with a beta2 of 0.9 (1.6239
-  with 0.95), and Muon at 1.5094 with a momentum of 0.8 (1.5021 with 0.9).
+- **Centres.** Muon's nine pairs surround the best one of the CPU record; Newton-Muon's and AdamW's are placed so that the record's pairs
+  are among them. The others follow from what the rate means: Muon's where it is the root-mean-square of an update, twice that for SOAP
+  and ADOPT, whose updates are Adam's, half for Lion, 0.01 for torch's Muon, which scales by 0.2; EF-Muon's has another unit. SF-NorMuon's
+  gradients feel only (1 - beta1) of a step, so it needs larger rates: its centre was moved from a hidden rate of 0.002 to 0.008 after
+  three points had shown the loss to fall up to the edge of the nine (1.857, 1.724 and 1.633 at 0.001, 0.002 and 0.004); they stay in
+  `runs.csv`.
+- **Ends.** Where the best value is at an end of those tried (listed below the table), one beyond it might be better still. No setting is
+  tried there, and only one pair of rates: at twice the `learning_rate`, if the best setting is not the default. In addition to the 12
+  points, with the two tuning seeds ([beyond.csv](cpu/beyond.csv)), Dion ends at 1.5174 with a rank_fraction of 1 (1.5643 with 0.5), PMuon
+  at 1.4825 with a power of 0.5 (1.4833 with 0.4), Lion at 1.6310 with a beta2 of 0.9 (1.6239 with 0.95), and Muon at 1.5094 with a
+  momentum of 0.8 (1.5021 with 0.9; `runs.csv` has these two runs by the earlier trainer as well).
 - **Other differences.** torch's Muon takes the fused q, k, v as one matrix, and rounds to bf16. AdamW's beta2 is also that of the table's
   AdamW. All run under the track's schedule, SF-NorMuon too, for which its paper has a constant rate: with one (`--warmdown_iters 0`) it
   ends at 1.5571 instead of 1.5771, at its best point, with the two tuning seeds ([beyond.csv](cpu/beyond.csv)).

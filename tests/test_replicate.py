@@ -169,7 +169,7 @@ def test_undecided_names_a_number_of_runs():
 def test_one_seed_says_what_difference_means_nothing():
     arms = losses(0, 0.01, 0.02, n=1)
     text = "\n".join(replicate.conclude(*arms, 0.06, Estimate(0.01), (0.0013, math.inf)))
-    assert "final losses within 0.0036 of each other" in text and "verdict:" not in text and "saved" not in text
+    assert "two runs of Muon, or of Newton-Muon, that differ only in the seed have final losses within 0.0036 of each other" in text and "verdict:" not in text and "saved" not in text
 
 
 def test_spread_of_filed_runs(tmp_path, monkeypatch):

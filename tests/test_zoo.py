@@ -17,7 +17,7 @@ from scipy import stats
 import jobs
 import zoo
 from test_distributed import logged, sequence, write_config
-from train_gpt2 import UserError
+from train_gpt2 import Config, UserError
 from zoo import ZOO
 
 OURS = [name for name, entry in ZOO.items() if entry.optimizer.startswith("optimizers.")]
@@ -84,6 +84,14 @@ def test_settings_out_of_range_are_named(name):
     for setting, value in [("lr", -1.0), ("lr", math.nan), *wrong]:
         with pytest.raises(ValueError, match=rf"\b{setting} = {value}"):
             make(name, matrices((4, 4)), **{setting: value})
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_defaults_lie_between_the_values_tried(name):
+    entry = ZOO[name]
+    own = inspect.signature(kind_of(name)).parameters if ":" in entry.optimizer else {}
+    default = own[entry.setting].default if entry.setting in own else getattr(Config(), entry.setting)
+    assert min(entry.values) < entry.arguments.get(entry.setting, default) < max(entry.values)
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -224,6 +232,7 @@ def test_page(compare, tmp_path):
     assert f"{np.mean(losses[0]):.4f} (" in lines[0] and "1.50 (1.40 to 1.60)" in lines[0]
     steps = 600 * (750 / 600) ** (-gaps.mean() * 1e4 / 150)  # of Muon to that loss, which falls by 150 / 1e4 from 600 steps to 750
     assert f"| {1 - 600 / steps:.1%} (" in lines[0] and "| below -100% |" in lines[2]
+    assert "Best at an end of the values tried" in text and "`normuon` (learning_rate, hidden_learning_rate, beta2)" in text
     assert compare("--check").returncode == 0
     table = tmp_path / "zoo/cpu/runs.csv"
     *last, _, code = table.read_text().splitlines()[-1].split(",")
