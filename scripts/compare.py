@@ -246,18 +246,19 @@ def report(groups, baseline, target, png=None, html=None, more_notes=()):
     """Prints tables and notes, writes plot and page where a path is given, returns the Summaries."""
     summaries, baseline = compare(groups, baseline, target), find_baseline(groups, baseline).label
     results, remarks = tables(summaries, baseline, target), [*notes(groups, target), *more_notes]
+    for path in filter(None, (png, html)):  # the files first: whoever reads the tables may stop before their end
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if png:
+        plot(summaries, target, png)
+    if html:
+        write_html(summaries, target, results, remarks, html)
     for title, rows, meaning in results:
         print(f"{textwrap.fill(title, 128)}\n{plain(rows)}\n{textwrap.indent(meaning, '  ')}\n")
     for remark in remarks:
         print(textwrap.fill(f"note: {remark}", 128, subsequent_indent="      "))
-    for path in filter(None, (png, html)):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    if png:
-        plot(summaries, target, png)
-        print(f"plot: {reading.printable(str(png))}")
-    if html:
-        write_html(summaries, target, results, remarks, html)
-        print(f"page: {reading.printable(str(html))}")
+    for kind, path in (("plot", png), ("page", html)):
+        if path:
+            print(f"{kind}: {reading.printable(str(path))}")
     return summaries
 
 

@@ -123,6 +123,16 @@ def test_a_terminal_without_unicode(tmp_path, launch):
     assert "?on" in out and errors == ""
 
 
+def test_files_are_whole_though_the_reader_of_the_tables_stops(tmp_path, call, monkeypatch):
+    """As `compare.py ... --html FILE | head -1`."""
+    def gone(rows):
+        raise BrokenPipeError(32, "Broken pipe")
+    write(tmp_path / "a")
+    monkeypatch.setattr(compare, "plain", gone)
+    assert "the output: Broken pipe" in call(compare, tmp_path, "--html", tmp_path / "a.html", "--png", tmp_path / "a.png").stderr
+    assert "</html>" in (tmp_path / "a.html").read_text() and (tmp_path / "a.png").stat().st_size > 10 ** 4
+
+
 def test_plot_of_many_groups_and_long_labels(tmp_path, recwarn):
     summaries = compared(*(run_of(1.9, optimizer=f"{i}" * 100) for i in range(10, 40)))
     compare.plot(summaries, 1.0, tmp_path / "a.svg")
