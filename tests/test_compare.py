@@ -123,7 +123,7 @@ def test_a_terminal_without_unicode(tmp_path, launch):
     assert "?on" in out and errors == ""
 
 
-def test_files_are_whole_though_the_reader_of_the_tables_stops(tmp_path, call, monkeypatch):
+def test_files_survive_a_broken_pipe(tmp_path, call, monkeypatch):
     """As `compare.py ... --html FILE | head -1`."""
     def gone(rows):
         raise BrokenPipeError(32, "Broken pipe")

@@ -20,7 +20,7 @@ def test_a_run_of_several_is_a_run(shards, tmp_path):
     assert loss == logged(tmp_path / "logs/a")[10, "val_loss"]
 
 
-def test_a_run_that_is_being_started_is_stopped(monkeypatch, tmp_path):
+def test_stop_includes_a_starting_run(monkeypatch, tmp_path):
     (tmp_path / "train_gpt2.py").write_text("import signal; signal.alarm(30); signal.pause()")
     training, processes, popen = jobs.Jobs(1), [], subprocess.Popen
 

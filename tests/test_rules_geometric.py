@@ -79,7 +79,7 @@ def test_polar_express_is_its_polynomials(shape, steps, error):
     assert (svdvals(O) - 1).abs().max() < error
 
 
-def test_polar_muon_is_muon_with_other_singular_values():
+def test_polar_muon_follows_its_equations():
     gradients = [normal(*TALL, seed=i) for i in range(3)]
     settings = dict(lr=0.1, momentum=0.8, ns_steps=8)
     U = gradients[2] + 0.8 * (gradients[2] + 0.8 * gradients[1] + 0.64 * gradients[0])
@@ -345,7 +345,7 @@ def test_stiefel_muon_follows_its_equations(shape):
         torch.testing.assert_close(W.detach(), radius * (X.T if transposed else X), rtol=0, atol=1e-9)
 
 
-def test_stiefel_muon_needs_all_bits_of_its_products(monkeypatch):
+def test_stiefel_muon_computes_without_tf32(monkeypatch):
     found = []
     monkeypatch.setattr(StiefelMuon, "update", lambda *_: found.append(torch.get_float32_matmul_precision()))
     before = torch.get_float32_matmul_precision()

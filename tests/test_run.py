@@ -98,7 +98,7 @@ def test_checkpoints_without_their_run_stay(start, tmp_path):
     assert sorted((tmp_path / "logs/a/checkpoints").iterdir()) == before and len(before) == 2
 
 
-def test_the_same_run_twice_gives_the_same_losses(start, tmp_path):
+def test_runs_are_reproducible(start, tmp_path):
     for name in "ab":
         assert start(run_name=name).returncode == 0
     assert losses(tmp_path / "logs/a") == losses(tmp_path / "logs/b")
@@ -147,7 +147,7 @@ def test_resume_refuses_a_checkpoint_of_other_code(start, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("data_seed, allow_repeat", [(1, "false"), (0, "true"), (0, "false")])
-def test_resume_needs_the_shards_that_make_the_order(start, shards, tmp_path, data_seed, allow_repeat):
+def test_resume_needs_the_same_shards(start, shards, tmp_path, data_seed, allow_repeat):
     shutil.copy(shards / "train_000001.bin", tmp_path)
     run = dict(run_name="a", data_seed=data_seed, allow_repeat=allow_repeat, input_bin=tmp_path / "train_*.bin")
     assert start(**run).returncode == 0
@@ -270,7 +270,7 @@ def test_muon_of_ones_own(start, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("value, word", [("lambda x: x", "lambda"), ("open(__file__)", "TextIOWrapper"), ("Thing()", "kept.Thing")])
-def test_a_state_without_checkpoints_is_refused_at_once(start, tmp_path, monkeypatch, value, word):
+def test_unsavable_state_is_refused(start, tmp_path, monkeypatch, value, word):
     (tmp_path / "kept.py").write_text("import torch\nclass Thing:\n    pass\nclass Mine(torch.optim.SGD):\n"
                                       "    def step(self, closure=None):\n"
                                       f"        self.param_groups[0]['note'] = {value}\n")

@@ -127,7 +127,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
 # groups
 
 
-def test_a_folder_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+def test_unreadable_folder_is_named(tmp_path, monkeypatch):
     write(tmp_path / "a")
     write(tmp_path / "b", optimizer="adamw")
     monkeypatch.setattr(os, "scandir", lambda path, scandir=os.scandir: scandir(f"{path}/log.txt" if str(path).endswith("b") else path))

@@ -296,7 +296,7 @@ def test_an_interrupted_run_is_not_a_result(compare, monkeypatch, tmp_path):
     assert not (tmp_path / "zoo/cpu/runs.csv").exists()
 
 
-def test_what_other_code_has_begun_is_not_resumed(compare, tmp_path):
+def test_runs_of_other_code_are_not_resumed(compare, tmp_path):
     folder = tmp_path / "logs/muon_600_0.02_0.002_100"
     folder.mkdir(parents=True)
     (folder / "run.json").write_text('{"code_sha256": "0"}')
