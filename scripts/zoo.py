@@ -323,7 +323,8 @@ def steps_saved(gap, curve, steps):
 def at_ends(table, point):
     """Names of the rates and of the setting whose value in `point`, the best, is the smallest or largest of those tried."""
     tried = [p for p in table.losses if p[:2] == point[:2] and p.seed in TUNING_SEEDS]
-    rates = [rate for rate in tune.RATES if getattr(point, rate) in (end(getattr(p, rate) for p in tried) for end in (min, max))]
+    values = {rate: [getattr(p, rate) for p in tried] for rate in tune.RATES}
+    rates = [rate for rate in tune.RATES if getattr(point, rate) in (min(values[rate], default=None), max(values[rate], default=None))]
     return rates + [ZOO[point.optimizer].setting] * bool(point.setting)  # its default lies between the other two values
 
 
