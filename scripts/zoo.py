@@ -411,9 +411,9 @@ On the runs of the CPU track:
   LowRankMuon with 1 is Muon), PMuon at 1.4825 with a power of 0.5 (1.4833 with 0.4), Lion at 1.6310 with a beta2 of 0.9 (1.6239 with
   0.95), and Muon at 1.5094 with a momentum of 0.8 (1.5021 with 0.9; `runs.csv` has these two runs by the earlier trainer as well).
 - **Another twelve seeds.** Planned on 2026-11-27, before the runs: Newton-Muon with a power of 1/2 is, of what takes no more than 2 %
-  longer for a step than Muon, the best of those above, and the best of several looks better than it is. So it and Muon run again, at the
-  points of the table, with the seeds 7 to 18, and by these alone it is said whether it saves steps ([confirm.csv](cpu/confirm.csv)): yes
-  if the 95 % interval of the paired difference of the final losses lies below 0.
+  longer for a step than Muon, the best of those above, and the best of several looks better than it is. So it and Muon are to run again,
+  at the points of the table, with the seeds 7 to 18, and by these alone it is said whether it saves steps: yes if the 95 % interval of
+  the paired difference of the final losses lies below 0. Not run yet.
 - **Other differences.** torch's Muon takes the fused q, k, v as one matrix, and rounds to bf16. AdamW's beta2 is also that of the table's
   AdamW. All run under the track's schedule, SF-NorMuon too, for which its paper has a constant rate: with one (`--warmdown_iters 0`) it
   ends at 1.5571 instead of 1.5771, at its best point, with the two tuning seeds ([beyond.csv](cpu/beyond.csv)).
