@@ -953,7 +953,7 @@ def wrapped(model, config, device):
 
 def choose_micro_batch(config, device, per_process, dtype):
     """Sequences in one forward pass: device_batch_size or, without one, the largest power of two that divides per_process and fits the GPU.
-    Per token a bf16 forward pass keeps 37 L C bytes compiled, else 40 (records/bench); the rest of the 45 allowed for is for the backward pass."""
+    Per token a bf16 forward pass keeps 37 L C bytes compiled, else 40.5 (records/bench); the rest of the 45 allowed for is for the backward pass."""
     tokens, rows = 16384, config.vocab_size + 128  # on a CPU more tokens at a time are no faster
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory * min(0.9, torch.cuda.get_per_process_memory_fraction(device))

@@ -323,8 +323,7 @@ def steps_saved(gap, curve, steps):
 def at_ends(table, point):
     """Names of the rates and of the setting whose value in `point`, the best, is the smallest or largest of those tried."""
     tried = [p for p in table.losses if p[:2] == point[:2] and p.seed in TUNING_SEEDS]
-    values = {rate: [getattr(p, rate) for p in tried] for rate in tune.RATES}
-    rates = [rate for rate in tune.RATES if getattr(point, rate) in (min(values[rate], default=None), max(values[rate], default=None))]
+    rates = [rate for rate in tune.RATES if tried and getattr(point, rate) in (end(getattr(p, rate) for p in tried) for end in (min, max))]
     return rates + [ZOO[point.optimizer].setting] * bool(point.setting)  # its default lies between the other two values
 
 
@@ -357,7 +356,7 @@ def section(folder):
     complete = [name for name in ZOO if name in measured and len(curve) == len(LENGTHS) and set(table.results(name, steps)) == set(SEEDS)]
     best = {name: next(p for p in table.losses if p.optimizer == name and p.steps == steps and p.seed in SEEDS) for name in complete}
     found = {name: row(table, name, best[name], measured[name], muon[steps], curve) for name in complete}
-    ends = [f"`{name}` ({', '.join(at_ends(table, point))})" for name, point in best.items() if at_ends(table, point)]
+    ends = [f"`{name}` ({', '.join(found_there)})" for name, point in best.items() if (found_there := at_ends(table, point))]
     rows = sorted(found.values(), key=lambda row: math.inf if math.isnan(row[0].mean) else row[0].mean)
     waiting = [name for name in ZOO if name not in complete]
     text = [f"## {folder.name}\n", f"{steps} steps, {len(SEEDS)} seeds; {len(rows)} of {len(ZOO)} optimizers.\n",

@@ -27,7 +27,7 @@ TINY = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=64, sequence_length=16, b
 
 def run(*command, env={}, **options):
     """The command in a process of its own, to its end: returncode, stdout, stderr. `env` is added to the environment."""
-    options = dict(capture_output=True, text=True, timeout=600) | options
+    options = dict(capture_output=True, text=True, timeout=300) | options
     return subprocess.run([*map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1", **env}, **options)
 
 

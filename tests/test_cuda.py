@@ -150,6 +150,7 @@ dist.init_process_group = lambda backend, **more: init("gloo", **more)
 train_gpt2.main()"""
     (tmp_path / "two.py").write_text(code)
     done = run(*torchrun(2), tmp_path / "two.py", tmp_path / "config.toml", "--run_name", "2",
-               *(text for key, value in fields.items() for text in (f"--{key}", value)), cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+               *(text for key, value in fields.items() for text in (f"--{key}", value)), cwd=tmp_path, env={"PYTHONPATH": str(ROOT)},
+               timeout=120)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "logs/2") == pytest.approx(losses(tmp_path / "logs/1"), rel=0.002)

@@ -46,7 +46,7 @@ def same_weights(a, b):
 
 def sequence(*groups):
     """Runs [(processes, [[ARGUMENT, ...], ...]), ...] by sequence.py. Returns its output and {(processes, run name): reports, by rank}."""
-    done = run(sys.executable, ROOT / "tests/sequence.py", json.dumps(groups), env=ENV)
+    done = run(sys.executable, ROOT / "tests/sequence.py", json.dumps(groups), env=ENV, timeout=240)
     assert done.returncode == 0, done.stderr
     reports = {}
     for report in sorted(map(json.loads, re.findall(r"REPORT (\{.*?\})", done.stdout)), key=lambda report: report["rank"]):
@@ -146,7 +146,7 @@ for _ in range(200):
 ends.append(attempt(0, config, "--run_name", "killed", "--resume", "auto"))
 print(json.dumps(ends))
 """
-    result = run(sys.executable, "-c", code, config, env=ENV)
+    result = run(sys.executable, "-c", code, config, env=ENV, timeout=240)
     assert result.returncode == 0, result.stderr
     ends = json.loads(result.stdout)
     assert ends.count(-9) == 20 and set(ends[:-1]) == {-9} and ends[-1] == 0, result.stdout + result.stderr
@@ -199,7 +199,7 @@ def faulty(shards, tmp_path, fault, launcher=(), env={}, **fields):
     """(result, seconds, names of the checkpoints) of a run on two processes, the second of which has the fault."""
     config = write_config(tmp_path / "config.toml", shards, optimizer=f"faults:{fault}", collective_timeout=5, **FAULTY, **fields)
     start = time.monotonic()
-    result = run(*torchrun(2), *launcher, ROOT / "train_gpt2.py", config, "--resume", "auto", env={**ENV, **env})
+    result = run(*torchrun(2), *launcher, ROOT / "train_gpt2.py", config, "--resume", "auto", env={**ENV, **env}, timeout=120)
     return result, time.monotonic() - start, checkpoints(tmp_path)
 
 

@@ -3,12 +3,15 @@ import json
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, run
+import conftest
+from conftest import ROOT
 
+run = partial(conftest.run, timeout=60)
 RECORD = f'''#!{sys.executable}
 import json, os, sys
 print(json.dumps(dict(arguments=sys.argv[1:], job=os.environ.get("JOB"), folder=os.getcwd())))

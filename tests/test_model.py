@@ -130,4 +130,4 @@ assert torch.initial_seed() == seed and threading.active_count() == threads and 
 assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
 assert "wandb" not in sys.modules and "tiktoken" not in sys.modules
 """
-    run(sys.executable, "-c", code, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, check=True)
+    run("env", "-i", f"PYTHONPATH={ROOT}", "PATH=", sys.executable, "-c", code, cwd=tmp_path, check=True)
