@@ -47,6 +47,7 @@ from train_gpt2 import GPT, MAY_CHANGE_ON_RESUME, UserError, build_optimizers, c
 RECORDS = runs.ROOT / "records" / "zoo"
 TUNING_SEEDS, SEEDS = range(tune.FIRST_TUNING_SEED, tune.FIRST_TUNING_SEED + 2), range(1, 7)
 HOPELESS = 0.02  # a point whose first seed ends so far above the best is not run again
+HASHES = ("code_sha256", "optimizer_sha256")  # in run.json: of the trainer and of the optimizer's file
 LENGTHS = (1.0, 0.94, 0.5, 0.75, 1.25, 1.5)  # of Muon, in the track's steps
 
 
@@ -132,15 +133,16 @@ class Table:
             except (OSError, KeyError, TypeError, ValueError) as error:
                 raise UserError(f"{self.path} cannot be read ({type(error).__name__}: {error}); restore it from git") from None
 
-    def add(self, point, loss, code):
+    def add(self, point, loss, facts):
+        """Adds a finished run, whose run.json is `facts`."""
         with self.lock:
             self.losses[point] = loss
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", newline="") as file:
                 lines = csv.writer(file, lineterminator="\n")
                 if not file.tell():
-                    lines.writerow((*Point._fields, "final_val_loss", "code_sha256"))
-                lines.writerow((*point, loss, code))
+                    lines.writerow((*Point._fields, "final_val_loss", *HASHES))
+                lines.writerow((*point, loss, *((facts.get(name) or "")[:12] for name in HASHES)))
 
     def mean(self, optimizer, steps, learning_rate, hidden_learning_rate, setting, seeds):
         """Mean final loss over those of the seeds that were run, infinite if one diverged."""
@@ -205,7 +207,7 @@ class Track:
                     failed.append(f"the run {name} in {self.logs} did not end; the same command resumes it")
                     return
             loss = math.nan if loss is None else loss
-            self.table.add(point, loss, runs.read_facts(self.logs / name).get("code_sha256", code_sha256())[:12])
+            self.table.add(point, loss, {"code_sha256": code_sha256(), **runs.read_facts(self.logs / name)})
             print(f"{name}: {loss:.4f}", flush=True)
 
         with ThreadPoolExecutor(self.jobs) as pool:
@@ -390,7 +392,9 @@ On the runs of the CPU track:
   and 349c328 (d539f47be0cd). Over 30 steps (`python train_gpt2.py configs/cpu_newton_muon.toml --num_iterations 30 --warmdown_iters 0`)
   the losses of the first agree with those of the last to six digits, those of the second exactly. The lines of the last come from another
   kind of CPU, on which seed 1 of the Muon, Newton-Muon and AdamW configurations ends at 1.5184, 1.5136 and 1.6451; on the first kind it
-  ends at 1.5183, 1.5136 and 1.6443 ([two_cpus.csv](../bench/two_cpus.csv)).
+  ends at 1.5183, 1.5136 and 1.6443 ([two_cpus.csv](../bench/two_cpus.csv)). `optimizer_sha256` is that of the optimizer's file at commit
+  7004722; the lines of the earlier trainers lack it. Since then these files have changed in their prose, and in when StiefelMuon refuses a
+  matrix, but not in their rules.
 - **Momentum.** Muon was tuned first, and ends 0.02 lower with a momentum of 0.9 than with the speedrun's 0.95, which is more than
   separates it from Newton-Muon. To keep defaults from deciding the comparison, no other optimizer starts with a momentum above 0.9,
   unless that is the setting that is tuned. By then AdamW and torch's Muon had been run in part, whose entries stay as they were, and

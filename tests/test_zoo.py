@@ -235,9 +235,9 @@ def test_page(compare, tmp_path):
     assert "Best at an end of the values tried" in text and "`normuon` (learning_rate, hidden_learning_rate, beta2)" in text
     assert compare("--check").returncode == 0
     table = tmp_path / "zoo/cpu/runs.csv"
-    *last, _, code = table.read_text().splitlines()[-1].split(",")
-    for line, sentence in ((",".join([*last, "9.0", code]), "is stale"),
-                           ("signum,600,0.02,0.002,,5,9.0,abc", "has results of signum with several rates")):
+    *last, _, code, _ = table.read_text().splitlines()[-1].split(",")
+    for line, sentence in ((",".join([*last, "9.0", code, ""]), "is stale"),
+                           ("signum,600,0.02,0.002,,5,9.0,abc,", "has results of signum with several rates")):
         with open(table, "a") as file:
             file.write(line + "\n")
         with pytest.raises(UserError, match=sentence):
@@ -280,6 +280,17 @@ def test_jobs_change_nothing(compare, tmp_path):
         tables.append(sorted((tmp_path / "zoo/cpu/runs.csv").read_text().splitlines()))
         shutil.rmtree(tmp_path / "zoo")
     assert tables[0] == tables[1]
+
+
+def test_lines_name_the_code(tmp_path):
+    facts = dict(code_sha256="a" * 64, optimizer_sha256=None)
+    table = zoo.Table(tmp_path / "runs.csv")
+    for name, found in (("muon", facts), ("signum", {**facts, "optimizer_sha256": "b" * 64})):
+        table.add(zoo.Point(name, 600, 0.02, 0.002, "", 1), 1.5, found)
+    lines = table.path.read_text().splitlines()
+    assert lines[0].endswith(",final_val_loss,code_sha256,optimizer_sha256")
+    assert [line.split(",")[-2:] for line in lines[1:]] == [["a" * 12, ""], ["a" * 12, "b" * 12]]
+    assert zoo.Table(table.path).losses == table.losses
 
 
 def test_divergence_is_a_result(compare, tmp_path):
