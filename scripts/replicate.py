@@ -47,11 +47,11 @@ FIRST_SEED = {"cpu": 1, "mini": 0, "speedrun": 0}
 CLAIM = {"steps": 0.06, "time": 0.04}  # arXiv:2604.01472, abstract
 
 
-def plan_runs(track, optimizers, seeds, logs, fields):
+def plan_runs(track, configs, optimizers, seeds, logs, fields):
     """{(optimizer, steps): {seed: (folder, arguments, configuration)}} of all runs."""
     plan = {}
     for optimizer in sorted(optimizers, key=lambda name: name != "muon"):  # the baseline first
-        path = f"configs/{track}_{optimizer}.toml"
+        path = str(configs / f"{track}_{optimizer}.toml")
         full = load_config([path, *fields])
         lengths = {full.num_iterations: []}
         if optimizer == "newton_muon" and "muon" in optimizers:
@@ -108,8 +108,8 @@ def conclude(baseline, candidate, shorter, fraction, overhead, spread=None):
     if len(baseline) == 1:
         lines.append("one seed gives no verdict; --seeds 5 adds runs and gives one")
         if spread:
-            lines.append(f"two runs of Muon, or of Newton-Muon, that differ only in the seed have final losses within {estimates.noise(*spread):.4f} of each other "
-                         f"(95 % of pairs; standard deviation {spread[0]:.4f}): a smaller difference means nothing")
+            lines.append("two runs of Muon, or of Newton-Muon, that differ only in the seed have final losses within "
+                         f"{estimates.noise(*spread):.4f} of each other (95 % of pairs; standard deviation {spread[0]:.4f}): a smaller difference means nothing")
         else:
             lines.append("how large a difference can be mere noise is not known for this configuration: two or more seeds would tell")
         return lines
@@ -130,7 +130,8 @@ def main():
     parser.add_argument("--track", choices=("cpu", "mini", "speedrun"), default="cpu", help="(default: cpu)")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each arm (default: 1)")
     parser.add_argument("--optimizers", default="muon,newton_muon,adamw", metavar="NAME,...",
-                        help="of the configurations TRACK_NAME.toml in configs/ (default: muon,newton_muon,adamw)")
+                        help="of the configurations TRACK_NAME.toml in --configs (default: muon,newton_muon,adamw)")
+    parser.add_argument("--configs", type=Path, default=Path("configs"), metavar="FOLDER", help="relative to the repository (default: configs)")
     parser.add_argument("--gpus", type=int, help="processes, one on each GPU (default: all GPUs, but one process on the cpu track)")
     parser.add_argument("--overhead", type=Path, metavar="FILE", help="what bench.py --json wrote, instead of measuring a step's overhead")
     parser.add_argument("--log_dir", type=Path, help="folder of the runs, relative to the repository (default: logs/TRACK)")
@@ -155,7 +156,7 @@ def main():
     if processes < 1:
         raise UserError(f"the {args.track} track needs a GPU and torch finds none; --track cpu does without")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    plan = plan_runs(args.track, optimizers, args.seeds, logs, fields)
+    plan = plan_runs(args.track, args.configs, optimizers, args.seeds, logs, fields)
     planned = [run for seed_runs in zip(*(arm.values() for arm in plan.values())) for run in seed_runs]  # one seed after the other
     targets = {config.target_val_loss for _, _, config in planned}
     if len(targets) > 1:
@@ -171,8 +172,8 @@ def main():
     if timed and not (overhead.exists() and (args.overhead or read_overhead(overhead, planned[0][2], processes))):
         logs.mkdir(parents=True, exist_ok=True)
         unfinished = overhead.with_suffix(".tmp")
-        jobs.start([*launcher, "scripts/bench.py", f"configs/{args.track}_newton_muon.toml", "--sides", "muon,newton_muon", "--json",
-               str(unfinished), *fields], "the overhead of a step was not measured; run the same command again to continue")
+        jobs.start([*launcher, "scripts/bench.py", str(args.configs / f"{args.track}_newton_muon.toml"), "--sides", "muon,newton_muon",
+                    "--json", str(unfinished), *fields], "the overhead of a step was not measured; run the same command again to continue")
         unfinished.rename(overhead)
     print(f"\n{len(planned) - len(missing)} of {len(planned)} runs in {logs} are finished", flush=True)
     curve = {step: loss for step, loss, _ in runs.read_curve()} if args.track == "speedrun" else None

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def losses(*gains, n=5):
 @pytest.mark.parametrize("track, steps, warmdown, first", [("cpu", {600, 564}, 169, 1), ("speedrun", {6200, 5828}, 1692, 0)])
 def test_arms(track, steps, warmdown, first, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    plan = replicate.plan_runs(track, ["newton_muon", "adamw", "muon"], 3, tmp_path, [])
+    plan = replicate.plan_runs(track, Path("configs"), ["newton_muon", "adamw", "muon"], 3, tmp_path, [])
     N, short = max(steps), min(steps)
     assert set(plan) == {("muon", N), ("newton_muon", N), ("newton_muon", short), ("adamw", N)}
     for (optimizer, length), seeds in plan.items():
@@ -47,16 +48,24 @@ def test_arms(track, steps, warmdown, first, monkeypatch, tmp_path):
     assert len({folder for seeds in plan.values() for folder, _, _ in seeds.values()}) == 12
 
 
-def test_without_muon_there_is_no_shorter_arm(monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
-    assert set(replicate.plan_runs("cpu", ["newton_muon"], 1, tmp_path, ["--num_iterations", "450"])) == {("newton_muon", 450)}
+def test_without_muon_there_is_no_shorter_arm(tmp_path):
+    plan = replicate.plan_runs("cpu", ROOT / "configs", ["newton_muon"], 1, tmp_path, ["--num_iterations", "450"])
+    assert set(plan) == {("newton_muon", 450)}
+
+
+def test_configurations_of_ones_own(tmp_path):
+    for name, rate in (("muon", 0.5), ("newton_muon", 0.25)):
+        (tmp_path / f"cpu_{name}.toml").write_text(f'optimizer = "{name}"\nlearning_rate = {rate}\n')
+    plan = replicate.plan_runs("cpu", tmp_path, ["muon", "newton_muon"], 2, tmp_path, [])
+    assert {name: config.learning_rate for (name, _), seeds in plan.items() for _, _, config in seeds.values()} == {"muon": 0.5, "newton_muon": 0.25}
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["--seed", "3"], "--seed: every run here has its own"), (["--optimizer=adamw"], "--seeds and --optimizers say"),
     (["--data_seed", "3"], "--data_seed: every run"), (["--stop_at_target", "true"], "to its end"),
     (["--seeds", "0"], "seeds must be at least 1"), (["--optimizers", "muon,muon"], "each optimizer named once"),
-    (["--gpus", "0"], "--gpus 0"), (["--png", "plot.xyz"], "must end in .png"), (["--optimizers", "muon,lion"], "cpu_lion.toml"), (["--val_tokens", "100"], "val_tokens = 100"), (["--track", "mini"], "needs a GPU"),
+    (["--gpus", "0"], "--gpus 0"), (["--png", "plot.xyz"], "must end in .png"), (["--optimizers", "muon,lion"], "cpu_lion.toml"),
+    (["--val_tokens", "100"], "val_tokens = 100"), (["--track", "mini"], "needs a GPU"), (["--configs", "nowhere"], "nowhere/cpu_muon.toml"),
     (["--num_iterations", "8", "--warmdown_iters", "2"], "num_iterations = 8 of Newton-Muon"),
     (["--overhead", "nowhere.json"], "nowhere.json is not what bench.py"),
 ])
