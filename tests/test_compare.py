@@ -62,7 +62,6 @@ def test_rules_of_the_speedrun(n, test):
     assert summary.record.valid and test in summary.record.verdict and "margin" in summary.record.verdict
     [other] = compared(*(run_of(final, seed=i) for i, final in enumerate(finals)), target=3.28)
     assert "margin" not in other.record.verdict
-    assert other.record.p == pytest.approx(stats.ttest_1samp(finals, 3.28, alternative="less").pvalue)
 
 
 def test_run_that_stopped_at_the_target():

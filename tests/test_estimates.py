@@ -92,9 +92,8 @@ def test_mean_at_the_target(losses, speedrun):
 
 
 def test_equal_means_need_infinite_runs():
-    arms = [dict(enumerate(values)) for values in ([3.2795, 3.2802, 3.2809, 3.2794], [3.2794, 3.2809, 3.2802, 3.2795], [3.3, 3.31, 3.29, 3.3])]
-    found = verdict(steps_saved(*arms, 0.06))
-    assert found.fewer == ("undecided", None)
+    losses = [3.2795, 3.2802, 3.2809, 3.2794], [3.2794, 3.2809, 3.2802, 3.2795], [3.3, 3.31, 3.29, 3.3]
+    assert verdict(steps_saved(*(dict(enumerate(arm)) for arm in losses), F)).fewer == ("undecided", None)
 
 
 def test_track_3_margin_of_fewer_steps():

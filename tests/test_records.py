@@ -3,7 +3,6 @@ import hashlib
 import json
 import shlex
 import shutil
-from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +12,9 @@ from scipy import stats
 
 import jobs
 import records
-import runs
 import sample
 from conftest import ROOT, TINY
-from runs import RunError
+from runs import SPEEDRUN, RunError
 from train_gpt2 import GPT, Config, UserError, load_config
 
 RUNS = sorted(path.parent.relative_to(ROOT / "records") for path in ROOT.glob("records/*/*/*/run.json"))
@@ -72,7 +70,7 @@ def ledger(start, trained, tmp_path, call):
     folder = tmp_path / "records/tiny"
     folder.mkdir(parents=True)
     track = ['title = "a tiny track"', 'run = "command"', "target_val_loss = 5.0", "", "[config]", "allow_repeat = false"]
-    track += [f"{name} = {TINY[name]}" for name in runs.SPEEDRUN]
+    track += [f"{name} = {TINY[name]}" for name in SPEEDRUN]
     for kind, shard in ((kind, shard) for kind in ("train_shards", "val_shards") for shard in first[kind]):
         track += ["", f"[[{kind}]]", *(f"{key} = {json.dumps(value)}" for key, value in shard.items())]
     (folder / "track.toml").write_text("\n".join(track) + "\n")
@@ -101,7 +99,7 @@ def test_what_is_filed(ledger, tmp_path):
     ("a" * 40, False, b"other", "unknown code")])
 def test_unknown_code(monkeypatch, commit, changes, content, words):
     ours = (ROOT / "train_gpt2.py").read_bytes()
-    monkeypatch.setattr(records.subprocess, "run", lambda *args, **kwargs: Namespace(returncode=0, stdout=content or ours))
+    monkeypatch.setattr(records.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(returncode=0, stdout=content or ours))
     machine = dict(git_commit=commit, git_changes=changes)
     assert records.code_of(dict(machine=machine, code_sha256=hashlib.sha256(ours).hexdigest())).startswith(words)
 
@@ -284,9 +282,8 @@ def test_greedy_samples(tiny):
     for _ in range(20):  # beyond the context of 16
         with torch.no_grad():
             tokens.append(int(model.logits(torch.tensor([tokens[-16:]]))[0, -1].argmax()))
-    assert list(sample.generate(model, [1, 2, 3], 20, 16, temperature=0)) == tokens[3:]
-    assert list(sample.generate(model, [1, 2, 3], 20, 16, top_k=1)) == tokens[3:]
-    assert list(sample.generate(model, [1, 2, 3], 20, 16, temperature=1e-320)) == tokens[3:]
+    for greedy in (dict(temperature=0), dict(top_k=1), dict(temperature=1e-320)):
+        assert list(sample.generate(model, [1, 2, 3], 20, 16, **greedy)) == tokens[3:], greedy
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(sample.UserError, match="had diverged"):
         next(sample.generate(model, [1], 1, 16))
