@@ -100,11 +100,9 @@ def test_notes(tmp_path, call):
 
 
 def test_hostile_names(tmp_path, call):
-    for i, name in enumerate((b"$\\frac$", b"_\xff\x1b[2J", b"a|<b>\n")):
-        folder = os.fsencode(tmp_path) + b"/" + name
-        os.mkdir(folder)
-        with open(folder + b"/x.txt", "w") as file:
-            file.write(lines([0, 100], [2.0, 0.9 + i / 10], [0, 10]))
+    for i, name in enumerate(("$\\frac$", "_\udcff\x1b[2J", "a|<b>\n")):  # the second is no UTF-8
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text(lines([0, 100], [2.0, 0.9 + i / 10], [0, 10]))
     done = call(compare, tmp_path, "--png", tmp_path / "a.png", "--html", tmp_path / "a.html")
     assert done.returncode == 0 and "$\\frac$" in done.stdout and "\x1b" not in done.stdout
     assert (tmp_path / "a.png").stat().st_size > 10 ** 4
