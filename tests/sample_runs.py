@@ -31,9 +31,9 @@ def run_of(final=0.9, seconds=10.0, name="r", planned=100, without_json=False, *
                origin=dict(folder="f", file=name))
 
 
-def write(folder, final=0.9, seconds=10.0, json_of=None, total=None, **config):
+def write(folder, final=0.9, seconds=10.0, json_of=None, **config):
     """The folder of a finished run."""
     folder.mkdir(parents=True)
-    (folder / "log.txt").write_text(f"code\n{RULER}\n" + lines([0, 100], [2.0, final], [0, seconds], total=total))
+    (folder / "log.txt").write_text(f"code\n{RULER}\n" + lines([0, 100], [2.0, final], [0, seconds]))
     (folder / "run.json").write_text(json.dumps(json_of or facts(**config)))
     return folder

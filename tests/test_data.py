@@ -16,13 +16,10 @@ from shards import script, write_manifest, write_shard
 from train_gpt2 import open_shard
 
 
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def test_a_shard_holds_what_was_written(tmp_path):
     path = tmp_path / "a.bin"
-    assert write_shard(path, [0, 1, 50256, 65535]) == dict(file="a.bin", tokens=4, bytes=1032, sha256=sha256(path))
+    entry = write_shard(path, [0, 1, 50256, 65535])
+    assert entry == dict(file="a.bin", tokens=4, bytes=1032, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     assert open_shard(path).tolist() == [0, 1, 50256, 65535]
     assert np.fromfile(path, dtype="<i4", count=256).tolist() == [20240520, 1, 4] + [0] * 253
     for outside in (-1, 65536):
@@ -86,7 +83,7 @@ def shard(tmp_path):
 
 def test_tokens_documents_and_text_are_shown(shard, call):
     done = call(check_shards, shard)
-    assert done.returncode == 0 and f"{shard}: ok\n" in done.stdout and sha256(shard) in done.stdout
+    assert done.returncode == 0 and f"{shard}: ok\n" in done.stdout and hashlib.sha256(shard.read_bytes()).hexdigest() in done.stdout
     assert "mine.json also lists missing shards: mine_train_000002.bin\n" in done.stdout
     assert "15 tokens (bytes, according to mine.json); 2 documents start here, with 5 to 10 tokens" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines() if "%" in line]

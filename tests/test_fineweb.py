@@ -68,9 +68,8 @@ def fetch(hub, out, monkeypatch, call):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
         hub.requests.clear()
         huggingface_hub.close_session()
-        with monkeypatch.context() as patch:
-            patch.setattr(time, "sleep", waits.append)
-            done = call(fineweb, "--out", out, *arguments)
+        monkeypatch.setattr(time, "sleep", waits.append)
+        done = call(fineweb, "--out", out, *arguments)
         error = re.search(r"(?ms)^error: (.*)\Z", done.stderr)
         assert done.returncode == bool(error) and "Traceback" not in done.stderr
         return SimpleNamespace(error=error and error[1], stdout=done.stdout, stderr=done.stderr, waits=waits)

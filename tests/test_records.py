@@ -3,7 +3,6 @@ import hashlib
 import json
 import shlex
 import shutil
-from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +12,9 @@ from scipy import stats
 
 import jobs
 import records
-import runs
 import sample
 from conftest import ROOT, TINY
-from runs import RunError
+from runs import SPEEDRUN, RunError
 from train_gpt2 import GPT, Config, UserError, load_config
 
 RUNS = sorted(path.parent.relative_to(ROOT / "records") for path in ROOT.glob("records/*/*/*/run.json"))
@@ -72,7 +70,7 @@ def ledger(start, trained, tmp_path, call):
     folder = tmp_path / "records/tiny"
     folder.mkdir(parents=True)
     track = ['title = "a tiny track"', 'run = "command"', "target_val_loss = 5.0", "", "[config]", "allow_repeat = false"]
-    track += [f"{name} = {TINY[name]}" for name in runs.SPEEDRUN]
+    track += [f"{name} = {TINY[name]}" for name in SPEEDRUN]
     for kind, shard in ((kind, shard) for kind in ("train_shards", "val_shards") for shard in first[kind]):
         track += ["", f"[[{kind}]]", *(f"{key} = {json.dumps(value)}" for key, value in shard.items())]
     (folder / "track.toml").write_text("\n".join(track) + "\n")
@@ -101,7 +99,7 @@ def test_what_is_filed(ledger, tmp_path):
     ("a" * 40, False, b"other", "unknown code")])
 def test_unknown_code(monkeypatch, commit, changes, content, words):
     ours = (ROOT / "train_gpt2.py").read_bytes()
-    monkeypatch.setattr(records.subprocess, "run", lambda *args, **kwargs: Namespace(returncode=0, stdout=content or ours))
+    monkeypatch.setattr(records.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(returncode=0, stdout=content or ours))
     machine = dict(git_commit=commit, git_changes=changes)
     assert records.code_of(dict(machine=machine, code_sha256=hashlib.sha256(ours).hexdigest())).startswith(words)
 
@@ -175,17 +173,14 @@ def test_source_of_an_optimizer_is_filed(start, ledger, monkeypatch, tmp_path):
         records.check_run(run, ledger.read_track())
 
 
-def test_finished(ledger, tmp_path):
-    run, other = ledger.runs
+def test_a_run_is_finished_by_its_end(ledger):
+    run = ledger.runs[0]
     config = Config(**json.loads((run / "run.json").read_text())["config"])
-    assert jobs.finished(run, config) and not jobs.finished(tmp_path / "nothing", config)
-    edit("run.json", '"end"', '"ended"')(other)
-    assert not jobs.finished(other, Config(**{**vars(config), "seed": 1, "run_name": "muon_1"}))
     with pytest.raises(RunError, match="has seed = 0, this run 5; choose another --log_dir"):
         jobs.finished(run, Config(**{**vars(config), "seed": 5}))
-    edit_facts(code_sha256="0")(run)
-    with pytest.raises(RunError, match="another version of train_gpt2.py"):
-        jobs.finished(run, config)
+    assert jobs.finished(run, config)
+    edit("run.json", '"end"', '"ended"')(run)
+    assert not jobs.finished(run, config)
 
 
 def test_early_end_needs_the_target(start, ledger, tmp_path):
@@ -205,13 +200,6 @@ def edit(name, old, new):
     return change
 
 
-def edit_facts(**changes):
-    def change(run):
-        facts = json.loads((run / "run.json").read_text())
-        (run / "run.json").write_text(json.dumps({**facts, **changes}))
-    return change
-
-
 def edit_rows(new):
     """An edit of all rows of metrics.jsonl, to new(row), and of log.txt, which tells the same."""
     def change(run):
@@ -227,12 +215,12 @@ def edit_rows(new):
 
 @pytest.mark.parametrize("damage, words", [
     (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl cannot be read"),
-    (edit_facts(train_shards=[], val_shards=[]), "0 train_shards, the track has 2; 0 val_shards"),
-    (edit_facts(end=""), "did not finish"), (edit("run.json", '"end"', '"ended"'), "did not finish"),
+    (edit("run.json", '"end": "', '"end": "not '), "did not finish"), (edit("run.json", '"end"', '"ended"'), "did not finish"),
     (edit("log.txt", "\nclass Muon", "\nclass  Muon"), "code in log.txt does not have the SHA-256"),
     (edit("log.txt", '"learning_rate": 0.01', '"learning_rate": 0.02'), "configuration in log.txt is not that of run.json"),
     (edit("log.txt", "\nstep:5/10 val_loss:", "\nstep:5/10 val_loss:0"), "metrics.jsonl and log.txt do not agree on steps"),
-    (lambda run: (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text()[:-1].rpartition("\n")[0]), "do not agree on steps"),
+    (lambda run: (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text()[:-1].rpartition("\n")[0]),
+     "do not agree on steps, losses and times; final_val_loss in run.json is not the last"),
     (edit("run.json", '"final_val_loss": ', '"final_val_loss": 1'), "final_val_loss in run.json is not the last"),
     (edit("run.json", '"tokens_per_step": 192', '"tokens_per_step": 100'), "tokens_per_step is not batch_size x sequence_length"),
     (edit_rows(lambda row: {**row, "train_time_ms": row["train_time_ms"] + 5000 * (row["step"] == 5)}), ": steps or times do not rise"),
@@ -267,6 +255,8 @@ def test_a_shuffled_order_needs_all_shards(ledger):
     assert not records.track_faults(facts, track)  # which the files' order does not reach
     facts["config"]["data_seed"] = 1
     assert records.track_faults(facts, track) == ["3 train_shards, the track has 2"]
+    facts.update(train_shards=[], val_shards=[])
+    assert records.track_faults(facts, track) == ["0 train_shards, the track has 2", "0 val_shards, the track has 1"]
 
 
 def test_unknown_track():
@@ -284,9 +274,8 @@ def test_greedy_samples(tiny):
     for _ in range(20):  # beyond the context of 16
         with torch.no_grad():
             tokens.append(int(model.logits(torch.tensor([tokens[-16:]]))[0, -1].argmax()))
-    assert list(sample.generate(model, [1, 2, 3], 20, 16, temperature=0)) == tokens[3:]
-    assert list(sample.generate(model, [1, 2, 3], 20, 16, top_k=1)) == tokens[3:]
-    assert list(sample.generate(model, [1, 2, 3], 20, 16, temperature=1e-320)) == tokens[3:]
+    for greedy in (dict(temperature=0), dict(top_k=1), dict(temperature=1e-320)):
+        assert list(sample.generate(model, [1, 2, 3], 20, 16, **greedy)) == tokens[3:], greedy
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(sample.UserError, match="had diverged"):
         next(sample.generate(model, [1], 1, 16))

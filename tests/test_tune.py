@@ -1,10 +1,8 @@
 """scripts/tune.py: the grid and the protocol."""
 import json
-import os
-import signal
 import sys
-import threading
 from argparse import Namespace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,20 +15,16 @@ from train_gpt2 import UserError, load_config
 
 
 def test_grid(monkeypatch, call, tmp_path):
-    def process(returncode, errors=""):
-        return Namespace(returncode=returncode, communicate=lambda: ("", errors))
-
     def train(command, **options):  # leaves what a run leaves that tune.py reads
         assert command[:2] == [sys.executable, str(ROOT / "train_gpt2.py")]
         config = load_config(command[2:])
         started.append(config.run_name)
-        if config.learning_rate == 9:
-            return process(1, "it failed")
-        folder = tmp_path / config.run_name
-        folder.mkdir()
-        (folder / "run.json").write_text(json.dumps(dict(
-            config=vars(config), code_sha256=train_gpt2.code_sha256(), end="now", final_val_loss=1 / config.learning_rate)))
-        return process(0)
+        failed = config.learning_rate == 9
+        if not failed:
+            facts = dict(config=vars(config), code_sha256=train_gpt2.code_sha256(), end="now", final_val_loss=1 / config.learning_rate)
+            (tmp_path / config.run_name).mkdir()
+            (tmp_path / config.run_name / "run.json").write_text(json.dumps(facts))
+        return Namespace(returncode=int(failed), communicate=lambda: ("", "it failed" if failed else ""))
 
     started, arguments = [], ["configs/cpu_adamw.toml", "--learning_rate", "0.5,9,1", "--weight_decay", 0.1, "--log_dir", tmp_path]
     monkeypatch.chdir(ROOT)
@@ -42,35 +36,34 @@ def test_grid(monkeypatch, call, tmp_path):
             "1.0000  cpu_adamw_learning_rate-1", "2.0000  cpu_adamw_learning_rate-0.5", "failed  cpu_adamw_learning_rate-9"]
         assert done.returncode == 1 and "it failed" in done.stderr
         started.clear()
-    with pytest.raises(UserError, match="--jobs 0: must be at least 1"):
-        call(tune, *arguments, "--jobs", 0)
 
 
-def test_a_stopped_search_leaves_no_run_behind(monkeypatch, tmp_path):
+@pytest.mark.parametrize("arguments, words", [
+    ("a.toml --jobs 0", "--jobs 0: must be at least 1"),
+    ("a/cpu.toml b/cpu.toml --protocol", "configurations of different names"),
+    ("a.toml --protocol --seed=1", "leave out seed"),
+    ("a.toml --protocol --learning_rate=0.1", "leave out learning_rate"),
+])
+def test_impossible_arguments_are_refused(call, arguments, words):
+    with pytest.raises(UserError, match=words):
+        call(tune, *arguments.split())
+
+
+def test_a_stopped_search_leaves_no_run_behind(monkeypatch, call, tmp_path):
     (tmp_path / "train_gpt2.py").write_text("""
-import pathlib, signal, sys
-folder = pathlib.Path(sys.argv[3])
+import os, pathlib, signal, sys
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until it is waited for: a signal just before signal.pause() would be lost
-(folder / "started").open("a").write("x")
+pathlib.Path(sys.argv[3], "started").open("a").write("x")
+os.kill(os.getppid(), signal.SIGTERM)
 signal.sigwait({signal.SIGTERM})
-(folder / "saved").touch()  # as a run writes its checkpoint
+pathlib.Path(sys.argv[3], "saved").touch()  # as a run writes its checkpoint
 sys.exit(143)
 """)
-
-    def stop_it():
-        while not (tmp_path / "started").exists():
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-
     monkeypatch.setattr(jobs, "ROOT", tmp_path)
+    monkeypatch.setattr(tune, "main", partial(jobs.run_resumable, tune.main))
     monkeypatch.chdir(ROOT)
-    before = signal.getsignal(signal.SIGTERM)
-    threading.Thread(target=stop_it).start()
-    try:
-        with pytest.raises(SystemExit, match="interrupted; run the same command again to continue"):
-            jobs.run_resumable(lambda: tune.train_all([("configs/cpu_muon.toml", {"seed": seed}) for seed in range(3)], tmp_path, 1))
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    done = call(tune, "configs/cpu_muon.toml", "--seed", "0,1,2", "--log_dir", tmp_path)
+    assert done.returncode == 1 and "interrupted; run the same command again to continue" in done.stderr
     assert (tmp_path / "saved").exists() and (tmp_path / "started").read_text() == "x"  # none of the other two
 
 
@@ -102,10 +95,3 @@ def test_protocol_tunes_alike(monkeypatch, tmp_path):
     assert len(table) == 1 + len(asked) / 2 and all(line.startswith("configs/cpu_muon.toml") for line in table[1:1 + counts[0] // 2])
     pairs = {tuple(fields[rate] for rate in tune.RATES) for path, fields in asked if path == "configs/cpu_muon.toml"}
     assert max(pairs)[0] > 0.08 and min(pair[1] for pair in pairs) < 0.001
-    with pytest.raises(UserError, match="configurations of different names"):
-        monkeypatch.setattr(sys, "argv", ["tune.py", "--protocol", "a/cpu.toml", "b/cpu.toml"])
-        tune.main()
-    for fields in ({"seed": "1"}, {"learning_rate": "0.1"}):
-        with pytest.raises(UserError, match=f"leave out {next(iter(fields))}"):
-            monkeypatch.setattr(sys, "argv", ["tune.py", "--protocol", "a.toml", *(f"--{k}={v}" for k, v in fields.items())])
-            tune.main()
