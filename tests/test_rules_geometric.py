@@ -125,9 +125,7 @@ def test_low_rank_muon_takes_large_gradients():
 
 def test_sketches_come_from_seed_and_step():
     G = normal(*SQUARE)  # the same in both steps, without momentum: only the sketch can differ
-    start = torch.zeros_like(G)
-    first, again, other = (list(changes(LowRankMuon([torch.nn.Parameter(start.clone())], momentum=0.0, seed=seed), [G, G]))
-                           for seed in (0, 0, 1))
+    first, again, other = ([*changes(LowRankMuon([torch.nn.Parameter(0 * G)], momentum=0.0, seed=seed), [G, G])] for seed in (0, 0, 1))
     assert all(map(torch.equal, first, again))
     for a, b in itertools.combinations([*first, *other], 2):
         assert (a - b).norm() > 0.1 * a.norm()
@@ -190,49 +188,40 @@ def test_muon_igt_follows_its_equations():
 # dp_muon
 
 
-def private(G, **settings):
-    """The gradient that DPMuon hands to Muon."""
-    W = torch.nn.Parameter(torch.zeros_like(G))
-    optimizer = DPMuon([W], momentum=0.0, **settings)
-    list(changes(optimizer, [G]))
-    return optimizer.state[W]["momentum_buffer"]
+def private(G, *clips, matrices=1, steps=1, **settings):
+    """The gradient that DPMuon hands to Muon, in each step with G, for each matrix of a group with each clip."""
+    groups = [dict(params=[torch.nn.Parameter(torch.zeros_like(G)) for _ in range(matrices)], clip=clip) for clip in clips]
+    optimizer = DPMuon(groups, momentum=0.0, **settings)
+    for _ in range(steps):
+        for p in optimizer.matrices:
+            p.grad = G.clone()
+        optimizer.step()
+        yield from (optimizer.state[p]["momentum_buffer"].clone() for p in optimizer.matrices)
 
 
 def test_dp_muon_clips():
     G = torch.cat([0.01 * normal(8, 8), normal(8, 8, seed=1), 2 * normal(8, 8, seed=2)])  # q, k, v
     expected = torch.cat([G[:8], 0.5 * G[8:16] / G[8:16].norm(), 0.5 * G[16:] / G[16:].norm()])
-    torch.testing.assert_close(private(G, noise_multiplier=0.0, clip=0.5), expected)
+    torch.testing.assert_close([*private(G, 0.5, noise_multiplier=0.0)], [expected])
 
 
 def test_each_group_has_its_own_clip():
-    matrices, G = [torch.nn.Parameter(torch.zeros(8, 8)) for _ in range(2)], normal(8, 8).float()
-    optimizer = DPMuon([dict(params=[p], clip=clip) for p, clip in zip(matrices, (0.1, 0.2))], momentum=0.0, noise_multiplier=0.0)
-    for p in matrices:
-        p.grad = G.clone()
-    optimizer.step()
-    assert [optimizer.state[p]["momentum_buffer"].norm().item() for p in matrices] == pytest.approx([0.1, 0.2])
+    assert [H.norm().item() for H in private(normal(8, 8), 0.1, 0.2, noise_multiplier=0.0)] == pytest.approx([0.1, 0.2])
 
 
 def test_variance_of_dp_muons_noise():
     """0.3 times the clip, Gaussian, in every element, beside the clipped gradient."""
     G = 5 * normal(200, 200)
-    Z = (private(G, noise_multiplier=0.3, clip=2.0) - G * 2.0 / G.norm()) / 0.6
+    H, = private(G, 2.0, noise_multiplier=0.3)
+    Z = (H - G * 2.0 / G.norm()) / 0.6
     assert abs(Z.mean()) < 4 / 200 and abs(Z.var() - 1) < 4 * math.sqrt(2) / 200  # 4 standard errors
     assert abs((Z.abs() < 1).double().mean() - 0.6827) < 4 * 0.4655 / 200
 
 
 def test_seeds_of_dp_muons_noise():
-    drawn = []
-    for seed in (0, 1, 0):
-        matrices = [torch.nn.Parameter(torch.zeros(50, 50)) for _ in range(2)]
-        optimizer = DPMuon(matrices, momentum=0.0, seed=seed)
-        for _ in range(2):
-            for p in matrices:
-                p.grad = torch.zeros(50, 50)
-            optimizer.step()
-            drawn += [optimizer.state[p]["momentum_buffer"].flatten().clone() for p in matrices]
-    assert torch.equal(torch.stack(drawn[:4]), torch.stack(drawn[8:]))
-    correlations = torch.corrcoef(torch.stack(drawn[:8])) - torch.eye(8)
+    first, other, again = (torch.stack([*private(torch.zeros(50, 50), 0.1, matrices=2, steps=2, seed=seed)]) for seed in (0, 1, 0))
+    assert torch.equal(first, again)
+    correlations = torch.corrcoef(torch.cat([first, other]).flatten(1)) - torch.eye(8)
     assert correlations.abs().max() < 5 / 50
 
 
