@@ -107,7 +107,7 @@ def test_failed_factorisation(kind):
     (Muon, dict(lr=-1)), (Muon, dict(momentum=1.0)), (Muon, dict(weight_decay=-0.1)), (NewtonMuon, dict(ewma=1.0)),
     (NewtonMuon, dict(ridge=0.0)), (NewtonMuon, dict(ridge=math.nan)), (PowerNewtonMuon, dict(power=0.0)), (Signum, dict(nesterov="false")),
     (Dion, dict(seed=True)), (PolarMuon, dict(exact="no")), (Scion, dict(constrained="false")), (ADOPT, dict(clip="false")),
-    (DPMuon, dict(noise_multiplier=-1.0)), (DPMuon, dict(noise_multiplier=math.inf)), (DPMuon, dict(clip=0.0)), (DPMuon, dict(clip=math.inf))])
+    *((DPMuon, wrong) for wrong in (dict(noise_multiplier=-1.0), dict(noise_multiplier=math.inf), dict(clip=0.0), dict(clip=math.inf)))])
 def test_settings_out_of_range_are_refused(kind, settings):
     with pytest.raises(ValueError, match=rf"\b{next(iter(settings))} = .*: (ewma )?must be"):
         kind([torch.nn.Parameter(torch.zeros(2, 2))], **settings)

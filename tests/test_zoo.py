@@ -160,7 +160,7 @@ def compare(call, monkeypatch, tmp_path):
 
     def compare(*arguments):
         compare.runs = 0
-        return call(zoo, *arguments, "--log_dir", tmp_path / "logs", "--records", tmp_path / "zoo")
+        return call(zoo, "--log_dir", tmp_path / "logs", "--records", tmp_path / "zoo", *arguments)
 
     def rows():
         with open(tmp_path / "zoo/cpu/runs.csv", newline="") as file:
@@ -303,15 +303,12 @@ def test_runs_of_other_code_are_not_resumed(compare, tmp_path):
     assert all(f",{seed},2.99" in (tmp_path / "zoo/cpu/runs.csv").read_text() for seed in zoo.SEEDS)  # the others are run to the end
 
 
-@pytest.mark.parametrize("arguments, sentence", [(["--optimizers", "muon,nobody"], "no optimizer 'nobody'"), (["--jobs", "0"], "--jobs 0")])
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--optimizers", "muon,nobody"], "no optimizer 'nobody'"), (["--jobs", "0"], "--jobs 0"),
+    (["--check", "--n_layer", "2", "--records", zoo.RECORDS], "--n_layer makes this a different comparison")])
 def test_bad_arguments(compare, arguments, sentence):
     with pytest.raises(UserError, match=sentence):
         compare(*arguments)
-
-
-def test_another_comparison_needs_a_folder(call):
-    with pytest.raises(UserError, match="--n_layer makes this a different comparison"):
-        call(zoo, "--check", "--n_layer", "2")
 
 
 @pytest.mark.skipif(not zoo.RECORDS.exists(), reason="nothing is filed")
