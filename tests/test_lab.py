@@ -135,13 +135,6 @@ def test_page_has_what_ended_before_an_error(call, tmp_path, monkeypatch, error,
     assert (tmp_path / "README.md").read_text() == script.page(tmp_path)
 
 
-@pytest.mark.parametrize("arguments", [("--seed", 1), ("--size", "small")])
-def test_records_keep_their_results(call, tmp_path, monkeypatch, arguments):
-    monkeypatch.setattr(script, "RESULTS", tmp_path)
-    done = call(script, "decoupling", *arguments, "--out", tmp_path)
-    assert done.returncode == 1 and "name another folder with --out" in done.stderr and not [*tmp_path.iterdir()]
-
-
 def test_page_shows_what_fails(tmp_path):
     rows = [["a | b", "1", True], ["c", "2", False], ["d", "3", None]]
     facts = dict(question="Why?", rows=rows, summary="So.", source="X", command="python", seconds=1.0, torch="2")
@@ -173,8 +166,12 @@ def test_every_experiment_is_listed():
 @pytest.mark.parametrize("arguments, words", [
     (["nope"], "no experiment is called 'nope'; there are factorisation"), (["convex", "--seed", "-1"], "--seed -1: must be at least 0"),
     (["convex", "--out", "FILE"], "cannot be written: File exists; name another folder"),
-    (["convex", "--out", "FILE/folder"], "cannot be written: Not a directory")])
-def test_refusals(call, tmp_path, arguments, words):
+    (["convex", "--out", "FILE/folder"], "cannot be written: Not a directory"),
+    (["decoupling", "--seed", "1", "--out", "FILED"], "name another folder with --out"),
+    (["decoupling", "--size", "small", "--out", "FILED"], "name another folder with --out")])
+def test_refusals_write_nothing(call, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.setattr(script, "RESULTS", tmp_path / "FILED")
     (tmp_path / "FILE").write_text("in the way")
     done = call(script, *(str(tmp_path / word) if word.startswith("FILE") else word for word in arguments))
     assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") <= 1 and not done.stdout
+    assert [*tmp_path.iterdir()] == [tmp_path / "FILE"]
