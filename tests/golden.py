@@ -27,15 +27,14 @@ def replay(path, dtype=torch.float32):
     """{matrix: worst error relative to the size of the step} of a file."""
     file = np.load(path)
     _, d, steps, refresh_interval, _, _ = file["meta"].tolist()
-    newton = Path(path).name.startswith("newton_muon")
+    kind = NewtonMuon if Path(path).name.startswith("newton_muon") else Muon
     weights = {name: torch.nn.Parameter(torch.tensor(file[f"w0_{name}"]).to(dtype)) for name in NAMES}
-    kind = NewtonMuon if newton else Muon
     optimizer = kind(weights.values(), lr=float(file["lr"]), momentum=0.95, nesterov=True, ns_steps=5)
     worst = dict.fromkeys(NAMES, 0.0)
     for step in range(steps):
         for name, w in weights.items():
             w.grad = torch.tensor(file[f"G_{name}"][step]).to(dtype)
-        if newton and (step + 1) % refresh_interval == 0:
+        if kind is NewtonMuon and (step + 1) % refresh_interval == 0:
             inputs = {name: torch.tensor(file[f"Z_{name}"][step]) for name in NAMES}
             grams = [sum(gram(z, d) for z in inputs[name]) for name in NAMES]
             optimizer.refresh(grams, inputs["o"].shape[0] * inputs["o"].shape[1])

@@ -57,21 +57,13 @@ def test_model_agrees_with_its_equations_in_float64(model, tiny):
         x, z = block64(block, x, tiny.n_head, tiny.n_layer)
         inputs += z
     logits = norm64(x) @ model.lm_head.weight.detach().double()[:64].T
+    torch.testing.assert_close(model.logits(idx)[0].double(), logits, rtol=1e-4, atol=1e-5)
     expected = torch.logsumexp(logits, 1) - logits[torch.arange(16), targets[0]]
     assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
     for gram, z, p in zip(grams, inputs, model.hidden_matrices().values(), strict=True):
         for block, part in zip(gram, z.split(16, dim=1), strict=True):
             torch.testing.assert_close(block.double(), part.T @ part, rtol=1e-4, atol=1e-4)
         assert gram.shape == (p.shape[1] // 16, 16, 16)
-
-
-def test_attention_is_causal(model):
-    idx = torch.randint(64, (1, 16), generator=torch.Generator().manual_seed(2))
-    changed = idx.clone()
-    changed[0, 10:] = 63 - changed[0, 10:]
-    before, after = model.logits(idx), model.logits(changed)
-    torch.testing.assert_close(before[:, :10], after[:, :10])
-    assert not torch.allclose(before[:, 10:], after[:, 10:])
 
 
 def test_padding_rows_stay(model, tiny):

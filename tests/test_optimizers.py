@@ -9,14 +9,11 @@ import golden
 from optimizers.adopt import ADOPT
 from optimizers.dion import Dion
 from optimizers.dp_muon import DPMuon
-from optimizers.low_rank_muon import LowRankMuon
-from optimizers.normuon import NorMuon
-from optimizers.pmuon import PMuon
 from optimizers.polar_muon import PolarMuon
 from optimizers.power_newton_muon import PowerNewtonMuon
 from optimizers.scion import Scion
 from optimizers.signum import Signum
-from optimizers.soap_muon import SOAPMuon
+from optimizers.stiefel_muon import StiefelMuon
 from train_gpt2 import GPT, Config, Muon, NewtonMuon, assign_owners, newton_schulz
 
 
@@ -41,22 +38,14 @@ def test_newton_schulz_is_its_polynomial(shape):
     torch.testing.assert_close(newton_schulz(U), expected, rtol=0, atol=1e-5)
 
 
-def test_newton_schulz_is_near_the_orthogonal_factor():
-    U = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
-    left, _, right = torch.linalg.svd(U)
-    values = torch.linalg.svdvals(newton_schulz(U))
-    assert values.max() < 1.3 and values.median() > 0.65
-    assert torch.nn.functional.cosine_similarity(newton_schulz(U).flatten(), (left @ right).flatten(), dim=0) > 0.95
-
-
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("shape", [(32, 32), (64, 32), (32, 128)])
 def test_muon_against_torch_optim(shape, nesterov):
     generator = torch.Generator().manual_seed(2)
     ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
-    settings = dict(momentum=0.9, nesterov=nesterov, weight_decay=0.1)
-    a = Muon([ours], lr=0.02, **settings)
-    b = torch.optim.Muon([theirs], lr=0.02 / 0.2, adjust_lr_fn="match_rms_adamw", **{**settings, "weight_decay": 0.02})
+    settings = dict(momentum=0.9, nesterov=nesterov)
+    a = Muon([ours], lr=0.02, weight_decay=0.1, **settings)
+    b = torch.optim.Muon([theirs], lr=0.02 / 0.2, weight_decay=0.02, adjust_lr_fn="match_rms_adamw", **settings)
     for _ in range(4):
         before = ours.detach().clone()
         ours.grad = torch.randn(shape, generator=generator)
@@ -66,17 +55,6 @@ def test_muon_against_torch_optim(shape, nesterov):
         error = (ours - theirs).norm() / (ours - before).norm()
         assert error < 0.03  # bf16 keeps 8 bits, and the iteration magnifies small singular values
         theirs.data.copy_(ours.data)
-
-
-def test_blocks_of_qkv_apart():
-    generator = torch.Generator().manual_seed(3)
-    fused, parts = torch.nn.Parameter(torch.zeros(24, 8)), [torch.nn.Parameter(torch.zeros(8, 8)) for _ in range(3)]
-    fused.grad = torch.randn(24, 8, generator=generator)
-    for part, grad in zip(parts, fused.grad.split(8)):
-        part.grad = grad
-    Muon([fused], lr=0.1).step()
-    Muon(parts, lr=0.1).step()
-    torch.testing.assert_close(fused.data, torch.cat([part.data for part in parts]))
 
 
 @pytest.mark.parametrize("quarters", [1, 2, 3, 4])
@@ -113,64 +91,33 @@ def test_newton_muon_in_other_types(kind, dtype):
     torch.testing.assert_close(*updates, rtol=0, atol=0.02 if dtype == torch.bfloat16 else 1e-5)
 
 
-def test_newton_muon_without_refresh_is_muon():
-    a, b = torch.nn.Parameter(torch.ones(8, 8)), torch.nn.Parameter(torch.ones(8, 8))
-    a.grad = b.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(5))
-    NewtonMuon([a], lr=0.01).step()
-    Muon([b], lr=0.01).step()
-    assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize("kind", [NewtonMuon, PowerNewtonMuon])
 def test_failed_factorisation(kind):
-    w = torch.nn.Parameter(torch.zeros(4, 8))
+    w, eye = torch.nn.Parameter(torch.zeros(4, 8)), torch.eye(4)
     optimizer = kind([w])
-    optimizer.refresh([torch.eye(4).repeat(2, 1, 1)], 1)
-    before = optimizer.state[w]["P"].clone()
-    optimizer.refresh([torch.stack([torch.eye(4), -100 * torch.eye(4)])], 1)  # no second moment is negative
-    assert optimizer.failures == 1
-    assert torch.equal(optimizer.state[w]["P"][1], before[1])
-    assert not torch.equal(optimizer.state[w]["P"][0], before[0])
-    before = optimizer.state[w]["P"].clone()
-    optimizer.refresh([torch.stack([torch.full((4, 4), math.nan), 200 * torch.eye(4)])], 1)
-    assert optimizer.failures == 2 and torch.equal(optimizer.state[w]["P"][0], before[0])
-    assert not torch.equal(optimizer.state[w]["P"][1], before[1])
+    optimizer.refresh([eye.repeat(2, 1, 1)], 1)
+    for failures, bad, grams in ((1, 1, [eye, -100 * eye]), (2, 0, [math.nan * eye, 200 * eye])):  # no second moment is negative
+        before = optimizer.state[w]["P"].clone()
+        optimizer.refresh([torch.stack(grams)], 1)
+        changed = (optimizer.state[w]["P"] != before).any(-1).any(-1)
+        assert optimizer.failures == failures and not changed[bad] and changed[1 - bad]
 
 
-def test_signum_follows_its_equation():
-    w = torch.nn.Parameter(torch.ones(1, 3))
-    optimizer = Signum([w], lr=0.1, momentum=0.5, nesterov=False, weight_decay=0.5)
-    M, W = torch.zeros(1, 3), torch.ones(1, 3)
-    for grad in ([1.0, -1.0, 0.0], [-3.0, -1.0, 0.0]):
-        w.grad = torch.tensor([grad])
-        optimizer.step()
-        M = 0.5 * M + 0.5 * w.grad
-        W = W * 0.95 - 0.1 * M.sign()
-    torch.testing.assert_close(w.data, W)
-
-
-@pytest.mark.parametrize("kind, settings", [(Muon, dict(lr=-1)), (Muon, dict(momentum=1.0)), (Muon, dict(weight_decay=-0.1)),
-                                            (NewtonMuon, dict(ewma=1.0)), (NewtonMuon, dict(ridge=0.0)),
-                                            (NewtonMuon, dict(ridge=math.nan)), (PowerNewtonMuon, dict(power=0.0)),
-                                            (Signum, dict(momentum=1.0)), (Signum, dict(nesterov="false")), (Dion, dict(seed=True)),
-                                            (PolarMuon, dict(exact="no")), (Scion, dict(constrained="false")),
-                                            (ADOPT, dict(clip="false"))])
-def test_optimizers_refuse_settings_out_of_range(kind, settings):
-    with pytest.raises(ValueError, match=next(iter(settings))):
+@pytest.mark.parametrize("kind, settings", [
+    (Muon, dict(lr=-1)), (Muon, dict(momentum=1.0)), (Muon, dict(weight_decay=-0.1)), (NewtonMuon, dict(ewma=1.0)),
+    (NewtonMuon, dict(ridge=0.0)), (NewtonMuon, dict(ridge=math.nan)), (PowerNewtonMuon, dict(power=0.0)), (Signum, dict(nesterov="false")),
+    (Dion, dict(seed=True)), (PolarMuon, dict(exact="no")), (Scion, dict(constrained="false")), (ADOPT, dict(clip="false")),
+    *((DPMuon, wrong) for wrong in (dict(noise_multiplier=-1.0), dict(noise_multiplier=math.inf), dict(clip=0.0), dict(clip=math.inf)))])
+def test_settings_out_of_range_are_refused(kind, settings):
+    with pytest.raises(ValueError, match=rf"\b{next(iter(settings))} = .*: (ewma )?must be"):
         kind([torch.nn.Parameter(torch.zeros(2, 2))], **settings)
 
 
-@pytest.mark.parametrize("kind", [DPMuon, LowRankMuon, Muon, NorMuon, PMuon, PolarMuon, SOAPMuon])
-def test_muons_refuse_unknown_settings(kind):
-    with pytest.raises(TypeError, match="momentun"):
-        kind([torch.nn.Parameter(torch.zeros(2, 2))], momentun=0.9)
-
-
-def test_refused_shapes():
-    with pytest.raises(ValueError, match="matrices only"):
-        Muon([torch.nn.Parameter(torch.zeros(3))])
-    with pytest.raises(ValueError, match="whole number"):
-        NewtonMuon([torch.nn.Parameter(torch.zeros(4, 6))])
+@pytest.mark.parametrize("kind, matrix, words", [(NewtonMuon, torch.zeros(4, 6), r"shape \(4, 6\): must be .* whole number"),
+                                                 (StiefelMuon, torch.ones(8, 4), r"shape \(8, 4\) does not have full rank")])
+def test_unsuitable_matrices_are_refused(kind, matrix, words):
+    with pytest.raises(ValueError, match=f"a matrix of {words}"):
+        kind([torch.nn.Parameter(matrix)])
 
 
 def test_owners_share_the_work_evenly():
