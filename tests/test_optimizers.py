@@ -38,6 +38,14 @@ def test_newton_schulz_is_its_polynomial(shape):
     torch.testing.assert_close(newton_schulz(U), expected, rtol=0, atol=1e-5)
 
 
+def test_newton_schulz_is_near_the_orthogonal_factor():
+    U = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    left, _, right = torch.linalg.svd(U)
+    values = torch.linalg.svdvals(newton_schulz(U))
+    assert values.max() < 1.3 and values.median() > 0.65
+    assert torch.nn.functional.cosine_similarity(newton_schulz(U).flatten(), (left @ right).flatten(), dim=0) > 0.95
+
+
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("shape", [(32, 32), (64, 32), (32, 128)])
 def test_muon_against_torch_optim(shape, nesterov):

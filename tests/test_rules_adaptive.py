@@ -29,6 +29,10 @@ def gradients(count, *shape):
     return [scales * normal(*shape, seed=seed + 1) for seed in range(count)]
 
 
+def rotation(n, seed):
+    return torch.linalg.qr(normal(n, n, seed=seed))[0]
+
+
 def trained(optimizer, start, grads, **settings):
     """Weights after a step with each gradient."""
     W = torch.nn.Parameter(start.clone())
@@ -72,6 +76,22 @@ def test_normuon_follows_its_equations(shape, eps, settings):
     torch.testing.assert_close(result, W, **CLOSE)
 
 
+def test_first_normuon_step_equalizes_rows():
+    start, grads = torch.zeros(6, 10, dtype=torch.float64), gradients(1, 6, 10)
+    step = trained(NorMuon, start, grads, lr=1.0, beta2=0.0)
+    rows = step.norm(dim=1)
+    assert rows.max() / rows.min() < 1 + 1e-7
+    torch.testing.assert_close(step.norm(), trained(Muon, start, grads, lr=1.0).norm())
+
+
+@pytest.mark.parametrize("beta2", [0.0, 0.95])
+def test_normuon_is_muon_for_equal_rows(beta2):
+    grads = [rotation(8, seed) for seed in range(3)]  # Newton-Schulz scales an orthogonal matrix
+    settings = dict(lr=0.1, momentum=0.0)
+    muon = trained(Muon, normal(8, 8), grads, **settings)
+    torch.testing.assert_close(trained(NorMuon, normal(8, 8), grads, beta2=beta2, **settings), muon, rtol=0, atol=1e-7)  # eps = 1e-8
+
+
 # SOAP and SOAP-Muon
 
 
@@ -110,6 +130,21 @@ def test_soap_follows_its_equations(shape, left, right):
     torch.testing.assert_close(result, W, **CLOSE)
 
 
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_soap_in_the_identity_basis_is_adam(one_sided):
+    start, grads = normal(8, 8), gradients(6, 8, 8)
+    first = torch.diag(torch.arange(8, 0, -1, dtype=torch.float64))  # its singular vectors are unit vectors
+    soap = trained(SOAP, start, [first, *grads], lr=0.1, beta1=0.8, beta2=0.9, refresh_interval=100, one_sided=one_sided)
+    torch.testing.assert_close(soap, trained(torch.optim.Adam, start, grads, lr=0.1, betas=(0.8, 0.9)), **CLOSE)
+
+
+@pytest.mark.parametrize("optimizer, settings", [(SOAP, dict(refresh_interval=1)), (SOAPMuon, {}), (Shampoo, {}), (PMuon, {})])
+def test_rotated_problems_have_rotated_solutions(optimizer, settings):
+    start, grads, U, V = normal(8, 8), gradients(5, 8, 8), rotation(8, 1), rotation(8, 2)
+    rotated = trained(optimizer, U @ start @ V.T, [U @ G @ V.T for G in grads], lr=0.1, **settings)
+    torch.testing.assert_close(rotated, U @ trained(optimizer, start, grads, lr=0.1, **settings) @ V.T, rtol=0, atol=1e-7)
+
+
 @SHAPES
 def test_soap_muon_follows_its_equations(shape):
     W, grads, L, R, v = normal(*shape), gradients(6, *shape), 0.0, 0.0, 0.0
@@ -144,11 +179,18 @@ def test_shampoo_follows_its_equations(interval, shape):
     torch.testing.assert_close(result, W, **CLOSE)
 
 
-@pytest.mark.parametrize("exponent", [0.3, 0.0])
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
+def test_first_shampoo_step_is_orthogonal(shape):
+    G, = gradients(1, *shape)
+    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+    step = -trained(Shampoo, torch.zeros_like(G), [G], lr=1.0, momentum=0.0, beta2=0.0, eps=1e-9)
+    torch.testing.assert_close(step, 10 ** 0.5 * U @ Vh, rtol=0, atol=1e-5)
+
+
 @SHAPES
-def test_pmuon_follows_its_equations(shape, exponent):
+def test_pmuon_follows_its_equations(shape):
     W, grads, A, Q = normal(*shape), gradients(6, *shape), [0.0, 0.0], []
-    result = trained(PMuon, W, grads, lr=0.1, beta=0.8, power=exponent, eps=0.3, momentum=0.9)
+    result = trained(PMuon, W, grads, lr=0.1, beta=0.8, power=0.3, eps=0.3, momentum=0.9)
     for U in momenta(grads, 0.9):
         L = []
         for i, C in enumerate((U @ U.T, U.T @ U)):
@@ -158,7 +200,7 @@ def test_pmuon_follows_its_equations(shape, exponent):
         P = []
         for l, q in zip(L, Q):
             e = torch.diag(q.T @ l @ q).clamp(min=0.3 * torch.trace(l) / len(l))
-            P.append(q @ torch.diag(e ** -exponent) @ q.T)
+            P.append(q @ torch.diag(e ** -0.3) @ q.T)
         W = W - 0.1 * 10 ** 0.5 * newton_schulz(P[0] @ U @ P[1])
     torch.testing.assert_close(result, W, **CLOSE)
 
@@ -265,6 +307,13 @@ def test_signs_follow_their_equations(optimizer, settings, beta1):
     torch.testing.assert_close(result, W, **CLOSE)
 
 
+@pytest.mark.parametrize("optimizer, settings, other, same", [(PMuon, dict(power=0.0), Muon, {}),
+                                                             (Lion, dict(beta1=0.9, beta2=0.9), Signum, dict(momentum=0.9, nesterov=False))])
+def test_limits_are_other_optimizers(optimizer, settings, other, same):
+    ends = [trained(kind, normal(6, 10), gradients(6, 6, 10), lr=0.1, **given) for kind, given in ((optimizer, settings), (other, same))]
+    torch.testing.assert_close(*ends, **CLOSE)
+
+
 @pytest.mark.parametrize("clip", [False, True])
 def test_adopt_follows_its_equations(clip):
     W, (first, *grads) = normal(6, 10), gradients(8, 6, 10)
@@ -276,3 +325,10 @@ def test_adopt_follows_its_equations(clip):
         W = (1 - 0.1 * 0.5) * W - 0.1 * M
         v = 0.7 * v + 0.3 * G ** 2
     torch.testing.assert_close(result, W, **CLOSE)
+
+
+def test_adopt_goes_down_where_adam_goes_up():
+    """Gradients 3, -1, -1, 3, ...: their mean is positive (Reddi, Kale, Kumar, "On the Convergence of Adam", 2018)."""
+    start, grads = torch.zeros(1, 1), [torch.full((1, 1), g) for g in [3.0, -1.0, -1.0] * 300]
+    adopt = trained(ADOPT, start, grads, lr=0.01, beta1=0.0, beta2=0.1, clip=False)
+    assert adopt < -0.9 and trained(torch.optim.Adam, start, grads, lr=0.01, betas=(0.0, 0.1)) > 0.9

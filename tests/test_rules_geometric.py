@@ -149,6 +149,25 @@ def test_dion_follows_its_equations(kind, shape, rank):
     torch.testing.assert_close(result, W, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", [Dion, OrthDion, StiefelMuon])
+@shapes
+def test_rate_is_the_updates_root_mean_square(kind, shape):
+    """So small a rate that StiefelMuon's path is straight."""
+    optimizer = kind([torch.nn.Parameter(with_values([1.0] * 8, *shape))], lr=1e-5)
+    for change in changes(optimizer, [normal(*shape, seed=i) for i in range(3)]):
+        assert abs(change.square().mean().sqrt() / 1e-5 - 1) < 1e-6
+
+
+@pytest.mark.parametrize("kind", [Dion, OrthDion])
+@shapes
+def test_dion_at_full_rank(kind, shape):
+    """Of a gradient that stays: the power iteration turns Q into its singular vectors. Without momentum, B is the gradient."""
+    G = with_values(0.7 ** torch.arange(8), *shape)
+    W = torch.nn.Parameter(torch.zeros_like(G))
+    *_, change = changes(kind([W], lr=0.1, momentum=0.0, rank_fraction=1.0), [G] * 60)  # 0.7 ** (2 * 60) is 3e-19
+    torch.testing.assert_close(change, -0.1 * math.sqrt(max(shape)) * polar(G), rtol=0, atol=1e-9)
+
+
 # scion
 
 
@@ -162,6 +181,15 @@ def test_scion_follows_the_papers_equation(shape, constrained):
         d = 0.8 * d + 0.2 * G
         W = (1 - eta * constrained) * W - eta * 3.0 * math.sqrt(m / n) * newton_schulz(d)
     torch.testing.assert_close(result, W, rtol=1e-5, atol=1e-6)
+
+
+@shapes
+def test_scion_comes_into_its_ball_and_stays(shape):
+    ball = 2.0 * math.sqrt(shape[0] / shape[1])
+    W = torch.nn.Parameter(with_values([5 * ball], *shape))
+    always_that_way = [with_values([2.0] * 8, *shape) + 0.1 * normal(*shape, seed=step) for step in range(200)]
+    norms = [svdvals(W.detach())[0] / ball for _ in changes(Scion([W], lr=0.05, radius=2.0), always_that_way)]  # eta = 0.07
+    assert norms[0] > 4 and max(norms[100:]) < 1.21 and min(norms[100:]) > 0.6
 
 
 # muon_igt
@@ -179,6 +207,22 @@ def test_muon_igt_follows_its_equations():
     torch.testing.assert_close(optimizer.state[W]["momentum_buffer"][0], M, **CLOSE)
     optimizer.eval()
     torch.testing.assert_close(W.detach(), X, **CLOSE)
+
+
+def test_transported_average_is_current():
+    """Where the gradient is linear and all steps are equal: f = <D, W>^2 / 2 far from its minimum, with D orthogonal."""
+    D = polar(normal(*SQUARE))
+    W = torch.nn.Parameter(100 * D)
+    optimizer = MuonIGT([W], lr=0.1, momentum=0.8)
+    for _ in range(60):  # 0.8 ** 60 is 2e-6
+        optimizer.eval()
+        now = ((D * W).sum() * D).detach()
+        optimizer.train()
+        W.grad = there = ((D * W).sum() * D).detach()
+        optimizer.step()
+    M = optimizer.state[W]["momentum_buffer"][0]
+    torch.testing.assert_close(M, now, rtol=1e-4, atol=0)
+    assert (M - there).norm() > 1e-3 * M.norm()
 
 
 # dp_muon
