@@ -31,8 +31,8 @@ toml = json.dumps  # numbers, strings and booleans are written alike
 
 def write_config(path, shards, **fields):
     """The TOML file of a tiny run on the shards, whose logs will lie beside it."""
-    values = {**TINY, "input_bin": str(shards / "train_*.bin"), "input_val_bin": str(shards / "val_*.bin"), "log_dir": str(path.parent / "logs"),
-              "allow_repeat": True, **fields}
+    values = {**TINY, "input_bin": str(shards / "train_*.bin"), "input_val_bin": str(shards / "val_*.bin"),
+              "log_dir": str(path.parent / "logs"), "allow_repeat": True, **fields}
     path.write_text("".join(f"{key} = {toml(value)}\n" for key, value in values.items()))
     return path
 
@@ -45,8 +45,7 @@ def run(*command, env={}, **options):
 
 def torchrun(processes):
     """The command that starts so many processes of the script that follows."""
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    return [sys.executable, *several] if processes > 1 else [sys.executable]
+    return [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else [])]
 
 
 def refused(done, *words, code=1):

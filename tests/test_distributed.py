@@ -6,7 +6,6 @@ import shutil
 import signal
 import sys
 import time
-from functools import partial
 from itertools import takewhile
 from types import SimpleNamespace
 
@@ -48,12 +47,12 @@ def sequence(*groups):
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory, shards):
-    """(folders of the logs by number of processes, reports) of 40 steps with each optimizer on 1, 2, 3 and 4, with micro-batches of other sizes."""
+    """(folders of the logs by number of processes, reports) of 40 steps with each optimizer, with micro-batches of other sizes."""
     folders, groups = {}, []
     for processes, size in ((1, 12), (2, 2), (3, 4), (4, 3)):
         folder = tmp_path_factory.mktemp(f"world{processes}")
-        config = write_config(folder / "config.toml", shards, num_iterations=STEPS, warmdown_iters=20, refresh_interval=REFRESH, device_batch_size=size,
-                              save_every=20, val_tokens=16 * 23, data_seed=1)  # 23 validation sequences: they divide by none of the counts
+        config = write_config(folder / "config.toml", shards, num_iterations=STEPS, warmdown_iters=20, refresh_interval=REFRESH,
+                              data_seed=1, save_every=20, device_batch_size=size, val_tokens=16 * 23)  # 23 sequences: no count divides them
         groups.append((processes, [[str(config), "--optimizer", name, "--run_name", name] for name in OPTIMIZERS]))
         folders[processes] = folder / "logs"
     return folders, sequence(*groups)[1]
@@ -82,7 +81,7 @@ def test_traffic_between_processes(worlds, optimizer, processes):
     grams = 4 * 2 * 7 * 16 ** 2  # bytes of all second moments: 1 + 1 + 1 + 4 blocks a layer
     warm_up = 3 if optimizer == "newton_muon" else 2
     for report in worlds[1][processes, optimizer]:
-        # each process must send its share of the updates; the largest share, to which the others are padded, is at most one matrix above the mean
+        # each must send its share of the updates; the largest share, to which the others are padded, is at most one matrix above the mean
         assert report["all_gather"] <= (STEPS + warm_up) * (weights / processes + largest)
         assert report.get("reduce", 0) == ((STEPS // REFRESH + 1) * grams if optimizer == "newton_muon" else 0)
         assert "all_reduce" not in report
@@ -92,8 +91,8 @@ def test_resume_on_three_processes(worlds, tmp_path):
     before = worlds[0][2] / "newton_muon"
     shutil.copytree(before, tmp_path / "logs/newton_muon")
     (tmp_path / "logs/newton_muon/checkpoints/step_000040.pt").unlink()
-    output, _ = sequence((3, [[str(before.parents[1] / "config.toml"), "--optimizer", "newton_muon", "--run_name", "newton_muon", "--resume", "auto",
-                               "--device_batch_size", "0", "--log_dir", str(tmp_path / "logs")]]))
+    output, _ = sequence((3, [[str(before.parents[1] / "config.toml"), "--optimizer", "newton_muon", "--run_name", "newton_muon",
+                               "--resume", "auto", "--device_batch_size", "0", "--log_dir", str(tmp_path / "logs")]]))
     assert "resumed at step 20" in output
     assert logged(tmp_path / "logs/newton_muon") == pytest.approx(logged(before), rel=2e-4)
 
@@ -103,8 +102,8 @@ def test_resume_on_three_processes(worlds, tmp_path):
 
 def test_twenty_kills(shards, tmp_path):
     """The runs are forks of one process that has torch imported, so that the kills fall into training and checkpoints, not imports."""
-    config = write_config(tmp_path / "config.toml", shards, num_iterations=60, warmdown_iters=20, save_every=1, val_loss_every=10, optimizer="newton_muon",
-                          refresh_interval=4)
+    config = write_config(tmp_path / "config.toml", shards, num_iterations=60, warmdown_iters=20, save_every=1, val_loss_every=10,
+                          optimizer="newton_muon", refresh_interval=4)
     code = """
 import json, multiprocessing, random, sys, time
 import torch, torch._dynamo, train_gpt2  # an optimizer imports the second
@@ -152,7 +151,7 @@ def test_signal_saves_a_checkpoint(launch, shards, tmp_path, number, code):
 
 
 def test_stopped_processes_resume_exactly(launch, shards, tmp_path):
-    config = write_config(tmp_path / "config.toml", shards, num_iterations=40, val_loss_every=1, optimizer="newton_muon", refresh_interval=3)
+    config = write_config(tmp_path / "c.toml", shards, num_iterations=40, val_loss_every=1, optimizer="newton_muon", refresh_interval=3)
     two = launch(*torchrun(2), ROOT / "train_gpt2.py", config, "--run_name", "stopped")
     code, seconds, output = stop_in_the_middle(two, signal.SIGTERM)
     assert code != 0 and seconds < 10 and "stopped by SIGTERM" in output, output
@@ -166,12 +165,7 @@ def test_stopped_processes_resume_exactly(launch, shards, tmp_path):
 
 
 FAULTY = dict(num_iterations=20, save_every=2, run_name="a")
-
-
-@pytest.fixture
-def faulty(start):
-    """As start(), on two processes, the second of which has the fault."""
-    return partial(start, processes=2, env=ENV, timeout=120, collective_timeout=5, resume="auto", **FAULTY)
+OF_TWO = dict(FAULTY, processes=2, env=ENV, timeout=120, collective_timeout=5, resume="auto")  # the second process has the fault
 
 
 def checkpoints(tmp_path):
@@ -179,11 +173,11 @@ def checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["Dies", "Hangs"])
-def test_lost_process_is_named(faulty, tmp_path, fault):
-    start = time.monotonic()
-    result = faulty(optimizer=f"faults:{fault}")
-    assert result.returncode == 1 and time.monotonic() - start < 60
-    assert re.findall(r"^error:[^(]*", result.stderr, re.MULTILINE) == ["error: process 0: process 1 does not answer any more "], result.stderr
+def test_lost_process_is_named(start, tmp_path, fault):
+    began = time.monotonic()
+    done = start(optimizer=f"faults:{fault}", **OF_TWO)
+    assert done.returncode == 1 and time.monotonic() - began < 60
+    assert re.findall(r"^error:[^(]*", done.stderr, re.MULTILINE) == ["error: process 0: process 1 does not answer any more "], done.stderr
     assert checkpoints(tmp_path) == ["step_000002.pt", "step_000004.pt"]
 
 
@@ -197,16 +191,18 @@ def test_no_process_calls_itself_lost(monkeypatch):
     assert "process 1: processes lost each other (Connection reset)" in train_gpt2.lost_processes(RuntimeError("Connection reset"))
 
 
-def test_nan_loss_ends_all_processes(faulty, tmp_path):
-    result = faulty(optimizer="faults:TurnsNaN", val_loss_every=0)
-    assert result.returncode == 1
-    assert re.findall(r"^error:.*", result.stderr, re.MULTILINE) == ["error: the train loss is nan at step 6 on process 1; lower learning_rate or hidden_learning_rate"]
+def test_nan_loss_ends_all_processes(start, tmp_path):
+    done = start(optimizer="faults:TurnsNaN", val_loss_every=0, **OF_TWO)
+    assert done.returncode == 1
+    assert re.findall(r"^error:.*", done.stderr, re.MULTILINE) == [
+        "error: the train loss is nan at step 6 on process 1; lower learning_rate or hidden_learning_rate"]
     assert checkpoints(tmp_path) == ["step_000002.pt", "step_000004.pt"]
 
 
-def test_torchrun_restarts_from_a_checkpoint(faulty, tmp_path):
-    result = faulty(optimizer="faults:DiesOnce", env={**ENV, "FAULT_MARKER": str(tmp_path / "died"), "PET_MAX_RESTARTS": "1"})
-    assert result.returncode == 0 and "resumed at step 4" in result.stdout, result.stderr
+def test_torchrun_restarts_from_a_checkpoint(start, tmp_path):
+    env = {**ENV, "FAULT_MARKER": str(tmp_path / "died"), "PET_MAX_RESTARTS": "1"}  # as --max_restarts 1
+    done = start(optimizer="faults:DiesOnce", **dict(OF_TWO, env=env))
+    assert done.returncode == 0 and "resumed at step 4" in done.stdout, done.stderr
     assert list(logged(tmp_path / "logs/a"))[-1] == (20, "val_loss")
 
 
@@ -221,6 +217,6 @@ def test_full_disk_keeps_the_last_checkpoint(start, tmp_path, limit, name):
 
 
 def test_nan_weights_are_never_saved(start, tmp_path):
-    done = start(optimizer="faults:TurnsNaN", val_loss_every=0, log_every=100, **FAULTY)  # nothing looks at the weights before the checkpoint
+    done = start(optimizer="faults:TurnsNaN", val_loss_every=0, log_every=100, **FAULTY)  # nothing else looks at the weights before
     refused(done, "not finite after step 6")
     assert checkpoints(tmp_path) == ["step_000002.pt", "step_000004.pt"]

@@ -34,8 +34,8 @@ def test_slurm_starts_the_launcher(stub):
     stub("srun")
     stub("scontrol", '#!/bin/sh\n[ "$*" = "show hostnames node[7-8]" ] && yes node7 | head -n 99999\n')  # more than a pipe holds
     script = stub("slurm_script", (ROOT / "scripts/slurm.sbatch").read_text())  # Slurm runs a copy
-    done = run("bash", script, "configs/speedrun_muon.toml", "--save_every", 500, env=dict(
-        SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="40123", SLURM_JOB_NODELIST="node[7-8]", SLURM_JOB_NUM_NODES="2", SLURM_CPUS_PER_TASK="48"))
+    done = run("bash", script, "configs/speedrun_muon.toml", "--save_every", 500, env=dict(SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="40123",
+               SLURM_JOB_NODELIST="node[7-8]", SLURM_JOB_NUM_NODES="2", SLURM_CPUS_PER_TASK="48"))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == dict(job="speedrun_muon_40123", folder=str(ROOT), arguments=[
         "--kill-on-bad-exit=0", "--cpus-per-task=48", "scripts/launch_multinode.sh", "2", "node7:20123", "configs/speedrun_muon.toml",

@@ -49,8 +49,8 @@ def kill_node(process):
 
 
 def test_two_nodes_survive_a_death(nodes, shards, tmp_path, call, launch):
-    config = write_config(tmp_path / "config.toml", shards, num_iterations=100, warmdown_iters=20, val_loss_every=2, save_every=2, optimizer="newton_muon",
-                          refresh_interval=5, collective_timeout=60)
+    config = write_config(tmp_path / "config.toml", shards, num_iterations=100, warmdown_iters=20, val_loss_every=2, save_every=2,
+                          optimizer="newton_muon", refresh_interval=5, collective_timeout=60)
 
     def join(prefix, address, interface):
         env = dict(NPROC="2", PYTHON=sys.executable, LOCAL_ADDR=address, GLOO_SOCKET_IFNAME=interface, JOB="together")

@@ -18,8 +18,6 @@ from runs import read_run
 from test_distributed import same_weights
 from train_gpt2 import Config, UserError, choose_micro_batch, learning_rate_scale, load_config
 
-PLAYS = dict(input_bin=str(ROOT / "data/shakespeare/shakespeare_train_*.bin"), input_val_bin=str(ROOT / "data/shakespeare/shakespeare_val_*.bin"))
-
 
 def losses(folder):
     return [(r["step"], r["val_loss"]) for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "val_loss" in r]
@@ -67,8 +65,6 @@ def test_files_of_a_run(start, shards, tmp_path):
     assert facts["val_shards"] == [dict(name="val_000000.bin", tokens=1000, sha256_of_first_mebibyte=hashlib.sha256(content).hexdigest(),
                                         sha256_of_header_and_size=hashlib.sha256(content[:1024] + b"3024").hexdigest())]
     assert facts["final_val_loss"] == pytest.approx(run.losses[-1], abs=1e-4) and facts["end"] >= facts["start"]
-    weights = torch.load(folder / "checkpoints" / "step_000010.pt", weights_only=True)["model"]
-    assert all(w.isfinite().all() for w in weights.values())
 
 
 def test_a_run_ends_with_its_results(start, tmp_path):
@@ -130,20 +126,18 @@ def test_the_newest_checkpoint_has_the_highest_step(start, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["step_best.pt"]  # what is beyond the step goes
 
 
-AUTO = dict(resume="auto")
-
-
 @pytest.mark.parametrize("files, code, fields, words", [
     ({}, {}, {}, "already holds a run"),
     ({"log.txt": None}, {}, {}, "already holds a run"),
-    ({}, {}, dict(AUTO, momentum=0.9), "momentum = 0.95, not 0.9"),
-    ({}, dict(code_sha256=lambda: "0" * 64), AUTO,
+    ({}, {}, dict(resume="auto", momentum=0.9), "momentum = 0.95, not 0.9"),
+    ({}, dict(code_sha256=lambda: "0" * 64), dict(resume="auto"),
      "step_000010.pt was written by another version of train_gpt2.py; resume with the one in the run's folder"),
-    ({}, dict(find_checkpoint=lambda *_: (None, None)), AUTO,  # as if it had looked before the first was saved
+    ({}, dict(find_checkpoint=lambda *_: (None, None)), dict(resume="auto"),  # as if it had looked before the first was saved
      "has a checkpoint that was not there a moment ago"),
-    ({f"checkpoints/step_{step:06d}.pt": None for step in (8, 10)}, {}, AUTO, "holds a finished run whose checkpoints are gone"),
-    *(({"log.txt": None, "metrics.jsonl": None, "run.json": text}, {}, AUTO, "has checkpoints but no run.json that can be read")
-      for text in (None, "", "{}", "[]", "{"))])
+    ({"checkpoints/step_000008.pt": None, "checkpoints/step_000010.pt": None}, {}, dict(resume="auto"),
+     "holds a finished run whose checkpoints are gone"),
+    *(({"log.txt": None, "metrics.jsonl": None, "run.json": text}, {}, dict(resume="auto"),
+       "has checkpoints but no run.json that can be read") for text in (None, "", "{}", "[]", "{"))])
 def test_a_run_that_cannot_continue_stays(start, tmp_path, monkeypatch, files, code, fields, words):
     assert start(run_name="a", save_every=4).returncode == 0
     for name, text in files.items():
@@ -191,8 +185,11 @@ def test_another_target_is_met_again(start, tmp_path):
 
 def test_nobody_reads_the_output(start, tmp_path, monkeypatch):
     """As `train_gpt2.py ... | head -1`, or a terminal that is closed."""
-    gone = Mock(**{"isatty.return_value": False, "write.side_effect": BrokenPipeError(32, "Broken pipe")})
-    for run, stdout in (("a", gone), ("b", None)):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    for run, stdout in (("a", Gone()), ("b", None)):
         monkeypatch.setattr(sys, "stdout", stdout)
         assert start(run_name=run).returncode == 0
         assert [step for step, _ in losses(tmp_path / f"logs/{run}")] == [0, 5, 10]
@@ -221,10 +218,11 @@ def test_stop_at_target(start, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "newton_muon", "sgd", "optimizers.signum:Signum", "torch.optim:NAdam"])
 def test_optimizers_learn_the_plays(start, tmp_path, optimizer):
-    rate = {"sgd": 0.1, "adamw": 0.004, "torch.optim:NAdam": 0.004}.get(optimizer, 0.002)
+    plays, rate = ROOT / "data/shakespeare/shakespeare", {"sgd": 0.1, "adamw": 0.004, "torch.optim:NAdam": 0.004}.get(optimizer, 0.002)
     table_only, whole = (start(run_name=f"{hidden}", optimizer=optimizer, hidden_learning_rate=hidden, vocab_size=256, num_iterations=30,
                                sequence_length=64, val_tokens=64 * 64, val_loss_every=15, n_embd=32, refresh_interval=4,
-                               learning_rate=0.003, **PLAYS) for hidden in (0.0, rate))
+                               learning_rate=0.003, input_bin=f"{plays}_train_*.bin", input_val_bin=f"{plays}_val_*.bin")
+                         for hidden in (0.0, rate))
     assert table_only.returncode == whole.returncode == 0, whole.stderr
     frozen, trained = (losses(tmp_path / f"logs/{hidden}") for hidden in (0.0, rate))
     assert trained[0] == frozen[0]
@@ -273,19 +271,18 @@ def test_compiled_newton_muon(start, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("TRACED GRAPH") == 3  # of the trial; with and without collecting the inputs; validation has none
     assert len(re.findall(r"Recompiling function", done.stderr)) == 1
-    for (_, a), (_, b) in zip(losses(tmp_path / "logs/eager"), losses(tmp_path / "logs/compiled"), strict=True):
-        assert b == pytest.approx(a, rel=1e-4)
+    assert dict(losses(tmp_path / "logs/compiled")) == pytest.approx(dict(losses(tmp_path / "logs/eager")), rel=1e-4)
 
 
 def test_wandb_gets_every_record_and_the_configuration(start, tmp_path, module):
     module("wandb", "import json\nclass Run:\n    log = staticmethod(lambda record, step: print('LOG', json.dumps(record), flush=True))\n"
                     "    finish = staticmethod(lambda: print('FINISHED', flush=True))\n"
                     "def init(**given):\n    print('INIT', json.dumps(given), flush=True)\n    return Run")
-    out = start(run_name="a", wandb_project="p").stdout
+    out, folder = start(run_name="a", wandb_project="p").stdout, tmp_path / "logs/a"
     given = json.loads(re.search(r"^INIT (.*)$", out, re.MULTILINE)[1])
     assert (given["project"], given["name"]) == ("p", "a")
-    assert given["config"] == json.loads((tmp_path / "logs/a/run.json").read_text())["config"]
-    assert re.findall(r"^LOG (.*)$", out, re.MULTILINE) == (tmp_path / "logs/a/metrics.jsonl").read_text().splitlines() and "FINISHED" in out
+    assert given["config"] == json.loads((folder / "run.json").read_text())["config"]
+    assert re.findall(r"^LOG (.*)$", out, re.MULTILINE) == (folder / "metrics.jsonl").read_text().splitlines() and "FINISHED" in out
 
 
 @pytest.mark.parametrize("code, seconds, warning", [
@@ -318,8 +315,7 @@ def test_order_of_settings(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_configuration_in_the_repository_loads(path):
-    config = load_config([str(path)])
-    assert path.stem.endswith(config.optimizer)
+    assert path.stem.endswith(load_config([str(path)]).optimizer)
 
 
 def test_speedrun_configurations():
@@ -370,7 +366,8 @@ def test_learning_rate_schedule():
     (dict(resume="auto"), ["run_name"]),
     (dict(run_name="a/b"), ["run_name = 'a/b'"]),
     (dict(log_dir="/proc/none"), ["/proc/none", "log_dir"]),
-    pytest.param(dict(device="cuda"), ["device = 'cuda'", "--device cpu"], marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")),
+    pytest.param(dict(device="cuda"), ["device = 'cuda'", "--device cpu"],
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
     (dict(batch_size=9, env=dict(WORLD_SIZE="2")),
      ["batch_size = 9 cannot be split over 2 processes; the nearest numbers of processes that can are 1 and 3"]),
     (dict(config="num_iteration = 5\n"), ["unknown key 'num_iteration'", "'num_iterations'", "config.toml"]),
