@@ -1,4 +1,5 @@
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -25,6 +26,17 @@ TINY = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=64, sequence_length=16, b
             val_loss_every=5, val_tokens=16 * 24, log_every=1, learning_rate=0.01, hidden_learning_rate=0.002, device="cpu")
 
 
+toml = json.dumps  # numbers, strings and booleans are written alike
+
+
+def write_config(path, shards, **fields):
+    """The TOML file of a tiny run on the shards, whose logs will lie beside it."""
+    values = {**TINY, "input_bin": str(shards / "train_*.bin"), "input_val_bin": str(shards / "val_*.bin"),
+              "log_dir": str(path.parent / "logs"), "allow_repeat": True, **fields}
+    path.write_text("".join(f"{key} = {toml(value)}\n" for key, value in values.items()))
+    return path
+
+
 def run(*command, env={}, **options):
     """The command in a process of its own, to its end: returncode, stdout, stderr. `env` is added to the environment."""
     options = dict(capture_output=True, text=True, timeout=300) | options
@@ -33,8 +45,15 @@ def run(*command, env={}, **options):
 
 def torchrun(processes):
     """The command that starts so many processes of the script that follows."""
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    return [sys.executable, *several] if processes > 1 else [sys.executable]
+    return [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else [])]
+
+
+def refused(done, *words, code=1):
+    """The run ended with one sentence, which has these words, and without a traceback."""
+    assert done.returncode == code, done.stderr
+    sentences = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(sentences) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert all(word in sentences[0] for word in words), sentences[0]
 
 
 @pytest.fixture
@@ -58,20 +77,18 @@ def call(monkeypatch, capfd):
     """call(module, *arguments) runs its main() in this process (imports take seconds): returncode, stdout, stderr."""
     def call(module, *arguments):
         capfd.readouterr()
-        code, handlers = 0, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        code, text, handlers = 0, "", {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with monkeypatch.context() as patch:
                 patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
                 module.main()
         except SystemExit as end:
-            code = end.code or 0
+            code, text = (1, end.code) if isinstance(end.code, str) else (int(end.code or 0), "")
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        captured = capfd.readouterr()
-        if isinstance(code, str):
-            return SimpleNamespace(returncode=1, stdout=captured.out, stderr=captured.err + code)
-        return SimpleNamespace(returncode=int(code), stdout=captured.out, stderr=captured.err)
+        out, errors = capfd.readouterr()
+        return SimpleNamespace(returncode=code, stdout=out, stderr=errors + text)
     return call
 
 
@@ -92,25 +109,21 @@ def launch(tmp_path):
 
 @pytest.fixture
 def start(shards, tmp_path, monkeypatch, call):
-    """start(*arguments, processes=0, config=None, env={}, **fields) trains the tiny model as the command line does.
+    """start(*arguments, processes=0, config=None, env={}, timeout=300, **fields) trains the tiny model as the command line does.
 
     With processes = 0 in this process (an import of torch takes seconds), else in one of its own or, by torchrun, in several. `config` is
     the text of the TOML file; fields become command-line arguments. Returns returncode, stdout and stderr.
     """
-    def start(*arguments, processes=0, config=None, env={}, **fields):
-        path = tmp_path / "config.toml"
-        if config is None:
-            values = {**TINY, "input_bin": str(shards / "train_*.bin"), "input_val_bin": str(shards / "val_*.bin"), "log_dir": str(tmp_path / "logs")}
-            config = "".join(f"{key} = {toml(value)}\n" for key, value in values.items())
-        path.write_text(config)
-        command = [str(path), *arguments, *(text for key, value in fields.items() for text in (f"--{key}", str(value)))]
-        if not processes:
-            with monkeypatch.context() as patch:
-                patch.chdir(tmp_path)
-                return call(train_gpt2, *command)
-        return run(*torchrun(processes), ROOT / "train_gpt2.py", *command, cwd=tmp_path, env=env)
+    def start(*arguments, processes=0, config=None, env={}, timeout=300, **fields):
+        path = write_config(tmp_path / "config.toml", shards, allow_repeat=False)
+        if config is not None:
+            path.write_text(config)
+        command = [path, *arguments, *(text for key, value in fields.items() for text in (f"--{key}", value))]
+        if processes:
+            return run(*torchrun(processes), ROOT / "train_gpt2.py", *command, cwd=tmp_path, env=env, timeout=timeout)
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            for name, value in env.items():
+                patch.setenv(name, value)
+            return call(train_gpt2, *command)
     return start
-
-
-def toml(value):
-    return str(value).lower() if isinstance(value, bool) else repr(value)

@@ -7,19 +7,17 @@ import json
 import os
 import socket
 import sys
-import traceback
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from collections import Counter
 
 import torch
 import torch._dynamo  # as every optimizer does when it is made: two seconds, once instead of in each fork
 import torch.distributed as dist
+from torch.multiprocessing import start_processes
 
 import train_gpt2
 
 torch.set_num_threads(1)
-counts, made = {}, []
+counts, made = Counter(), []
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
 
@@ -27,15 +25,14 @@ def counted(name, function):
     key, which = ("all_gather", 1) if name == GATHER else (name, 0)
 
     def call(*args, **kwargs):
-        tensor = args[which]
-        if tensor.numel() > 8:  # not the numbers that are logged
-            counts[key] = counts.get(key, 0) + tensor.numel() * tensor.element_size()
+        if args[which].numel() > 8:  # not the numbers that are logged
+            counts[key] += args[which].nbytes
         return function(*args, **kwargs)
     return call
 
 
-def process(environment, runs):
-    os.environ.update(environment)
+def process(rank, port, world, runs):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank))
     for name in (GATHER, "reduce", "all_reduce"):
         setattr(dist, name, counted(name, getattr(dist, name)))
     build, init = train_gpt2.build_optimizers, dist.init_process_group
@@ -46,28 +43,13 @@ def process(environment, runs):
         counts.clear()
         assert train_gpt2.run(train_gpt2.load_config(arguments)) == 0
         hidden = made[0][1]  # the second pair is the warm-up's
-        state = sum(t.numel() * t.element_size() for entry in hidden.state.values() for t in entry.values() if torch.is_tensor(t))
+        state = sum(t.nbytes for entry in hidden.state.values() for t in entry.values() if torch.is_tensor(t))
         report = dict(rank=train_gpt2.rank(), world=train_gpt2.world_size(), run=arguments[arguments.index("--run_name") + 1], state=state)
         os.write(1, f"REPORT {json.dumps({**report, **counts})}\n".encode())
-
-
-def fork(*arguments):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            process(*arguments)
-            sys.stdout.flush()
-            os._exit(0)  # as main() does
-        finally:
-            traceback.print_exc()
-            os._exit(1)
-    return pid
 
 
 for processes, runs in json.loads(sys.argv[1]):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        group = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(processes))
-    pids = [fork({**group, "RANK": str(i), "LOCAL_RANK": str(i)}, runs) for i in range(processes)]
-    if any([os.waitpid(pid, 0)[1] for pid in pids]):
-        sys.exit(1)
+        port = str(free.getsockname()[1])
+    start_processes(process, (port, processes, runs), processes, start_method="fork")

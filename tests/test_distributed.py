@@ -6,25 +6,19 @@ import shutil
 import signal
 import sys
 import time
+from itertools import takewhile
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train_gpt2
-from conftest import ROOT, TINY, run, toml, torchrun
+from conftest import ROOT, refused, run, torchrun, write_config
 from faults import full_disk
 
 OPTIMIZERS = ("adamw", "muon", "newton_muon")
 STEPS, REFRESH = 40, 10
 ENV = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-
-
-def write_config(path, shards, **fields):
-    values = {**TINY, "input_bin": str(shards / "train_*.bin"), "input_val_bin": str(shards / "val_*.bin"), "log_dir": str(path.parent / "logs"),
-              "allow_repeat": True, **fields}
-    path.write_text("".join(f"{key} = {toml(value)}\n" for key, value in values.items()))
-    return path
 
 
 def logged(folder):
@@ -33,12 +27,9 @@ def logged(folder):
     return {(r["step"], kind): r[kind] for r in records for kind in ("train_loss", "val_loss") if kind in r}
 
 
-def final_weights(folder):
-    return torch.load(max((folder / "checkpoints").glob("step_*.pt")), weights_only=True)["model"]
-
-
-def same_weights(a, b):
-    return all(torch.equal(x, y) for x, y in zip(final_weights(a).values(), final_weights(b).values(), strict=True))
+def same_weights(*folders):
+    a, b = (torch.load(max((folder / "checkpoints").glob("step_*.pt")), weights_only=True)["model"].values() for folder in folders)
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 # the same result, and the work and memory divided
@@ -56,12 +47,12 @@ def sequence(*groups):
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory, shards):
-    """(folders of the logs by number of processes, reports) of 40 steps with each optimizer on 1, 2, 3 and 4, with micro-batches of other sizes."""
+    """(folders of the logs by number of processes, reports) of 40 steps with each optimizer, with micro-batches of other sizes."""
     folders, groups = {}, []
     for processes, size in ((1, 12), (2, 2), (3, 4), (4, 3)):
         folder = tmp_path_factory.mktemp(f"world{processes}")
-        config = write_config(folder / "config.toml", shards, num_iterations=STEPS, warmdown_iters=20, refresh_interval=REFRESH, device_batch_size=size,
-                              save_every=20, val_tokens=16 * 23, data_seed=1)  # 23 validation sequences: they divide by none of the counts
+        config = write_config(folder / "config.toml", shards, num_iterations=STEPS, warmdown_iters=20, refresh_interval=REFRESH,
+                              data_seed=1, save_every=20, device_batch_size=size, val_tokens=16 * 23)  # 23 sequences: no count divides them
         groups.append((processes, [[str(config), "--optimizer", name, "--run_name", name] for name in OPTIMIZERS]))
         folders[processes] = folder / "logs"
     return folders, sequence(*groups)[1]
@@ -71,8 +62,7 @@ def worlds(tmp_path_factory, shards):
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_losses_on_any_number_of_processes(worlds, optimizer, processes):
     one, many = (logged(worlds[0][count] / optimizer) for count in (1, processes))
-    assert one.keys() == many.keys() and len(one) == STEPS + STEPS // 5 + 1
-    assert max(abs(many[key] - one[key]) / one[key] for key in one) < 2e-4
+    assert many == pytest.approx(one, rel=2e-4) and len(one) == STEPS + STEPS // 5 + 1
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "newton_muon"])
@@ -91,7 +81,7 @@ def test_traffic_between_processes(worlds, optimizer, processes):
     grams = 4 * 2 * 7 * 16 ** 2  # bytes of all second moments: 1 + 1 + 1 + 4 blocks a layer
     warm_up = 3 if optimizer == "newton_muon" else 2
     for report in worlds[1][processes, optimizer]:
-        # each process must send its share of the updates; the largest share, to which the others are padded, is at most one matrix above the mean
+        # each must send its share of the updates; the largest share, to which the others are padded, is at most one matrix above the mean
         assert report["all_gather"] <= (STEPS + warm_up) * (weights / processes + largest)
         assert report.get("reduce", 0) == ((STEPS // REFRESH + 1) * grams if optimizer == "newton_muon" else 0)
         assert "all_reduce" not in report
@@ -101,12 +91,10 @@ def test_resume_on_three_processes(worlds, tmp_path):
     before = worlds[0][2] / "newton_muon"
     shutil.copytree(before, tmp_path / "logs/newton_muon")
     (tmp_path / "logs/newton_muon/checkpoints/step_000040.pt").unlink()
-    output, _ = sequence((3, [[str(before.parents[1] / "config.toml"), "--optimizer", "newton_muon", "--run_name", "newton_muon", "--resume", "auto",
-                               "--device_batch_size", "0", "--log_dir", str(tmp_path / "logs")]]))
+    output, _ = sequence((3, [[str(before.parents[1] / "config.toml"), "--optimizer", "newton_muon", "--run_name", "newton_muon",
+                               "--resume", "auto", "--device_batch_size", "0", "--log_dir", str(tmp_path / "logs")]]))
     assert "resumed at step 20" in output
-    whole, parts = logged(before), logged(tmp_path / "logs/newton_muon")
-    assert whole.keys() == parts.keys()
-    assert max(abs(parts[key] - whole[key]) / whole[key] for key in whole) < 2e-4
+    assert logged(tmp_path / "logs/newton_muon") == pytest.approx(logged(before), rel=2e-4)
 
 
 # killed, stopped, resumed
@@ -114,42 +102,29 @@ def test_resume_on_three_processes(worlds, tmp_path):
 
 def test_twenty_kills(shards, tmp_path):
     """The runs are forks of one process that has torch imported, so that the kills fall into training and checkpoints, not imports."""
-    config = write_config(tmp_path / "config.toml", shards, num_iterations=60, warmdown_iters=20, save_every=1, val_loss_every=10, optimizer="newton_muon",
-                          refresh_interval=4)
+    config = write_config(tmp_path / "config.toml", shards, num_iterations=60, warmdown_iters=20, save_every=1, val_loss_every=10,
+                          optimizer="newton_muon", refresh_interval=4)
     code = """
-import json, os, random, select, signal, sys, time
+import json, multiprocessing, random, sys, time
 import torch, torch._dynamo, train_gpt2  # an optimizer imports the second
 torch.set_num_threads(1)
-def attempt(delay, *arguments):
-    pid = os.fork()
-    if pid == 0:
-        sys.argv = ["train_gpt2.py", *arguments]
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        try:
-            train_gpt2.main()
-        except SystemExit as end:
-            os._exit(end.code)
-        finally:
-            os._exit(99)
-    if delay:
-        select.select([], [], [], delay)
-        os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-config, rng = sys.argv[1], random.Random(0)
-start = time.perf_counter()
-assert attempt(0, config, "--run_name", "whole") == 0
-duration, ends, found = time.perf_counter() - start, [], []
-for _ in range(200):
-    ends.append(attempt(rng.uniform(0.05, duration / 10), config, "--run_name", "killed", "--resume", "auto"))
-    if ends.count(-9) == 20 or 0 in ends:
-        break
-ends.append(attempt(0, config, "--run_name", "killed", "--resume", "auto"))
-print(json.dumps(ends))
+def attempt(seconds, *arguments):
+    sys.argv = ["train_gpt2.py", config, *arguments]
+    fork = multiprocessing.get_context("fork").Process(target=train_gpt2.main)
+    fork.start()
+    fork.join(seconds)
+    fork.kill()
+    fork.join()
+    return fork.exitcode
+config, rng, start = sys.argv[1], random.Random(0), time.perf_counter()
+assert attempt(None, "--run_name", "whole") == 0
+duration = time.perf_counter() - start
+kills = [attempt(rng.uniform(0.05, duration / 10), "--run_name", "killed", "--resume", "auto") for _ in range(20)]
+print(json.dumps([*kills, attempt(None, "--run_name", "killed", "--resume", "auto")]))
 """
     result = run(sys.executable, "-c", code, config, env=ENV, timeout=240)
     assert result.returncode == 0, result.stderr
-    ends = json.loads(result.stdout)
-    assert ends.count(-9) == 20 and set(ends[:-1]) == {-9} and ends[-1] == 0, result.stdout + result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == [-9] * 20 + [0], result.stdout + result.stderr
     assert same_weights(tmp_path / "logs/whole", tmp_path / "logs/killed")
     assert logged(tmp_path / "logs/whole") == logged(tmp_path / "logs/killed")
     steps = [json.loads(line)["step"] for line in (tmp_path / "logs/killed/metrics.jsonl").read_text().splitlines()]
@@ -158,14 +133,11 @@ print(json.dumps(ends))
 
 def stop_in_the_middle(process, number):
     """Sends it the signal once step 5 is evaluated; returns exit code, seconds until the end, and all output."""
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("step:5/"):
-            process.send_signal(number)
-            sent = time.monotonic()
-    code = process.wait(timeout=60)
-    return code, time.monotonic() - sent, "".join(lines) + process.stderr.read()
+    before = "".join(takewhile(lambda line: not line.startswith("step:5/"), process.stdout))
+    process.send_signal(number)
+    sent = time.monotonic()
+    after = process.communicate(timeout=60)
+    return process.returncode, time.monotonic() - sent, "".join((before, *after))
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -179,7 +151,7 @@ def test_signal_saves_a_checkpoint(launch, shards, tmp_path, number, code):
 
 
 def test_stopped_processes_resume_exactly(launch, shards, tmp_path):
-    config = write_config(tmp_path / "config.toml", shards, num_iterations=40, val_loss_every=1, optimizer="newton_muon", refresh_interval=3)
+    config = write_config(tmp_path / "c.toml", shards, num_iterations=40, val_loss_every=1, optimizer="newton_muon", refresh_interval=3)
     two = launch(*torchrun(2), ROOT / "train_gpt2.py", config, "--run_name", "stopped")
     code, seconds, output = stop_in_the_middle(two, signal.SIGTERM)
     assert code != 0 and seconds < 10 and "stopped by SIGTERM" in output, output
@@ -193,31 +165,20 @@ def test_stopped_processes_resume_exactly(launch, shards, tmp_path):
 
 
 FAULTY = dict(num_iterations=20, save_every=2, run_name="a")
-
-
-def faulty(shards, tmp_path, fault, launcher=(), env={}, **fields):
-    """(result, seconds, names of the checkpoints) of a run on two processes, the second of which has the fault."""
-    config = write_config(tmp_path / "config.toml", shards, optimizer=f"faults:{fault}", collective_timeout=5, **FAULTY, **fields)
-    start = time.monotonic()
-    result = run(*torchrun(2), *launcher, ROOT / "train_gpt2.py", config, "--resume", "auto", env={**ENV, **env}, timeout=120)
-    return result, time.monotonic() - start, checkpoints(tmp_path)
+OF_TWO = dict(FAULTY, processes=2, env=ENV, timeout=120, collective_timeout=5, resume="auto")  # the second process has the fault
 
 
 def checkpoints(tmp_path):
     return sorted(path.name for path in (tmp_path / "logs/a/checkpoints").iterdir())
 
 
-def error_lines(result):
-    return [line for line in result.stderr.splitlines() if line.startswith("error:")]
-
-
 @pytest.mark.parametrize("fault", ["Dies", "Hangs"])
-def test_lost_process_is_named(shards, tmp_path, fault):
-    result, seconds, saved = faulty(shards, tmp_path, fault)
-    assert result.returncode == 1 and seconds < 60
-    lines = error_lines(result)
-    assert len(lines) == 1 and lines[0].startswith("error: process 0: process 1 does not answer any more ("), result.stderr
-    assert saved == ["step_000002.pt", "step_000004.pt"]
+def test_lost_process_is_named(start, tmp_path, fault):
+    began = time.monotonic()
+    done = start(optimizer=f"faults:{fault}", **OF_TWO)
+    assert done.returncode == 1 and time.monotonic() - began < 60
+    assert re.findall(r"^error:[^(]*", done.stderr, re.MULTILINE) == ["error: process 0: process 1 does not answer any more "], done.stderr
+    assert checkpoints(tmp_path) == ["step_000002.pt", "step_000004.pt"]
 
 
 def test_no_process_calls_itself_lost(monkeypatch):
@@ -230,32 +191,32 @@ def test_no_process_calls_itself_lost(monkeypatch):
     assert "process 1: processes lost each other (Connection reset)" in train_gpt2.lost_processes(RuntimeError("Connection reset"))
 
 
-def test_nan_loss_ends_all_processes(shards, tmp_path):
-    result, _, saved = faulty(shards, tmp_path, "TurnsNaN", val_loss_every=0)
-    assert result.returncode == 1
-    assert error_lines(result) == ["error: the train loss is nan at step 6 on process 1; lower learning_rate or hidden_learning_rate"]
-    assert saved == ["step_000002.pt", "step_000004.pt"]
+def test_nan_loss_ends_all_processes(start, tmp_path):
+    done = start(optimizer="faults:TurnsNaN", val_loss_every=0, **OF_TWO)
+    assert done.returncode == 1
+    assert re.findall(r"^error:.*", done.stderr, re.MULTILINE) == [
+        "error: the train loss is nan at step 6 on process 1; lower learning_rate or hidden_learning_rate"]
+    assert checkpoints(tmp_path) == ["step_000002.pt", "step_000004.pt"]
 
 
-def test_torchrun_restarts_from_a_checkpoint(shards, tmp_path):
-    result, _, _ = faulty(shards, tmp_path, "DiesOnce", launcher=["--max_restarts", "1"], env={"FAULT_MARKER": str(tmp_path / "died")})
-    assert result.returncode == 0 and "resumed at step 4" in result.stdout, result.stderr
+def test_torchrun_restarts_from_a_checkpoint(start, tmp_path):
+    env = {**ENV, "FAULT_MARKER": str(tmp_path / "died"), "PET_MAX_RESTARTS": "1"}  # as --max_restarts 1
+    done = start(optimizer="faults:DiesOnce", **dict(OF_TWO, env=env))
+    assert done.returncode == 0 and "resumed at step 4" in done.stdout, done.stderr
     assert list(logged(tmp_path / "logs/a"))[-1] == (20, "val_loss")
 
 
 @pytest.mark.parametrize("limit, name", [(20_000, "log.txt"), (200_000, "step_000006.pt")])
-def test_full_disk_keeps_the_last_checkpoint(start, tmp_path, monkeypatch, limit, name):
-    monkeypatch.setenv("FAULT_BYTES", str(limit))
+def test_full_disk_keeps_the_last_checkpoint(start, tmp_path, limit, name):
     with full_disk(resource.RLIM_INFINITY):  # restores the limit that the fault sets
-        result = start(optimizer="faults:FillsDisk", n_embd=64, **FAULTY)
-    assert result.returncode == 1
-    assert len(error_lines(result)) == 1 and name in error_lines(result)[0] and "File too large" in error_lines(result)[0], result.stderr
+        done = start(optimizer="faults:FillsDisk", n_embd=64, env={"FAULT_BYTES": str(limit)}, **FAULTY)
+    refused(done, name, "File too large")
     assert checkpoints(tmp_path) == ["step_000002.pt", "step_000004.pt"]
     for checkpoint in checkpoints(tmp_path):
         torch.load(tmp_path / "logs/a/checkpoints" / checkpoint, weights_only=True)
 
 
 def test_nan_weights_are_never_saved(start, tmp_path):
-    result = start(optimizer="faults:TurnsNaN", val_loss_every=0, log_every=100, **FAULTY)  # nothing else looks at the weights before the checkpoint
-    assert result.returncode == 1 and "not finite after step 6" in result.stderr
+    done = start(optimizer="faults:TurnsNaN", val_loss_every=0, log_every=100, **FAULTY)  # nothing else looks at the weights before
+    refused(done, "not finite after step 6")
     assert checkpoints(tmp_path) == ["step_000002.pt", "step_000004.pt"]

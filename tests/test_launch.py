@@ -30,13 +30,12 @@ def stub(tmp_path, monkeypatch):
     return stub
 
 
-def test_slurm_starts_the_launcher(stub, tmp_path):
+def test_slurm_starts_the_launcher(stub):
     stub("srun")
     stub("scontrol", '#!/bin/sh\n[ "$*" = "show hostnames node[7-8]" ] && yes node7 | head -n 99999\n')  # more than a pipe holds
-    script = tmp_path / "slurm_script"  # Slurm runs a copy
-    script.write_bytes((ROOT / "scripts/slurm.sbatch").read_bytes())
-    done = run("bash", script, "configs/speedrun_muon.toml", "--save_every", 500, env=dict(
-        SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="40123", SLURM_JOB_NODELIST="node[7-8]", SLURM_JOB_NUM_NODES="2", SLURM_CPUS_PER_TASK="48"))
+    script = stub("slurm_script", (ROOT / "scripts/slurm.sbatch").read_text())  # Slurm runs a copy
+    done = run("bash", script, "configs/speedrun_muon.toml", "--save_every", 500, env=dict(SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="40123",
+               SLURM_JOB_NODELIST="node[7-8]", SLURM_JOB_NUM_NODES="2", SLURM_CPUS_PER_TASK="48"))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == dict(job="speedrun_muon_40123", folder=str(ROOT), arguments=[
         "--kill-on-bad-exit=0", "--cpus-per-task=48", "scripts/launch_multinode.sh", "2", "node7:20123", "configs/speedrun_muon.toml",
@@ -49,16 +48,6 @@ def test_slurm_output_folder_exists():
     assert run("git", "check-ignore", "-q", output.replace("%j", "1"), cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize("arguments, env, code, words", [
-    ([], {}, 2, "usage: sbatch"), (["a.toml"], {}, 1, "start this with sbatch"),
-    (["a.toml"], {"SLURM_SUBMIT_DIR": "/"}, 1, "start sbatch in the repository"),
-])
-def test_slurm_script_says_how_to_start_it(arguments, env, code, words, monkeypatch):
-    monkeypatch.delenv("SLURM_SUBMIT_DIR", raising=False)
-    done = run("bash", ROOT / "scripts/slurm.sbatch", *arguments, env=env)
-    assert (done.returncode, words in done.stderr) == (code, True), done.stderr
-
-
 def test_launcher_starts_torchrun_with_the_nodes_rendezvous(stub):
     config = str(ROOT / "configs/cpu_muon.toml")
     done = run(ROOT / "scripts/launch_multinode.sh", 2, "node7", config, "--save_every", 5,
@@ -69,12 +58,16 @@ def test_launcher_starts_torchrun_with_the_nodes_rendezvous(stub):
         "--resume", "auto", "--save_every", "5"]
 
 
-@pytest.mark.parametrize("arguments, code, words", [
-    (["2", "node7"], 2, "HEAD is the name or address"), (["two", "node7", "a.toml"], 2, "NODES HEAD CONFIG"),
-    (["2", "node7", "no.toml"], 1, "no configuration no.toml; name one relative to"),
+@pytest.mark.parametrize("script, arguments, env, code, words", [
+    ("slurm.sbatch", [], {}, 2, "usage: sbatch"), ("slurm.sbatch", ["a.toml"], {}, 1, "start this with sbatch"),
+    ("slurm.sbatch", ["a.toml"], {"SLURM_SUBMIT_DIR": "/"}, 1, "start sbatch in the repository"),
+    ("launch_multinode.sh", ["2", "node7"], {}, 2, "HEAD is the name or address"),
+    ("launch_multinode.sh", ["two", "node7", "a.toml"], {}, 2, "NODES HEAD CONFIG"),
+    ("launch_multinode.sh", ["2", "node7", "no.toml"], {}, 1, "no configuration no.toml; name one relative to"),
 ])
-def test_launcher_refuses(arguments, code, words):
-    done = run(ROOT / "scripts/launch_multinode.sh", *arguments)
+def test_scripts_say_how_to_start_them(script, arguments, env, code, words, monkeypatch):
+    monkeypatch.delenv("SLURM_SUBMIT_DIR", raising=False)
+    done = run("bash", ROOT / "scripts" / script, *arguments, env=env)
     assert (done.returncode, words in done.stderr) == (code, True), done.stderr
 
 

@@ -4,6 +4,7 @@ import re
 import struct
 import threading
 from array import array
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -69,12 +70,9 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.bin").write_bytes(struct.pack("<256i", 20240520, 1, 16_000_000, *[0] * 253))
         os.truncate(tmp_path / f"{i}.bin", 1024 + 32_000_000)
-
-    def resident():
-        with open("/proc/self/status") as file:
-            return int(re.search(r"VmRSS:\s+(\d+) kB", file.read())[1]) / 1024
     batches = (range(i, i + 10) for i in range(0, 3 * 1590, 10))
-    sizes = [resident() for batch in prefetched(Shards(str(tmp_path / "*.bin"), 10_000, 10), batches, CPU)]
+    sizes = [int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+             for batch in prefetched(Shards(str(tmp_path / "*.bin"), 10_000, 10), batches, CPU)]
     assert max(sizes[16:]) - max(sizes[:16]) < 40  # MB; the pages of one shard may be there, those of three may not
 
 

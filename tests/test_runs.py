@@ -109,15 +109,18 @@ def test_copies(tmp_path):
     assert sorted(run.name for run in kept) == ["a", "b"] and all(run.facts for run in kept)
 
 
-def test_what_cannot_be_read_is_named(tmp_path):
+def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     write(tmp_path / "a")
     (write(tmp_path / "broken") / "run.json").write_text("{")
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "other.txt").write_text("step:1/1 val_loss_2:3 train_time:1s\n")
     (tmp_path / "loop").symlink_to(tmp_path)
+    write(tmp_path / "shut")
+    monkeypatch.setattr(os, "scandir", lambda path, scandir=os.scandir: scandir(f"{path}/log.txt" if str(path).endswith("shut") else path))
     found, left_out = find_runs(tmp_path)
-    assert [run.name for run in found] == ["a"] and len(left_out) == 3
-    for words in ("pipe.txt cannot be read: it is not a regular", "run.json cannot be read: it is not valid JSON", "other.txt has no line"):
+    assert [run.name for run in found] == ["a"] and len(left_out) == 4
+    for words in ("pipe.txt cannot be read: it is not a regular", "run.json cannot be read: it is not valid JSON", "other.txt has no line",
+                  f"{tmp_path}/shut"):
         assert any(words in sentence for sentence in left_out)
     for path in ("/dev/zero", tmp_path / "pipe.txt"):
         with pytest.raises(RunError, match="not a regular file"):
@@ -125,14 +128,6 @@ def test_what_cannot_be_read_is_named(tmp_path):
 
 
 # groups
-
-
-def test_unreadable_folder_is_named(tmp_path, monkeypatch):
-    write(tmp_path / "a")
-    write(tmp_path / "b", optimizer="adamw")
-    monkeypatch.setattr(os, "scandir", lambda path, scandir=os.scandir: scandir(f"{path}/log.txt" if str(path).endswith("b") else path))
-    found, left_out = find_runs(tmp_path)
-    assert [run.name for run in found] == ["a"] and len(left_out) == 1 and left_out[0].startswith(f"{tmp_path / 'b'}")
 
 
 def test_settings_make_groups_and_seeds_do_not():
