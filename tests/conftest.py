@@ -56,6 +56,17 @@ def refused(done, *words, code=1):
     assert all(word in sentences[0] for word in words), sentences[0]
 
 
+def logged(folder):
+    """{(step, kind): loss} of a run."""
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {(r["step"], kind): r[kind] for r in records for kind in ("train_loss", "val_loss") if kind in r}
+
+
+def same_weights(*folders):
+    a, b = (torch.load(max((folder / "checkpoints").glob("step_*.pt")), weights_only=True)["model"].values() for folder in folders)
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 @pytest.fixture
 def tiny():
     return Config(**TINY)

@@ -1,7 +1,7 @@
 """scripts/bench.py, where a step goes (scripts/kernels.py), and scripts/gpu_check.sh, on a CPU."""
 import json
-import re
 import math
+import re
 import statistics
 import sys
 

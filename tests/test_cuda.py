@@ -1,12 +1,11 @@
 """The same on a GPU, where there is one: scripts/test.sh tests/test_cuda.py. Needs nothing but torch, numpy and pytest."""
-import json
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import ROOT, run, torchrun
+from conftest import ROOT, logged, run, torchrun
 from train_gpt2 import GPT, Config, Muon, newton_schulz
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -19,11 +18,6 @@ OPTIMIZERS = ("adamw", "muon", "newton_muon")
 @pytest.fixture(autouse=True)
 def fresh_graphs():
     torch.compiler.reset()  # each configuration adds a graph, and the compiler stops after a few
-
-
-def losses(folder):
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {(r["step"], kind): r[kind] for r in records for kind in ("train_loss", "val_loss") if kind in r}
 
 
 def micro_batch(done):
@@ -83,7 +77,7 @@ def test_20_steps_are_near_the_cpu(start, tmp_path, optimizer):
     for size in (12, 3):
         done = start(run_name=f"gpu{size}", device="cuda", device_batch_size=size, **fields)
         assert done.returncode == 0, done.stderr
-    cpu, whole, parts = (losses(tmp_path / "logs" / name) for name in ("cpu", "gpu12", "gpu3"))
+    cpu, whole, parts = (logged(tmp_path / "logs" / name) for name in ("cpu", "gpu12", "gpu3"))
     assert len(cpu) == 20 + 5
     assert parts == pytest.approx(whole, rel=0.002)  # simulated on a CPU: 0.0003
     assert whole == pytest.approx(cpu, rel=0.005)  # and 0.0005
@@ -92,7 +86,7 @@ def test_20_steps_are_near_the_cpu(start, tmp_path, optimizer):
 def test_fp32_is_near_the_cpu(start, tmp_path):
     assert start(run_name="cpu", optimizer="adamw").returncode == 0
     assert start(run_name="gpu", optimizer="adamw", device="cuda", dtype="float32").returncode == 0
-    assert losses(tmp_path / "logs/gpu") == pytest.approx(losses(tmp_path / "logs/cpu"), rel=0.002)  # TF32 keeps 11 bits
+    assert logged(tmp_path / "logs/gpu") == pytest.approx(logged(tmp_path / "logs/cpu"), rel=0.002)  # TF32 keeps 11 bits
 
 
 def test_compiled_steps_are_near_plain_ones(start, tmp_path):
@@ -100,7 +94,7 @@ def test_compiled_steps_are_near_plain_ones(start, tmp_path):
     for compiled in ("false", "true"):
         done = start(run_name=compiled, device="cuda", compile=compiled, optimizer="newton_muon", refresh_interval=2)
         assert done.returncode == 0 and micro_batch(done) == 4, done.stderr
-    assert losses(tmp_path / "logs/true") == pytest.approx(losses(tmp_path / "logs/false"), rel=0.005)
+    assert logged(tmp_path / "logs/true") == pytest.approx(logged(tmp_path / "logs/false"), rel=0.005)
 
 
 def test_a_killed_run_resumes(start, tmp_path):
@@ -110,7 +104,7 @@ def test_a_killed_run_resumes(start, tmp_path):
     assert start(**fields).returncode == -9  # in step 5
     done = start(**fields)
     assert done.returncode == 0 and "resumed at step 4" in done.stdout, done.stderr
-    assert losses(tmp_path / "logs/killed") == pytest.approx(losses(tmp_path / "logs/whole"), rel=0.002)
+    assert logged(tmp_path / "logs/killed") == pytest.approx(logged(tmp_path / "logs/whole"), rel=0.002)
 
 
 def test_micro_batch_fits_little_memory(start, tmp_path):
@@ -135,7 +129,7 @@ def test_two_processes_on_two_gpus(start, tmp_path):
     for processes in (1, 2):
         done = start(run_name=str(processes), processes=processes, device="cuda", optimizer="newton_muon", refresh_interval=2)
         assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "logs/2") == pytest.approx(losses(tmp_path / "logs/1"), rel=0.002)
+    assert logged(tmp_path / "logs/2") == pytest.approx(logged(tmp_path / "logs/1"), rel=0.002)
 
 
 def test_two_processes_on_one_gpu(start, tmp_path):
@@ -153,4 +147,4 @@ train_gpt2.main()"""
                *(text for key, value in fields.items() for text in (f"--{key}", value)), cwd=tmp_path, env={"PYTHONPATH": str(ROOT)},
                timeout=120)
     assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "logs/2") == pytest.approx(losses(tmp_path / "logs/1"), rel=0.002)
+    assert logged(tmp_path / "logs/2") == pytest.approx(logged(tmp_path / "logs/1"), rel=0.002)

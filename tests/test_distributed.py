@@ -13,23 +13,12 @@ import pytest
 import torch
 
 import train_gpt2
-from conftest import ROOT, refused, run, torchrun, write_config
+from conftest import ROOT, logged, refused, run, same_weights, torchrun, write_config
 from faults import full_disk
 
 OPTIMIZERS = ("adamw", "muon", "newton_muon")
 STEPS, REFRESH = 40, 10
 ENV = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-
-
-def logged(folder):
-    """{(step, kind): loss} of a run."""
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {(r["step"], kind): r[kind] for r in records for kind in ("train_loss", "val_loss") if kind in r}
-
-
-def same_weights(*folders):
-    a, b = (torch.load(max((folder / "checkpoints").glob("step_*.pt")), weights_only=True)["model"].values() for folder in folders)
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 # the same result, and the work and memory divided

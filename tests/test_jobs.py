@@ -10,7 +10,7 @@ import threading
 import pytest
 
 import jobs
-from test_distributed import logged, write_config
+from conftest import logged, write_config
 from train_gpt2 import UserError
 
 

@@ -8,8 +8,7 @@ import warnings
 import pytest
 
 import train_gpt2
-from conftest import ROOT, run, write_config
-from test_distributed import logged
+from conftest import ROOT, logged, run, write_config
 
 
 def ip(*arguments):

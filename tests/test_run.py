@@ -13,9 +13,8 @@ import pytest
 import torch
 
 import train_gpt2
-from conftest import ROOT, refused
+from conftest import ROOT, refused, same_weights
 from runs import read_run
-from test_distributed import same_weights
 from train_gpt2 import Config, UserError, choose_micro_batch, learning_rate_scale, load_config
 
 

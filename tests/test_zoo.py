@@ -15,7 +15,8 @@ from scipy import stats
 
 import jobs
 import zoo
-from test_distributed import logged, sequence, write_config
+from conftest import logged, write_config
+from test_distributed import sequence
 from train_gpt2 import Config, UserError
 from zoo import ZOO
 
@@ -123,14 +124,15 @@ def test_processes_agree(shards, tmp_path):
     groups = []
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
-        config = write_config(tmp_path / str(processes) / "config.toml", shards, num_iterations=4, warmdown_iters=2, refresh_interval=2, val_loss_every=0)
+        config = write_config(tmp_path / str(processes) / "config.toml", shards, num_iterations=4, warmdown_iters=2,
+                              refresh_interval=2, val_loss_every=0)
         groups.append((processes, [[str(config), "--optimizer", entry.optimizer, "--run_name", name,
                                     "--optimizer_args", json.dumps(arguments_of(name) if name in OURS else entry.arguments),
                                     "--hidden_learning_rate", str(entry.rates[1])] for name, entry in ZOO.items()]))
     sequence(*groups)
     for name in ZOO:
         one, two = (logged(tmp_path / processes / "logs" / name) for processes in "12")
-        assert one.keys() == two.keys() and max(abs(two[key] - one[key]) / one[key] for key in one) < 2e-4, name
+        assert two == pytest.approx(one, rel=2e-4), name
 
 
 # the comparison, of runs whose losses are a known function of their settings
@@ -207,6 +209,8 @@ def test_equal_tuning_then_fresh_seeds(compare, tmp_path):
         best = min(found[0] for found in tuning)
         assert len(tuning) == 12 and {len(found) for found in tuning} == {1, 2}
         assert all(len(found) == 2 or found[0] > best + 0.02 for found in tuning)
+    grid = [found for (*_, setting), found in losses["normuon", True].items() if not setting]
+    assert len(grid) == 9 and all(len(found) == 1 + (found[0] <= min(grid)[0] + 0.02) for found in grid)
     assert {*losses["normuon", False]} == {("600", "0.08", "0.004", "0.9")}  # twice the largest rate of the grid: the neighbour
     assert compare("--optimizers", "normuon").returncode == 0 and compare.runs == 0
 
