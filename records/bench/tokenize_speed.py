@@ -1,6 +1,6 @@
 """Measure data/tokenize_text.py, from file to shards, beside tiktoken's own batch encoding of the same texts, alternating.
 
-    python tests/tokenize_speed.py FILE.jsonl
+    python records/bench/tokenize_speed.py FILE.jsonl
 """
 import json
 import os
@@ -22,7 +22,7 @@ for _ in range(7):
     batch = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as out:
         start = time.perf_counter()
-        subprocess.run([sys.executable, Path(__file__).parents[1] / "data/tokenize_text.py", sys.argv[1], "--out", out, "--name", "a"],
+        subprocess.run([sys.executable, Path(__file__).parents[2] / "data/tokenize_text.py", sys.argv[1], "--out", out, "--name", "a"],
                        check=True, capture_output=True)
         ours = time.perf_counter() - start
     ratios.append(batch / ours)
