@@ -312,7 +312,7 @@ def test_order_of_settings(tmp_path):
     assert (config.num_iterations, config.warmdown_iters, config.learning_rate, config.compile, config.n_layer) == (7, 3, 1.0, False, 12)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.toml")), ids=lambda path: path.stem)
 def test_every_configuration_in_the_repository_loads(path):
     assert path.stem.endswith(load_config([str(path)]).optimizer)
 
