@@ -400,6 +400,8 @@ On the runs of the CPU track:
   unless that is the setting that is tuned. By then AdamW and torch's Muon had been run in part, whose entries stay as they were, and
   Newton-Muon had been run with another setting, the ridge (0.8 is best), and a momentum of 0.95: 1.5186 in the mean of six seeds
   ([newton_muon_ridge.csv](cpu/newton_muon_ridge.csv), the same command at commit 5d6b04f). Now its setting is the momentum, as Muon's is.
+  The rates were not tuned again after the momentum: where they were, with 20 seeds, Newton-Muon saves 2.2 % (0.4 to 4.0) of Muon's steps
+  ([record](../cpu/2026-11-28_momentum_0.9/README.md), which also says how far the two results agree).
 - **Centres.** Muon's nine pairs surround the best one of the CPU record; Newton-Muon's and AdamW's are placed so that the record's pairs
   are among them. The others follow from what the rate means: Muon's where it is the root-mean-square of an update, twice that for SOAP
   and ADOPT, whose updates are Adam's, half for Lion, 0.01 for torch's Muon, which scales by 0.2; EF-Muon's has another unit. SF-NorMuon's
