@@ -109,7 +109,8 @@ def conclude(baseline, candidate, shorter, fraction, overhead, spread=None):
         lines.append("one seed gives no verdict; --seeds 5 adds runs and gives one")
         if spread:
             lines.append("two runs of Muon, or of Newton-Muon, that differ only in the seed have final losses within "
-                         f"{estimates.noise(*spread):.4f} of each other (95 % of pairs; standard deviation {spread[0]:.4f}): a smaller difference means nothing")
+                         f"{estimates.noise(*spread):.4f} of each other (95 % of pairs; standard deviation {spread[0]:.4f}): "
+                         "a smaller difference means nothing")
         else:
             lines.append("how large a difference can be mere noise is not known for this configuration: two or more seeds would tell")
         return lines
@@ -131,7 +132,8 @@ def main():
     parser.add_argument("--seeds", type=int, default=1, help="runs of each arm (default: 1)")
     parser.add_argument("--optimizers", default="muon,newton_muon,adamw", metavar="NAME,...",
                         help="of the configurations TRACK_NAME.toml in --configs (default: muon,newton_muon,adamw)")
-    parser.add_argument("--configs", type=Path, default=Path("configs"), metavar="FOLDER", help="relative to the repository (default: configs)")
+    parser.add_argument("--configs", type=Path, default=Path("configs"), metavar="FOLDER",
+                        help="relative to the repository (default: configs)")
     parser.add_argument("--gpus", type=int, help="processes, one on each GPU (default: all GPUs, but one process on the cpu track)")
     parser.add_argument("--overhead", type=Path, metavar="FILE", help="what bench.py --json wrote, instead of measuring a step's overhead")
     parser.add_argument("--log_dir", type=Path, help="folder of the runs, relative to the repository (default: logs/TRACK)")

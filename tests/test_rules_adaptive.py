@@ -262,21 +262,25 @@ def test_evaluations_change_nothing(optimizer):
         b.step()
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
 @two_points
-def test_evaluated_weights_resume(optimizer):
+def test_either_mode_resumes(optimizer, mode):
     whole, parts, resumed = (torch.nn.Parameter(normal(24, 8).float()) for _ in range(3))
     uncut, first, second = (optimizer([W], lr=0.02) for W in (whole, parts, resumed))
     descend(uncut, whole, range(7))
     descend(first, parts, range(4))
-    first.eval()
+    getattr(first, mode)()
     second.train()  # as the trainer does, before it loads the weights and the state
     resumed.data.copy_(parts)
     second.load_state_dict(first.state_dict())
-    assert not second.param_groups[0]["training"]
-    second.eval()
+    assert second.param_groups[0]["training"] == (mode == "train")
+    getattr(second, mode)()
     assert torch.equal(resumed, parts)
     second.train()
     descend(second, resumed, range(4, 7))
+    assert torch.equal(resumed, whole)
+    uncut.eval()
+    second.eval()
     assert torch.equal(resumed, whole)
 
 

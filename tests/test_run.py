@@ -64,6 +64,8 @@ def test_files_of_a_run(start, shards, tmp_path):
     assert facts["val_shards"] == [dict(name="val_000000.bin", tokens=1000, sha256_of_first_mebibyte=hashlib.sha256(content).hexdigest(),
                                         sha256_of_header_and_size=hashlib.sha256(content[:1024] + b"3024").hexdigest())]
     assert facts["final_val_loss"] == pytest.approx(run.losses[-1], abs=1e-4) and facts["end"] >= facts["start"]
+    weights = torch.load(folder / "checkpoints" / "step_000010.pt", weights_only=True)["model"]
+    assert all(w.isfinite().all() for w in weights.values())
 
 
 def test_a_run_ends_with_its_results(start, tmp_path):

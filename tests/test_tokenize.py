@@ -62,7 +62,8 @@ def tokenize(call, tmp_path, out):
                     "--workers", 2, *arguments)
         assert done.returncode == 0 or done.stderr.splitlines()[-1].startswith("error: "), done.stderr
         return done
-    return tokenize
+    yield tokenize
+    check_shards.decoder.cache_clear()
 
 
 def jsonl(documents, field="text"):
@@ -298,7 +299,8 @@ def test_a_folder_in_the_way_destroys_nothing(out, tokenize):
     assert tokenize().returncode == 0
     before = contents(out)
     (out / "mine_train_000009.bin").mkdir()
-    assert f"{out}/mine_train_000009.bin is in the way" in tokenize("--shard_tokens", 100).stderr
+    done = tokenize("--shard_tokens", 100)
+    assert done.returncode == 1 and f"{out}/mine_train_000009.bin is in the way" in done.stderr
     (out / "mine_train_000009.bin").rmdir()
     assert contents(out) == before
 
