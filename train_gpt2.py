@@ -1104,7 +1104,7 @@ def run(config):
         stop, last = stopped(), step == N
         evaluates, saves = (last or (every and step % every == 0) for every in (config.val_loss_every, config.save_every))
         if stop or evaluates or saves:
-            train_time += synchronized_time(device) - clock
+            train_time += synchronized_time(device) - clock if step > start else 0.0  # not the moment before the first step
             # a checkpoint holds the state before the evaluation, so that a run resumed from it logs that evaluation only once
             progress = dict(step=step, train_time=train_time, best=best, reached=reached,
                             log_bytes={name: os.path.getsize(log.folder / name) for name in log.files})

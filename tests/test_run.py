@@ -113,7 +113,8 @@ def test_resume_is_exact(start, tmp_path):
     facts = json.loads((folder / "run.json").read_text())
     assert facts["config"]["resume"] == "" and [part["config"]["resume"] for part in facts["resumed"]] == ["auto"]
     done = start(run_name="parts", resume="auto", **fields)  # a finished run has nothing left to do
-    assert done.returncode == 0 and json.loads((folder / "run.json").read_text())["final_val_loss"] == losses(folder)[-1][1]
+    again = json.loads((folder / "run.json").read_text())
+    assert done.returncode == 0 and again["final_val_loss"] == losses(folder)[-1][1] and again["train_time_ms"] == facts["train_time_ms"]
 
 
 def test_the_newest_checkpoint_has_the_highest_step(start, tmp_path):
