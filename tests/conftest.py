@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from shards import write_shard
 from train_gpt2 import Config
 
 ROOT = Path(__file__).resolve().parents[1]
+PATHS = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}  # for processes that import the trainer, or a module of tests/
 torch.set_num_threads(1)  # of two cores, other processes have one; and tiny models gain nothing from more
 
 # fields of a model that trains in a second, on the shards of the fixture `shards`
@@ -46,6 +48,16 @@ def run(*command, env={}, **options):
 def torchrun(processes):
     """The command that starts so many processes of the script that follows."""
     return [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else [])]
+
+
+def sequence(*groups):
+    """Runs [(processes, [[ARGUMENT, ...], ...]), ...] by sequence.py. Returns its output and {(processes, run name): reports, by rank}."""
+    done = run(sys.executable, ROOT / "tests/sequence.py", json.dumps(groups), env=PATHS, timeout=240)
+    assert done.returncode == 0, done.stderr
+    reports = {}
+    for report in sorted(map(json.loads, re.findall(r"REPORT (\{.*?\})", done.stdout)), key=lambda report: report["rank"]):
+        reports.setdefault((report["world"], report["run"]), []).append(report)
+    return done.stdout, reports
 
 
 def refused(done, *words, code=1):

@@ -13,25 +13,14 @@ import pytest
 import torch
 
 import train_gpt2
-from conftest import ROOT, logged, refused, run, same_weights, torchrun, write_config
+from conftest import PATHS, ROOT, logged, refused, run, same_weights, sequence, torchrun, write_config
 from faults import full_disk
 
 OPTIMIZERS = ("adamw", "muon", "newton_muon")
 STEPS, REFRESH = 40, 10
-ENV = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
 
 # the same result, and the work and memory divided
-
-
-def sequence(*groups):
-    """Runs [(processes, [[ARGUMENT, ...], ...]), ...] by sequence.py. Returns its output and {(processes, run name): reports, by rank}."""
-    done = run(sys.executable, ROOT / "tests/sequence.py", json.dumps(groups), env=ENV, timeout=240)
-    assert done.returncode == 0, done.stderr
-    reports = {}
-    for report in sorted(map(json.loads, re.findall(r"REPORT (\{.*?\})", done.stdout)), key=lambda report: report["rank"]):
-        reports.setdefault((report["world"], report["run"]), []).append(report)
-    return done.stdout, reports
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +100,7 @@ duration = time.perf_counter() - start
 kills = [attempt(rng.uniform(0.05, duration / 10), "--run_name", "killed", "--resume", "auto") for _ in range(20)]
 print(json.dumps([*kills, attempt(None, "--run_name", "killed", "--resume", "auto")]))
 """
-    result = run(sys.executable, "-c", code, config, env=ENV, timeout=240)
+    result = run(sys.executable, "-c", code, config, env=PATHS, timeout=240)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == [-9] * 20 + [0], result.stdout + result.stderr
     assert same_weights(tmp_path / "logs/whole", tmp_path / "logs/killed")
@@ -154,7 +143,7 @@ def test_stopped_processes_resume_exactly(launch, shards, tmp_path):
 
 
 FAULTY = dict(num_iterations=20, save_every=2, run_name="a")
-OF_TWO = dict(FAULTY, processes=2, env=ENV, timeout=120, collective_timeout=5, resume="auto")  # the second process has the fault
+OF_TWO = dict(FAULTY, processes=2, env=PATHS, timeout=120, collective_timeout=5, resume="auto")  # the second process has the fault
 
 
 def checkpoints(tmp_path):
@@ -189,7 +178,7 @@ def test_nan_loss_ends_all_processes(start, tmp_path):
 
 
 def test_torchrun_restarts_from_a_checkpoint(start, tmp_path):
-    env = {**ENV, "FAULT_MARKER": str(tmp_path / "died"), "PET_MAX_RESTARTS": "1"}  # as --max_restarts 1
+    env = {**PATHS, "FAULT_MARKER": str(tmp_path / "died"), "PET_MAX_RESTARTS": "1"}  # as --max_restarts 1
     done = start(optimizer="faults:DiesOnce", **dict(OF_TWO, env=env))
     assert done.returncode == 0 and "resumed at step 4" in done.stdout, done.stderr
     assert list(logged(tmp_path / "logs/a"))[-1] == (20, "val_loss")

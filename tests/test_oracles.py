@@ -9,7 +9,7 @@ from optimizers.scion import Scion
 from optimizers.sf_normuon import SFNorMuon
 from optimizers.signum import Signum
 from optimizers.soap import SOAP
-from test_rules_adaptive import gradients, normal
+from plain import gradients, normal
 
 WHERE = "pip install --no-deps -r tests/oracles.txt"
 shapes = pytest.mark.parametrize("shape", [(12, 12), (20, 8), (8, 32)])

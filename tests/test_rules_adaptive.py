@@ -16,42 +16,8 @@ from optimizers.shampoo import Shampoo
 from optimizers.signum import Signum
 from optimizers.soap import SOAP
 from optimizers.soap_muon import SOAPMuon
+from plain import CLOSE, gradients, momenta, normal, rotation, trained
 from train_gpt2 import Muon, newton_schulz
-
-CLOSE = dict(rtol=0, atol=1e-9)  # of updates of about 0.1: rounding in float64, magnified by inverse roots
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def gradients(count, *shape):
-    """Random, with singular values and rows of different sizes, as in training."""
-    scales = torch.logspace(0, -1, shape[0], dtype=torch.float64)[:, None]
-    return [scales * normal(*shape, seed=seed + 1) for seed in range(count)]
-
-
-def rotation(n, seed):
-    return torch.linalg.qr(normal(n, n, seed=seed))[0]
-
-
-def trained(optimizer, start, grads, **settings):
-    """Weights after a step with each gradient."""
-    W = torch.nn.Parameter(start.clone())
-    optimizer = optimizer([W], **settings)
-    for G in grads:
-        W.grad = G.clone()
-        optimizer.step()
-    return W.detach()
-
-
-def momenta(grads, mu):
-    """U of Muon with Nesterov momentum in each step."""
-    M = torch.zeros_like(grads[0])
-    for G in grads:
-        M = mu * M + G
-        yield G + mu * M
-
 
 SHAPES = pytest.mark.parametrize("shape", [(6, 10), (10, 10), (10, 6)])
 

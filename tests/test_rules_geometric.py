@@ -13,7 +13,7 @@ from optimizers.muon_igt import MuonIGT
 from optimizers.polar_muon import POLAR_EXPRESS, PolarMuon, msgn, polar_express
 from optimizers.scion import Scion
 from optimizers.stiefel_muon import StiefelMuon, descent
-from test_rules_adaptive import CLOSE, gradients, momenta, normal, trained
+from plain import CLOSE, gradients, momenta, normal, trained
 from train_gpt2 import Muon, NewtonMuon, newton_schulz
 
 TALL, WIDE, SQUARE = (16, 8), (8, 32), (8, 8)

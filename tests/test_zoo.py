@@ -15,8 +15,7 @@ from scipy import stats
 
 import jobs
 import zoo
-from conftest import logged, write_config
-from test_distributed import sequence
+from conftest import logged, sequence, write_config
 from train_gpt2 import Config, UserError
 from zoo import ZOO
 
