@@ -234,6 +234,10 @@ def test_page(compare, tmp_path):
     assert compare("--check").returncode == 0
     table = tmp_path / "zoo/cpu/runs.csv"
     *last, _, code, _ = table.read_text().splitlines()[-1].split(",")
+    with open(table, "a") as file:
+        file.write("normuon,600,0.08,0.004,0.8,100,9.0,abc,\n")  # beyond the best, 0.9, which is no end any more
+    compare("--page")
+    assert "`normuon` (learning_rate, hidden_learning_rate)" in (tmp_path / "zoo/README.md").read_text()
     for line, sentence in ((",".join([*last, "9.0", code, ""]), "is stale"),
                            ("signum,600,0.02,0.002,,5,9.0,abc,", "has results of signum with several rates")):
         with open(table, "a") as file:
