@@ -69,14 +69,14 @@ class Config:
     device_batch_size: int = 0  # sequences in a forward pass; 0: the largest power of two that fits the GPU (on a CPU 16384 tokens)
     sequence_length: int = 1024  # tokens in a sequence
     allow_repeat: bool = False  # start over when the shards are used up, instead of refusing to start
-    data_seed: int = 0  # order of the training sequences: 0 is that of the files, any other seed shuffles all of them, always the same way
+    data_seed: int = 0  # order of the training sequences; 0: as in the files; any other seed: all shuffled, the same way for the same seed
     # schedule
     num_iterations: int = 6200  # optimizer steps
     warmup_iters: int = 0  # steps over which the learning rates rise linearly
     warmdown_iters: int = 1800  # steps at the end over which the learning rates fall linearly to 0
     val_loss_every: int = 125  # steps between evaluations; 0: only at the end
     val_tokens: int = 10485760  # tokens of an evaluation: the first ones of the validation shards
-    target_val_loss: float = 3.28  # the log says when an evaluation first reaches this loss
+    target_val_loss: float = 3.28  # the log says when an evaluation first reaches this loss (if it was changed on resume: from there on)
     stop_at_target: bool = False  # end the run when an evaluation reaches target_val_loss
     # model
     n_layer: int = 12  # transformer blocks
@@ -105,8 +105,8 @@ class Config:
     collective_timeout: int = 600  # seconds that a process waits for the others before it ends the job
     # output
     log_dir: str = "logs"  # folder of the runs
-    run_name: str = ""  # folder of this run in log_dir; empty: time and optimizer
-    log_every: int = 10  # steps between training losses in the log (and checks that the loss is finite)
+    run_name: str = ""  # folder of this run in log_dir; empty: named after the time and the optimizer
+    log_every: int = 10  # steps between training losses in the log; a loss that is not finite ends the run then
     save_every: int = 0  # steps between checkpoints; 0: only at the end
     resume: str = ""  # checkpoint or folder of a run to resume; auto: the newest checkpoint of run_name, if it has one
     wandb_project: str = ""  # also log to this Weights & Biases project
@@ -122,13 +122,13 @@ def read_toml(path):
         values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}; configs/ has some to start from") from None
-    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError
         raise UserError(f"{path} is not valid TOML: {error}") from None
     types = {field.name: field.type for field in dataclasses.fields(Config)}
     for key, value in values.items():
         if key not in types:
             raise UserError(f"{path}: unknown key '{key}'; the nearest valid one is '{difflib.get_close_matches(key, types, n=1, cutoff=0)[0]}'")
-        if types[key] is float and type(value) is int:
+        if types[key] is float and type(value) is int and abs(value) < 2 ** 63:
             values[key] = float(value)
         elif type(value) is not types[key]:
             raise UserError(f"{path}: {key} = {value!r} is a {type(value).__name__}, not a {types[key].__name__}")
@@ -156,7 +156,7 @@ def load_config(argv):
 def check_config(config):
     """Raises UserError for a value that is out of range, whatever the data and the machine."""
     c, args = config, None
-    with contextlib.suppress(json.JSONDecodeError):
+    with contextlib.suppress(json.JSONDecodeError, RecursionError):
         args = json.loads(c.optimizer_args)
     rules = [(low <= getattr(c, name) < end, name, must) for names, low, end, must in (
             ("batch_size sequence_length num_iterations val_tokens n_layer n_head n_embd ns_steps vocab_size refresh_interval "
@@ -164,8 +164,8 @@ def check_config(config):
             ("device_batch_size warmup_iters warmdown_iters val_loss_every save_every seed data_seed", 0, 2 ** 32, "0 or more, below 2^32"),
             ("learning_rate hidden_learning_rate weight_decay", 0, 1e38, "0 or more, and below 1e38"),
             ("beta1 beta2 momentum ewma", 0, 1, "at least 0 and below 1")) for name in names.split()] + [
-        (0 < c.ridge < math.inf, "ridge", "positive and finite"),
-        (c.warmup_iters + c.warmdown_iters <= c.num_iterations, "warmup_iters warmdown_iters num_iterations", "such that both fit into the run"),
+        (0 < c.ridge < math.inf, "ridge", "positive and finite"), (abs(c.target_val_loss) < 1e6, "target_val_loss", "between -1e6 and 1e6"),
+        (c.warmup_iters + c.warmdown_iters <= c.num_iterations, "warmup_iters warmdown_iters num_iterations", "such that the first two fit into it"),
         (c.n_embd % max(1, 2 * c.n_head) == 0, "n_embd n_head", "such that n_embd / n_head is even (rotary embeddings turn pairs)"),
         (c.val_tokens % max(1, c.sequence_length) == 0, "val_tokens sequence_length", "such that sequence_length divides val_tokens"),
         (c.vocab_size <= 65536, "vocab_size", "at most 65536 (shards hold 16-bit tokens)"),
@@ -173,7 +173,7 @@ def check_config(config):
         (c.dtype in ("auto", "float32", "bfloat16"), "dtype", "auto, float32 or bfloat16"),
         (c.optimizer in OPTIMIZERS or re.fullmatch(r"[\w.]+:\w+", c.optimizer), "optimizer", f"{', '.join(OPTIMIZERS)} or module:Class"),
         (os.path.basename(c.run_name) == c.run_name and c.run_name not in (".", ".."), "run_name", "a folder name; log_dir is the path above it"),
-        (c.weight_decay == 0 or ":" not in c.optimizer, "weight_decay optimizer", "0 for a module:Class; optimizer_args has its arguments"),
+        (c.weight_decay == 0 or ":" not in c.optimizer, "weight_decay optimizer", "0 for a module:Class, whose own goes into optimizer_args"),
         (c.resume != "auto" or c.run_name, "resume run_name", "given together: auto needs a run_name"),
         (isinstance(args, dict) and (":" in c.optimizer or not args), "optimizer_args optimizer", "a JSON object, '{}' without a module:Class")]
     for valid, names, must in rules:
@@ -212,10 +212,10 @@ def open_shard(path):
         if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait forever
             raise OSError("it is not a regular file")
         with open(path, "rb") as file:
-            header, size = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4"), os.fstat(file.fileno()).st_size
+            header, size = np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), dtype="<i4"), os.fstat(file.fileno()).st_size
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); {FIX}") from None
-    if len(header) < 256 or header[0] != MAGIC:
+    if size < HEADER_BYTES or header[0] != MAGIC:
         raise UserError(f"{path}: not a token shard (it should start with {MAGIC}); {FIX}")
     if header[1] != VERSION:
         raise UserError(f"{path}: shard version {header[1]}, this code reads version {VERSION}; {FIX}")
@@ -490,8 +490,8 @@ class Muon(torch.optim.Optimizer):
     all-gather shares the updates, bf16 on CUDA, else fp32. Gradients must be the same on all processes, as DDP leaves them."""
 
     def __init__(self, params, lr=3.6e-4, momentum=0.95, nesterov=True, ns_steps=5, weight_decay=0.0, more={}):  # more: a subclass's own
-        if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
-            raise ValueError(f"lr = {lr}, weight_decay = {weight_decay}, momentum = {momentum}: must be 0 or more, momentum below 1")
+        if not (0 <= lr < math.inf and 0 <= weight_decay < math.inf and 0 <= momentum < 1 and ns_steps >= 1):
+            raise ValueError(f"lr = {lr}, weight_decay = {weight_decay}, momentum = {momentum}, ns_steps = {ns_steps}: must be 0 or more, in [0, 1), > 0")
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, weight_decay=weight_decay, **more))
         self.matrices = [p for group in self.param_groups for p in group["params"]]
         if other := [tuple(p.shape) for p in self.matrices if p.ndim != 2]:
@@ -575,8 +575,8 @@ class NewtonMuon(Muon):
     that block keeps its previous P, and `failures` counts it. Raises ValueError as Muon does."""
 
     def __init__(self, params, lr=4e-4, momentum=0.95, nesterov=True, ns_steps=5, weight_decay=0.0, refresh_interval=32, ewma=0.95, ridge=0.2):
-        if not 0 <= ewma < 1 or not 0 < ridge < math.inf:
-            raise ValueError(f"ewma = {ewma}, ridge = {ridge}: ewma must be at least 0 and below 1, ridge positive and finite")
+        if not (0 <= ewma < 1 and 0 < ridge < math.inf and refresh_interval >= 1):
+            raise ValueError(f"ewma = {ewma}, ridge = {ridge}, refresh_interval = {refresh_interval}: ewma must be in [0, 1), the others > 0")
         super().__init__(params, lr, momentum, nesterov, ns_steps, weight_decay, dict(refresh_interval=refresh_interval, ewma=ewma, ridge=ridge))
         if other := [tuple(p.shape) for p in self.matrices if p.size(1) % min(p.shape)]:
             raise ValueError(f"a matrix of shape {other[0]}: must be square, tall, or a whole number of times wider than tall")
@@ -761,7 +761,7 @@ def save_checkpoint(log, config, model, optimizers, progress):
             old.unlink()
 
 
-def find_checkpoint(config, train_shards):
+def find_checkpoint(config, train_shards, val_shards):
     """(checkpoint that config.resume names, folder of its run); Nones if `auto` finds none. UserError if this run could not have written it."""
     path = Path(config.log_dir, config.run_name) if config.resume == "auto" else Path(config.resume)
     candidates = [path] if path.is_file() else checkpoints(path)[::-1]
@@ -782,15 +782,17 @@ def find_checkpoint(config, train_shards):
         if config.run_name not in ("", folder.name):
             raise UserError(f"resume = '{config.resume}' continues the run in {folder}, not run_name = '{config.run_name}'; leave that out")
         try:
-            began = checkpoint.setdefault("facts", json.loads((folder / "run.json").read_text()))["train_shards"]
+            facts = checkpoint.setdefault("facts", json.loads((folder / "run.json").read_text()))
+            for shards, name in ((train_shards, "train_shards"), (val_shards, "val_shards")):
+                began, now = facts[name], shards.describe()  # without an order of their own, shards may come or go at the end
+                if began != now and (shards.order is not None or shards.allow_repeat or began[:len(now)] != now[:len(began)]):
+                    raise UserError(f"'{shards.pattern}' has other shards than the run in {folder} began with; restore them")
         except (OSError, ValueError, LookupError, TypeError):
             raise UserError(f"{folder} has checkpoints but no run.json that can be read; restore it, or move the checkpoints away") from None
-        if (config.data_seed or config.allow_repeat) and began != train_shards.describe():
-            raise UserError(f"input_bin has other shards than the run in {folder} began with, which set its data order; restore them")
         return checkpoint, folder
     if config.resume == "auto" and not candidates:
         if (path / "run.json").is_file() and '"end"' in (path / "run.json").read_text():
-            raise UserError(f"{path} holds a finished run whose checkpoints are gone; take another run_name, or delete it")
+            raise UserError(f"{path} holds a finished run without a checkpoint; take another run_name, or delete it")
         return None, None
     raise UserError(f"resume = '{config.resume}': no checkpoint there that can be loaded; name a step_*.pt file or the folder of a run that has one")
 
@@ -998,7 +1000,7 @@ def evaluate(model, shards, config, device, dtype, micro_batch, signals):
 
 def warm_up(model, raw_model, config, device, dtype, micro_batch):
     """Builds graphs and memory pools with steps on dummy data, and restores the weights. UserError for a state no checkpoint can hold."""
-    weights = {name: p.detach().cpu().clone() for name, p in raw_model.state_dict().items()}
+    rng, weights = torch.get_rng_state(), {name: p.detach().cpu().clone() for name, p in raw_model.state_dict().items()}
     optimizers = _, hidden = build_optimizers(raw_model, config)  # a second pair, thrown away after this
     idx, targets = torch.randint(config.vocab_size, (2, micro_batch, config.sequence_length), generator=torch.Generator().manual_seed(0)).to(device)
     try:
@@ -1022,7 +1024,7 @@ def warm_up(model, raw_model, config, device, dtype, micro_batch):
             what, = (re.findall(r"GLOBAL (\S+)", str(error)) or str(error).splitlines())[:1] or [""]  # GLOBAL: a class or function
             raise UserError(f"the state of optimizer = '{config.optimizer}' cannot be saved and loaded ({type(error).__name__}: {what}); "
                             "keep only tensors, numbers and strings there") from error
-    raw_model.load_state_dict(weights)
+    raw_model.load_state_dict(weights), torch.set_rng_state(rng)
 
 
 def synchronized_time(device):
@@ -1057,7 +1059,7 @@ def run(config):
     train_shards.require(N * B, f"{N} steps of {B} sequences")
     val_shards = Shards(config.input_val_bin, T, config.vocab_size)
     val_shards.require(config.val_tokens // T, "validation")
-    found = [*find_checkpoint(config, train_shards)] if config.resume and rank() == 0 else [None, None]
+    found = [*find_checkpoint(config, train_shards, val_shards)] if config.resume and rank() == 0 else [None, None]
     if world_size() > 1:
         dist.broadcast_object_list(found)
     checkpoint, folder = found
@@ -1081,7 +1083,7 @@ def run(config):
         log.print(line)
     warm_up(model, raw_model, config, device, dtype, micro_batch)
 
-    start, train_time, best, reached = 0, 0.0, math.inf, None
+    start, train_time, best, reached, failures, signals = 0, 0.0, math.inf, None, 0, []
     if checkpoint:
         start, train_time, best, reached = (checkpoint["progress"][key] for key in ("step", "train_time", "best", "reached"))
         reached = reached if checkpoint["config"]["target_val_loss"] == config.target_val_loss else None
@@ -1092,9 +1094,7 @@ def run(config):
         log.print(f"resumed at step {start}")
     log.print(f"{config.optimizer}: {raw_model.num_parameters():,} parameters, {N} steps of {B * T:,} tokens, {world_size()} process(es) on "
               f"{device.type} with {micro_batch} of {per_process} sequences at a time, logs in {log.folder}")
-    mine = range(rank() * per_process, (rank() + 1) * per_process)  # this process's sequences of a batch
-    batches = prefetched(train_shards, ([step * B + i for i in mine] for step in range(start, N)), device)
-    failures, signals = 0, []
+    batches = prefetched(train_shards, (range(i, i + per_process) for i in range(start * B + rank() * per_process, N * B, B)), device)
     for number in (signal.SIGINT, signal.SIGTERM):  # from now on they end the run after the step
         signal.signal(number, lambda number, frame: signals.append(number))
 
@@ -1119,7 +1119,7 @@ def run(config):
                         reached = step, train_time
                         log.print(f"target {config.target_val_loss} reached at step {step}, {train_time:.1f} s")
             ends = stop or last or (evaluates and reached and config.stop_at_target)
-            if step > start and (ends or saves):
+            if (step > start or last and hasattr(hidden, "eval")) and (ends or saves):
                 save_checkpoint(log, config, raw_model, optimizers, progress)
             if ends:
                 break

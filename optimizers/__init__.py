@@ -4,7 +4,8 @@
 
 A new rule subclasses MatrixOptimizer and defines update(). A rule that only changes what Muon orthogonalizes, or how, subclasses Muon
 and overrides precondition() or orthogonalize(), and so shares the work between the processes; `more` takes its settings. Both
-are torch.optim.Optimizers for any trainer whose weights are in fp32 or fp64, which torch.linalg needs.
+are torch.optim.Optimizers for any trainer whose weights are in fp32 or fp64, which torch.linalg needs; those that subclass Muon take no
+closure, and neither copies nor groups that are added later.
 """
 import torch
 
@@ -30,7 +31,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     """Calls update(W, G, state, group) for each matrix, which changes W in place: W and its gradient G are (blocks, m, n), three
     blocks for a fused q, k, v and otherwise one; `state` is a dict, empty before the first step; `group` has the settings.
 
-    Every process computes all updates. Raises ValueError for a setting out of range, or a parameter that is not a matrix.
+    Every process computes all updates, and nothing else keeps their weights equal: they need the same kind of machine, and as many
+    threads each. Raises ValueError for a setting out of range, or a parameter that is not a matrix.
     """
 
     def __init__(self, params, **settings):

@@ -20,6 +20,7 @@ class Lion(MatrixOptimizer):
 
     def update(self, W, G, state, group):
         M = state.get("momentum_buffer", torch.zeros_like(G))
-        U = G.lerp(M, group["beta1"]).sign()
+        U = G.lerp(M, group["beta1"])
+        U = torch.where(U.isnan(), U, U.sign())  # sign() alone would hide a gradient that is not a number
         average(state, "momentum_buffer", G, group["beta2"])
         W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(U, alpha=group["lr"])

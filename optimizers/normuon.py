@@ -19,7 +19,7 @@ def normalize_rows(O, states, group):
     """D of O (matrices x blocks, m, n), matrices of one shape, which have their v in `states`."""
     parts = O.square().mean(-1, keepdim=True).split(len(O) // len(states))  # (blocks, m, 1) of each matrix
     v = torch.cat([average(state, "row_squares", part, group["beta2"]) for state, part in zip(states, parts)])
-    D = O / (v.sqrt() + group["eps"])
+    D = O / (v.sqrt() + group["eps"]).clamp(min=1e-30)
     return D * (O.norm(dim=(-2, -1), keepdim=True) / D.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30))
 
 

@@ -8,7 +8,7 @@ so that W enters the ball ||W||_2 <= radius sqrt(m / n), whose corners are radiu
 at most 1; newton_schulz exceeds 1 by up to 0.2, and the ball is that much larger. With constrained = false there is no (1 - eta), and
 `radius` has no effect. The paper has an average of the gradients, whose direction is that of M, and its alpha is 1 - momentum. It has eta
 itself as the rate; here lr is the root-mean-square of an element's update in square and tall matrices, as in Muon, and lr m / n in wide
-ones: sqrt(m / n), instead of Muon's sqrt(max(m, n)), is Scion's. Its rule for the table and the head is left to the trainer's AdamW,
+ones: sqrt(m / n), instead of Muon's sqrt(max(m, n)), is Scion's. The table and the head have the trainer's AdamW instead of Scion's rule,
 and its initial weights on the ball to the model.
 
     python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.scion:Scion --optimizer_args '{"radius": 10}'

@@ -11,7 +11,8 @@ In the first step there is no basis, and N = U. lr means what it means in Muon. 
 tied to its length or are rules of their own: the schedules of momentum and rate, EMA-Nesterov, the trust blend of the attention's
 projections, the floor of an update relative to its weights, the radial brake and the fixed norm of the weights, and its 12 Newton-Schulz
 steps with other coefficients. Rescaling N to the norm of U would change nothing here, because newton_schulz divides by the norm. The floor
-under sqrt(v) is 1e-8 in the record; here it is relative, so that the gradients' scale cancels as in Muon, and rounding errors stay small.
+under sqrt(v) is 1e-8 in the record; here it is relative, so that the gradients' scale cancels as in Muon.
+In fp32 the order of nearly equal eigenvalues is up to rounding: runs that differ only in device_batch_size drift apart.
 
     python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.soap_muon:SOAPMuon
 """

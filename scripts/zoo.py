@@ -395,7 +395,8 @@ On the runs of the CPU track:
   last come from another kind of CPU, on which seed 1 of the Muon, Newton-Muon and AdamW configurations ends at 1.5184, 1.5136 and 1.6451;
   on the first kind it ends at 1.5183, 1.5136 and 1.6443 ([two_cpus.csv](../bench/two_cpus.csv)). `optimizer_sha256` is that of the
   optimizer's file at commit 7004722, LowRankMuon's at 57bfb31; the lines of the earlier trainers lack it. Since then these files have
-  changed in their prose, in a constant of SOAP's that has a name now, and in when StiefelMuon refuses a matrix, but not in their rules.
+  changed in their prose, in a constant of SOAP's that has a name now, in when StiefelMuon refuses a matrix, and in what NorMuon makes of
+  rows of zeros and Lion and Signum of NaN, but not in their rules.
 - **Momentum.** Muon was tuned first, and ends 0.02 lower with a momentum of 0.9 than with the speedrun's 0.95, which is more than
   separates it from Newton-Muon. To keep defaults from deciding the comparison, no other optimizer starts with a momentum above 0.9,
   unless that is the setting that is tuned. By then AdamW and torch's Muon had been run in part, whose entries stay as they were, and

@@ -116,6 +116,7 @@ def test_damaged_bytes_are_one_error(tmp_path, cases):
     (lambda path: path.symlink_to("/dev/zero"), "it is not a regular file"),
     (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
     (lambda path: path.write_bytes(b""), "not a token shard"),
+    (lambda path: path.write_bytes(b"tokens"), "not a token shard"),
     (lambda path: path.write_bytes(bytes(4) + GOOD[4:]), "not a token shard (it should start with 20240520)"),
     (lambda path: path.write_bytes(GOOD[:4] + b"\2" + GOOD[5:]), "version 2"),
     (lambda path: path.write_bytes(GOOD[:8] + b"\xfb\xff\xff\xff" + GOOD[12:]), "-5 tokens"),

@@ -112,7 +112,8 @@ def test_failed_factorisation(kind):
 
 
 @pytest.mark.parametrize("kind, settings", [
-    (Muon, dict(lr=-1)), (Muon, dict(momentum=1.0)), (Muon, dict(weight_decay=-0.1)), (NewtonMuon, dict(ewma=1.0)),
+    (Muon, dict(lr=-1)), (Muon, dict(lr=math.inf)), (Muon, dict(ns_steps=0)), (NewtonMuon, dict(refresh_interval=0)),
+    (Muon, dict(momentum=1.0)), (Muon, dict(weight_decay=-0.1)), (NewtonMuon, dict(ewma=1.0)),
     (NewtonMuon, dict(ridge=0.0)), (NewtonMuon, dict(ridge=math.nan)), (PowerNewtonMuon, dict(power=0.0)), (Signum, dict(nesterov="false")),
     (Dion, dict(seed=True)), (PolarMuon, dict(exact="no")), (Scion, dict(constrained="false")), (ADOPT, dict(clip="false")),
     *((DPMuon, wrong) for wrong in (dict(noise_multiplier=-1.0), dict(noise_multiplier=math.inf), dict(clip=0.0), dict(clip=math.inf)))])

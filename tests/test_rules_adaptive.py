@@ -285,6 +285,11 @@ def test_limits_are_other_optimizers(optimizer, settings, other, same):
     torch.testing.assert_close(*ends, **CLOSE)
 
 
+@pytest.mark.parametrize("optimizer", [Lion, Signum])
+def test_a_gradient_that_is_not_a_number_shows(optimizer):
+    assert trained(optimizer, torch.zeros(1, 2), [torch.tensor([[float("nan"), 1.0]])], lr=0.1).isnan().tolist() == [[True, False]]
+
+
 @pytest.mark.parametrize("clip", [False, True])
 def test_adopt_follows_its_equations(clip):
     W, (first, *grads) = normal(6, 10), gradients(8, 6, 10)

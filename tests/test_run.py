@@ -137,7 +137,7 @@ def test_the_newest_checkpoint_has_the_highest_step(start, tmp_path):
     ({}, dict(find_checkpoint=lambda *_: (None, None)), dict(resume="auto"),  # as if it had looked before the first was saved
      "has a checkpoint that was not there a moment ago"),
     ({"checkpoints/step_000008.pt": None, "checkpoints/step_000010.pt": None}, {}, dict(resume="auto"),
-     "holds a finished run whose checkpoints are gone"),
+     "holds a finished run without a checkpoint"),
     *(({"log.txt": None, "metrics.jsonl": None, "run.json": text}, {}, dict(resume="auto"),
        "has checkpoints but no run.json that can be read") for text in (None, "", "{}", "[]", "{"))])
 def test_a_run_that_cannot_continue_stays(start, tmp_path, monkeypatch, files, code, fields, words):
@@ -162,8 +162,10 @@ def test_resume_needs_the_same_shards(start, shards, tmp_path, data_seed, allow_
     done = start(resume="auto", **run)
     if data_seed == 0 and allow_repeat == "false":  # what comes later in the files' order does not matter
         assert done.returncode == 0
+        (tmp_path / "train_000001.bin").rename(tmp_path / "train_000003.bin")
+        refused(start(resume="auto", **run), f"'{tmp_path}/train_*.bin' has other shards than the run in", "a began with; restore them")
     else:
-        refused(done, "input_bin has other shards than the run in", "a began with")
+        refused(done, f"'{tmp_path}/train_*.bin' has other shards than the run in", "a began with")
 
 
 def test_resume_needs_the_optimizers_code(start, module, tmp_path):
@@ -173,6 +175,18 @@ def test_resume_needs_the_optimizers_code(start, module, tmp_path):
     (tmp_path / "kept.py").write_text(kept + "    changed = True\n")
     refused(start(run_name="a", optimizer="kept:Mine", resume="auto"), "began with another version of kept:Mine")
     assert (tmp_path / "logs/a/optimizer.py").read_text() == kept
+
+
+def test_a_final_checkpoint_has_the_weights_of_its_loss(start, module, tmp_path):
+    """Also after a signal in the last step, which saves the weights at which gradients are taken."""
+    module("stopping", "import os\nimport signal\nfrom optimizers.sf_normuon import SFNorMuon\n\n\nclass Stopping(SFNorMuon):\n    steps = 0\n\n"
+           "    def step(self, closure=None):\n        super().step(closure)\n        self.steps += 1\n        if self.steps == 10:\n"
+           "            os.kill(os.getpid(), signal.SIGTERM)\n")
+    assert start(run_name="whole", optimizer="optimizers.sf_normuon:SFNorMuon").returncode == 0
+    assert start(processes=1, run_name="a", optimizer="stopping:Stopping", env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}).returncode == 143
+    assert not same_weights(tmp_path / "logs/whole", tmp_path / "logs/a")
+    assert start(run_name="a", optimizer="stopping:Stopping", resume="auto").returncode == 0
+    assert same_weights(tmp_path / "logs/whole", tmp_path / "logs/a")
 
 
 def test_another_target_is_met_again(start, tmp_path):
