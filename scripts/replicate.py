@@ -92,7 +92,7 @@ def read_overhead(path, config=None, processes=1):
 def filed_spread(track, configs):
     """(sd, degrees of freedom) of final losses in records/TRACK, of runs like those of `configs` but for the seeds; None without any."""
     groups = {}
-    for path in runs.ROOT.glob(f"records/{track}/*/*/run.json"):
+    for path in runs.ROOT.glob(f"records/{track}/[!.]*/*/run.json")  # not what add left half-done:
         facts = runs.read_facts(path.parent)
         for i, config in enumerate(configs):
             fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in runs.FREE_SETTINGS}
