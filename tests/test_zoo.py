@@ -312,6 +312,12 @@ def test_a_full_disk_leaves_whole_files(tmp_path, monkeypatch):
             zoo.Table(table.path)
 
 
+def test_the_folder_is_the_callers(compare, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert compare("--page", "--records", "mine").returncode == 0 and (tmp_path / "mine/README.md").exists()
+
+
 def test_divergence_is_a_result(compare, tmp_path):
     compare.loss = lambda values: math.nan if values.get("optimizer", "").startswith("optimizers.signum") else bowl(values)
     assert compare("--optimizers", "signum").returncode == 0
