@@ -163,7 +163,8 @@ def report(args, config, sides, device, dtype):
     parameters, flops = model.num_parameters(), model.flops_per_token()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     peak = next((value for key, value in PEAK_FLOPS.items() if gpu and key in gpu), None)
-    machine = gpu or f"{train_gpt2.describe_machine(device)['cpu']} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+    cpu = f"{train_gpt2.describe_machine(device)['cpu']} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+    machine = gpu or cpu
     means, measured, ratios = {}, {}, {}  # means: the mean step in each round of each side
     for name, side in sides.items():
         times, refreshes = side.times[:rounds], side.refreshes[:rounds]

@@ -192,6 +192,9 @@ def notes(groups, target):
     early = sum(run.losses[0] <= target for run in runs)
     if early:
         found.append(f"{early} of {len(runs)} runs are at the target in their first evaluation: they met it then or earlier")
+    timeless = sum(math.isnan(run.seconds[-1]) for run in runs)
+    if timeless:
+        found.append(f"{timeless} of {len(runs)} runs have no training times, or some that run backwards: these are not used")
     untimed = [run for run in runs if run.untimed]
     if untimed:
         found.append(f"{len(untimed)} of {len(runs)} runs did not time their first 10 steps: ms/step is of the others")

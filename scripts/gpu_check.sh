@@ -32,13 +32,16 @@ esac
 folder=$(realpath -m "${OUT:-logs/gpu_check_$(date +%Y-%m-%d_%H%M%S)}")
 mkdir -p "$folder" || exit 1
 summary=
+trap 'kill $(jobs -p) 2> /dev/null; exit 143' TERM
 
 part() {  # part NAME SECONDS COMMAND...: runs the command; its output goes to the terminal and to NAME.txt
     local name=$1 limit=$2 start=$SECONDS result
     shift 2
     echo "== $name, at most $limit s"
-    timeout --foreground --signal INT --kill-after 5 "$limit" "$@" 2>&1 | tee "$folder/$name.txt"
-    case ${PIPESTATUS[0]} in 0) result="done" ;; 124 | 137) result="ended by its time limit" ;; *) result="FAILED" ;; esac
+    # in the background, since only `wait` can be interrupted by SIGTERM; there the shell would have Ctrl-C ignored
+    env --default-signal=INT timeout --foreground --signal INT --kill-after 5 "$limit" "$@" 2>&1 | tee "$folder/$name.txt" &
+    wait $!
+    case $? in 0) result="done" ;; 124 | 137) result="ended by its time limit" ;; *) result="FAILED" ;; esac
     summary+="$(printf '%-18s %4d s  %s' "$name" $((SECONDS - start)) "$result")"$'\n'
 }
 

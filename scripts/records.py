@@ -207,7 +207,7 @@ def add(args):
         raise RunError("the runs must be folders of different names: " + ", ".join(map(str, args.run)))
     track = read_track(args.track, args.records)
     facts = [check_run(run, track) for run in folders]
-    metrics = {str(read_metrics(path.parent)): path.parent for path in (args.records / args.track).glob("*/*/metrics.jsonl")}
+    metrics = {str(read_metrics(path.parent)): path.parent for path in (args.records / args.track).glob("[!.]*/*/metrics.jsonl")}
     for run in folders:
         place = metrics.get(str(read_metrics(run)))
         if place:
@@ -225,7 +225,7 @@ def add(args):
     groups = reading.make_groups(new)
     summaries = compare.compare(groups, None, track["target_val_loss"])
     results = compare.tables(summaries, compare.find_baseline(groups).label, track["target_val_loss"])
-    text = [f"# {args.name.replace('_', ' ')}", *filter(None, [args.note]),
+    text = [f"# {args.name.replace('_', ' ')}", *filter(None, ["\n".join(map(printable, args.note.splitlines()))]),
             f"{'; '.join(reading.machines(new))}; torch {', '.join(sorted({fact['machine']['torch'] for fact in facts}))}; "
             f"{', '.join(sorted(set(map(code_of, facts))))}.", *(["All that was tried: [tuning.csv](tuning.csv)."] if args.tuning else []),
             *("```\n{}\n{}\n```\n{}".format(title, compare.plain(rows).replace("`", "'"), meaning) for title, rows, meaning in results[1:]),

@@ -85,14 +85,16 @@ def read_overhead(path, config=None, processes=1):
                 return None
         ratio = measured["ratios"]["newton_muon/muon"]
         return estimates.Estimate(*(None if ratio[name] is None else float(ratio[name]) - 1 for name in ("mean_step", "low", "high")))
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); bench.py --sides muon,newton_muon --json writes it") from None
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not what bench.py --sides muon,newton_muon --json writes; measure it again") from None
 
 
 def filed_spread(track, configs):
     """(sd, degrees of freedom) of final losses in records/TRACK, of runs like those of `configs` but for the seeds; None without any."""
     groups = {}
-    for path in runs.ROOT.glob(f"records/{track}/*/*/run.json"):
+    for path in runs.ROOT.glob(f"records/{track}/[!.]*/*/run.json"):  # not what a broken add left
         facts = runs.read_facts(path.parent)
         for i, config in enumerate(configs):
             fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in runs.FREE_SETTINGS}
@@ -139,6 +141,7 @@ def main():
     parser.add_argument("--log_dir", type=Path, help="folder of the runs, relative to the repository (default: logs/TRACK)")
     parser.add_argument("--png", type=Path, help="plot (default: TRACK.png in the folder above the runs)")
     args, fields = parser.parse_known_args()
+    args.png, args.overhead = (path and path.resolve() for path in (args.png, args.overhead))
     os.chdir(runs.ROOT)  # configurations name their data from there
     logs = args.log_dir or Path("logs") / args.track
     png = args.png or logs.parent / f"{logs.name}.png"
@@ -168,29 +171,30 @@ def main():
     overhead = args.overhead or logs / "overhead.json"
     if args.overhead and claim:
         read_overhead(overhead)
-    missing = [run for run in planned if not jobs.ended(run[0], run[2])]
-    if missing:
-        jobs.fetch_data(args.track, fields)
-    if timed and not (overhead.exists() and (args.overhead or read_overhead(overhead, planned[0][2], processes))):
-        logs.mkdir(parents=True, exist_ok=True)
-        unfinished = overhead.with_suffix(".tmp")
-        jobs.start([*launcher, "scripts/bench.py", str(args.configs / f"{args.track}_newton_muon.toml"), "--sides", "muon,newton_muon",
-                    "--json", str(unfinished), *fields], "the overhead of a step was not measured; run the same command again to continue")
-        unfinished.rename(overhead)
-    print(f"\n{len(planned) - len(missing)} of {len(planned)} runs in {logs} are finished", flush=True)
-    curve = {step: loss for step, loss, _ in runs.read_curve()} if args.track == "speedrun" else None
-    if curve and missing:
-        print("published: record 4 of the speedrun, Muon with 6200 steps; ours should be within 0.01 of it")
-    together = {}
-    for run in missing:
-        together.setdefault(run[2].seed if args.track == "cpu" and processes == 1 else run[0], []).append(run)
-    for batch in together.values():
-        codes = jobs.launch({folder.name: [*launcher, "train_gpt2.py", *arguments] for folder, arguments, _ in batch}, curve)
-        for (folder, _, _), code in zip(batch, codes):
-            if code and not runs.diverged(folder):
-                raise UserError(f"the run in {folder} ended with code {code}; the same command resumes it from its last checkpoint")
-            if code:
-                print(f"{folder.name} diverged: its arm has no result", flush=True)
+    with jobs.locked(logs):  # two would disturb each other's benchmark
+        missing = [run for run in planned if not jobs.ended(run[0], run[2])]
+        if missing:
+            jobs.fetch_data(args.track, fields)
+        if timed and not (overhead.exists() and (args.overhead or read_overhead(overhead, planned[0][2], processes))):
+            unfinished = overhead.with_suffix(".tmp")
+            jobs.start([*launcher, "scripts/bench.py", str(args.configs / f"{args.track}_newton_muon.toml"),
+                        "--sides", "muon,newton_muon", "--json", str(unfinished), *fields],
+                       "the overhead of a step was not measured; run the same command again to continue")
+            unfinished.rename(overhead)
+        print(f"\n{len(planned) - len(missing)} of {len(planned)} runs in {logs} are finished", flush=True)
+        curve = {step: loss for step, loss, _ in runs.read_curve()} if args.track == "speedrun" else None
+        if curve and missing:
+            print("published: record 4 of the speedrun, Muon with 6200 steps; ours should be within 0.01 of it")
+        together = {}
+        for run in missing:
+            together.setdefault(run[2].seed if args.track == "cpu" and processes == 1 else run[0], []).append(run)
+        for batch in together.values():
+            codes = jobs.launch({folder.name: [*launcher, "train_gpt2.py", *arguments] for folder, arguments, _ in batch}, curve)
+            for (folder, _, _), code in zip(batch, codes):
+                if code and not runs.diverged(folder):
+                    raise UserError(f"the run in {folder} ended with code {code}; the same command resumes it from its last checkpoint")
+                if code:
+                    print(f"{folder.name} diverged: its arm has no result", flush=True)
 
     print(flush=True)
     groups = runs.make_groups([runs.read_run(folder) for folder, _, _ in planned])

@@ -213,7 +213,7 @@ def read_log(path, loss="val_loss"):
     text, facts = read_text(log), read_facts(log.parent)
     found = evaluations(text, loss)
     if not found:
-        others = sorted({name for _, _, rest in LINE.findall(text) for name in re.findall(r"(\w+loss):", rest)} - {"train_loss"})
+        others = sorted({name for _, _, rest in LINE.findall(text) for name in re.findall(r"(\w+loss):", rest)} - {"train_loss", loss})
         raise RunError(f"{log} has no line such as 'step:125/6200 {loss}:5.2017 train_time:24564ms'"
                        + (f"; --loss could be {', '.join(others)}" if others else "; is it the log of a run?"))
     parts = [part.strip() for part in RULER.split(text)]
@@ -224,6 +224,8 @@ def read_log(path, loss="val_loss"):
     runs = []
     for i, rows in enumerate(found):
         steps, losses, seconds, planned, averages = map(list, zip(*rows))
+        if any(b < a for a, b in pairwise([0.0, *filter(math.isfinite, seconds)])):  # backwards
+            seconds = [math.nan] * len(seconds)
         # Old logs do not time the first 10 steps. The first average tells; later ones may cover only the steps since the last evaluation.
         step, time, average = next(((s, t, a) for s, t, a in zip(steps, seconds, averages) if s > 10), (0, 0, 0))
         untimed = 10 if average and abs(time / average - (step - 10)) < 0.4 else 0

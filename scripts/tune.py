@@ -82,6 +82,9 @@ def rates(centre, pair):
 def protocol(configs, fields, points, seeds, log_dir, jobs):
     """Tunes the two rates of each configuration and writes tuning.csv. Returns {path: (learning_rate, hidden_learning_rate)}."""
     centre = {path: [getattr(load_config([path]), rate) for rate in RATES] for path in configs}
+    for path, pair in centre.items():
+        if 0 in pair:
+            raise UserError(f"{path} has {RATES[pair.index(0)]} = 0, of which no other rate is a multiple; set one above 0")
     tried, rows = {path: {} for path in configs}, {path: [] for path in configs}
 
     while any(len(pairs) < points or at_edge(pairs) for pairs in tried.values()):

@@ -23,6 +23,7 @@ import ast
 import csv
 import importlib
 import inspect
+import io
 import json
 import math
 import os
@@ -42,7 +43,7 @@ import estimates
 import records as filing
 import tune
 from jobs import PLANNED_FIELDS, Jobs, fetch_data, finished, run_resumable, start
-from train_gpt2 import GPT, MAY_CHANGE_ON_RESUME, UserError, build_optimizers, code_sha256, load_config
+from train_gpt2 import GPT, MAY_CHANGE_ON_RESUME, UserError, build_optimizers, code_sha256, load_config, write_atomically
 
 RECORDS = runs.ROOT / "records" / "zoo"
 TUNING_SEEDS, SEEDS = range(tune.FIRST_TUNING_SEED, tune.FIRST_TUNING_SEED + 2), range(1, 7)
@@ -127,7 +128,12 @@ class Table:
         if self.path.exists():
             try:
                 with open(self.path, newline="") as file:
+                    if not file.read().endswith("\n"):
+                        raise ValueError("its last line breaks off")
+                    file.seek(0)
                     for row in csv.DictReader(file):
+                        if None in row or None in row.values():
+                            raise ValueError("a line has too many columns or too few")
                         point = Point(*(kind(row[name]) for name, kind in Point.__annotations__.items()))
                         self.losses[point] = float(row["final_val_loss"])
             except (OSError, KeyError, TypeError, ValueError) as error:
@@ -136,13 +142,14 @@ class Table:
     def add(self, point, loss, facts):
         """Adds a finished run, whose run.json is `facts`."""
         with self.lock:
-            self.losses[point] = loss
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", newline="") as file:
-                lines = csv.writer(file, lineterminator="\n")
-                if not file.tell():
-                    lines.writerow((*Point._fields, "final_val_loss", *HASHES))
-                lines.writerow((*point, loss, *((facts.get(name) or "")[:12] for name in HASHES)))
+            text = io.StringIO(newline="")
+            lines = csv.writer(text, lineterminator="\n")
+            if not self.path.exists():
+                lines.writerow((*Point._fields, "final_val_loss", *HASHES))
+            lines.writerow((*point, loss, *((facts.get(name) or "")[:12] for name in HASHES)))
+            write_atomically(self.path, (self.path.read_bytes() if self.path.exists() else b"") + text.getvalue().encode())
+            self.losses[point] = loss
 
     def mean(self, optimizer, steps, learning_rate, hidden_learning_rate, setting, seeds):
         """Mean final loss over those of the seeds that were run, infinite if one diverged."""
@@ -159,11 +166,13 @@ class Table:
 
 
 def read_overhead(path):
-    """{name: {"state_bytes": ..., and but for Muon "mean_step", "low", "high", "machine"}}, as Track.measure writes it; {} without the file."""
+    """{name: {"state_bytes": ..., and but for Muon "mean_step", "low", "high", "machine"}}, as Track.measure writes it; {} without
+    the file."""
     try:
         measured = json.loads(path.read_text()) if path.exists() else {}
         for name, found in measured.items():
-            if not all(isinstance(found[key], (int, float)) for key in ("state_bytes", *(("mean_step", "low", "high") if "machine" in found else ()))):
+            figures = ("state_bytes", "mean_step", "low", "high") if "machine" in found else ("state_bytes",)
+            if not all(isinstance(found[key], (int, float)) for key in figures):
                 raise ValueError(f"a figure of {name} is no number")
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); restore it from git") from None
@@ -192,8 +201,8 @@ class Track:
             name = "_".join(str(value) for value in point if value != "")
             shorter = [text for name in ("warmup_iters", "warmdown_iters")
                        for text in (f"--{name}", str(round(getattr(self.full, name) * point.steps / self.steps)))]
-            arguments = [self.config, "--save_every", "250", *self.given, *fields(ZOO[point.optimizer], point), *shorter, "--val_loss_every", "0",
-                         "--log_dir", str(self.logs), "--run_name", name, "--resume", "auto"]
+            arguments = [self.config, "--save_every", "250", *self.given, *fields(ZOO[point.optimizer], point), *shorter,
+                         "--val_loss_every", "0", "--log_dir", str(self.logs), "--run_name", name, "--resume", "auto"]
             with self.free:
                 if failed or self.training.stopped:
                     return
@@ -264,7 +273,7 @@ class Track:
             found = {"machine": bench["machine"], **{key: ratio[key] for key in ("mean_step", "low", "high")}}
         measured[name] = {**found, "state_bytes": state_bytes(config)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(measured, indent=1) + "\n")
+        write_atomically(path, json.dumps(measured, indent=1).encode() + b"\n")
 
     def compare(self, name):
         """Tunes one optimizer and runs it."""
@@ -470,16 +479,17 @@ def main():
     parser.add_argument("--log_dir", type=Path, help="folder of the runs, relative to the repository (default: logs/zoo_TRACK)")
     parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
-    parser.add_argument("--records", type=Path, default=RECORDS, metavar="FOLDER", help="of the page and its tables, for one choice of fields "
-                        "(default: records/zoo)")
+    parser.add_argument("--records", type=Path, default=RECORDS, metavar="FOLDER",
+                        help="of the page and its tables, for one choice of fields (default: records/zoo)")
     args, given = parser.parse_known_args()
-    os.chdir(runs.ROOT)  # configurations name their data from there
     args.records = args.records.resolve()
+    os.chdir(runs.ROOT)  # configurations name their data from there
     names = args.optimizers.split(",")
     unknown = [name for name in names if name not in ZOO]
     if unknown:
         raise UserError(f"there is no optimizer '{unknown[0]}' here; there are {', '.join(ZOO)}")
-    other = [field for field in given if field.startswith("--") and field[2:].split("=")[0] not in MAY_CHANGE_ON_RESUME.difference(PLANNED_FIELDS)]
+    harmless = MAY_CHANGE_ON_RESUME.difference(PLANNED_FIELDS)
+    other = [field for field in given if field.startswith("--") and field[2:].split("=")[0] not in harmless]
     if other and args.records == RECORDS:
         raise UserError(f"{other[0]} makes this a different comparison from {RECORDS}; give it a folder of its own with --records FOLDER")
     if args.jobs < 1:

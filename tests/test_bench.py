@@ -4,6 +4,7 @@ import math
 import re
 import statistics
 import sys
+import time
 
 import pytest
 from scipy import stats
@@ -150,3 +151,17 @@ def test_gpu_check_makes_one_archive(tmp_path):
     assert [line.split()[-1] for line in summary.splitlines()[1:5]] == ["done"] * 4
     assert "skipped" in summary and "newton_muon/muon: mean step" in summary and "newton_muon: step:4/4 val_loss:" in summary
     assert math.isfinite(json.loads((tmp_path / "out/runs/newton_muon/run.json").read_text())["final_val_loss"])
+
+
+def test_gpu_check_ends_with_its_part(tmp_path, launch):
+    """SIGTERM to the script alone ends what runs in it too."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit\necho "the part runs"\nexec sleep 14\n')
+    python.chmod(0o755)
+    script = launch(ROOT / "scripts/gpu_check.sh", "--cpu", env={"PYTHON": str(python), "OUT": str(tmp_path / "out")})
+    while script.stdout.readline() != "the part runs\n":
+        assert script.poll() is None
+    start = time.monotonic()
+    script.terminate()
+    script.stdout.read()  # to the end of all that write there
+    assert script.wait() == 143 and time.monotonic() - start < 10

@@ -60,7 +60,8 @@ def test_rules_of_the_speedrun(n, test):
 
 def test_run_that_stopped_at_the_target():
     [summary] = compared(run_of(0.9, planned=200, stop_at_target=True))
-    assert summary.crossings == [pytest.approx((100 / 1.1, 10 / 1.1))] and not summary.record.valid and "prove nothing" in summary.record.verdict
+    assert summary.crossings == [pytest.approx((100 / 1.1, 10 / 1.1))]
+    assert not summary.record.valid and "prove nothing" in summary.record.verdict
 
 
 # the command
@@ -92,11 +93,13 @@ def test_notes(tmp_path, call):
     write(tmp_path / "b", 0.91, json_of={**facts(target_val_loss=1.5), "machine": dict(gpu="H100")})
     shutil.copy(tmp_path / "a/log.txt", tmp_path / "terminal.log")
     (tmp_path / "c.txt").write_text(lines([0, 100], [0.99, 0.8], [0, 10]))
+    (tmp_path / "d.txt").write_text(lines([0, 50, 100], [1.9, 1.8, 1.7], [0, 10, -1]))
     (tmp_path / "notes.txt").write_text("nothing\n")
     text = " ".join(call(compare, tmp_path, "--target", 1).stdout.split())
-    for words in ("several runs of one seed", "different machines (1 x 1 threads of c; 1 x H100)", "1 of 3 runs have no run.json",
+    for words in ("several runs of one seed", "different machines (1 x 1 threads of c; 1 x H100)", "2 of 4 runs have no run.json",
+                  "1 of 4 runs have no training times, or some that run backwards: these are not used",
                   "copies of runs left out: 1", "saw the data in one order",
-                  "1 of 3 runs are at the target in their first evaluation", "without evaluations: 1 (notes.txt)"):
+                  "1 of 4 runs are at the target in their first evaluation", "without evaluations: 1 (notes.txt)"):
         assert words in text
 
 
@@ -111,8 +114,10 @@ def test_hostile_names(tmp_path, call):
 
 def test_a_terminal_without_unicode(tmp_path, launch):
     write(tmp_path / "a", optimizer="\u00b5on")
-    out, errors = launch(sys.executable, ROOT / "scripts/compare.py", tmp_path, env={"PYTHONIOENCODING": "ascii"}).communicate()
-    assert "?on" in out and errors == ""
+    resumable = "from jobs import run_resumable; run_resumable(lambda: print('\\u00b5on'))"
+    for command in ((ROOT / "scripts/compare.py", tmp_path), ("-c", resumable)):
+        out, errors = launch(sys.executable, *command, env={"PYTHONIOENCODING": "ascii", "PYTHONPATH": ROOT / "scripts"}).communicate()
+        assert "?on" in out and errors == ""
 
 
 def test_files_survive_a_broken_pipe(tmp_path, call, monkeypatch):
@@ -137,6 +142,7 @@ def test_plot_of_many_groups_and_long_labels(tmp_path, recwarn):
     (["a", "--baseline", "muno"], ["'muno'", "nearest is 'muon'"]), (["a", "--target", "nan"], ["--target nan"]),
     (["a", "--html", "binary.pt/x.html"], ["binary.pt"]), (["broken"], ["run.json", "cannot be read"]),
     (["a", "--at_step", "x"], ["GROUP=STEP"]), (["a", "--loss", "val_ema_loss"], ["--loss could be val_loss"]),
+    (["comma.txt"], ["no line such as 'step:125/6200 val_loss:5.2017 train_time:24564ms'; is it the log of a run?"]),
     (["a", "--at_step", "50"], ["no group has a result", "no evaluation at step 50"]),
     (["log.html", "--html", "log.html"], ["not be that of a log"]), (["a", "--png", "a/log.txt"], ["must end in .png"]),
     (["a", "b"], ["targets (1.0, 1.5); choose one with --target"])])
@@ -146,6 +152,7 @@ def test_errors_are_sentences(tmp_path, call, monkeypatch, arguments, words):
     write(tmp_path / "b", target_val_loss=1.5)
     (write(tmp_path / "broken") / "run.json").write_text("{")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "comma.txt").write_text(lines([0, 100], ["2.0,", "0.9,"], [0, 10]))
     (tmp_path / "binary.pt").write_bytes(bytes(range(256)) * 9)
     (tmp_path / "log.html").write_text(lines([0, 100], [2.0, 0.9], [0, 10]))
     before = (tmp_path / "a/log.txt").read_text(), (tmp_path / "log.html").read_text()

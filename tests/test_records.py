@@ -85,13 +85,15 @@ def ledger(start, trained, tmp_path, call):
 
 def test_what_is_filed(ledger, tmp_path):
     (tmp_path / "t.csv").write_text("config,mean\n")
-    assert "2 runs filed" in ledger.add(*ledger.runs, note="As it is.", tuning=tmp_path / "t.csv").stdout
+    shutil.copytree(ledger.runs[0], ledger.folder / ".adding/muon_0")  # as an add leaves it that a full disk broke off
+    assert "2 runs filed" in ledger.add(*ledger.runs, note="As it is:\ncaf\udce9.", tuning=tmp_path / "t.csv").stdout
     record, = ledger.folder.glob("2*_first")
     assert record.name[:10] == json.loads((ledger.runs[1] / "run.json").read_text())["end"][:10]
     assert sorted(str(path.relative_to(record)) for path in record.rglob("*") if path.is_file()) == sorted(
         ["README.md", "tuning.csv", *(f"muon_{seed}/{name}" for seed in (0, 1) for name in records.FILES)])
     text = (record / "README.md").read_text()
-    assert text.startswith("# first\n\nAs it is.\n") and "muon" in text and f"torch {torch.__version__}" in text
+    assert text.startswith("# first\n\nAs it is:\ncaf\N{REPLACEMENT CHARACTER}.\n")
+    assert "muon" in text and f"torch {torch.__version__}" in text
 
 
 @pytest.mark.parametrize("commit, changes, content, words", [

@@ -56,22 +56,27 @@ def test_configurations_of_ones_own(tmp_path):
     for name, rate in (("muon", 0.5), ("newton_muon", 0.25)):
         (tmp_path / f"cpu_{name}.toml").write_text(f'optimizer = "{name}"\nlearning_rate = {rate}\n')
     plan = replicate.plan_runs("cpu", tmp_path, ["muon", "newton_muon"], 2, tmp_path, [])
-    assert {name: config.learning_rate for (name, _), seeds in plan.items() for _, _, config in seeds.values()} == {"muon": 0.5, "newton_muon": 0.25}
+    rates = {name: config.learning_rate for (name, _), seeds in plan.items() for _, _, config in seeds.values()}
+    assert rates == {"muon": 0.5, "newton_muon": 0.25}
 
 
 @pytest.mark.parametrize("arguments, words", [
     ("--seed 3", "--seed: every run here has its own"), ("--optimizer=adamw", "--seeds and --optimizers say"),
     ("--data_seed 3", "--data_seed: every run"), ("--stop_at_target true", "to its end"), ("--seeds 0", "seeds must be at least 1"),
     ("--optimizers muon,muon", "each optimizer named once"), ("--optimizers muon,lion", "cpu_lion.toml"), ("--gpus 0", "--gpus 0"),
-    ("--png plot.xyz", "must end in .png"), ("--val_tokens 100", "val_tokens = 100"), ("--track mini", "needs a GPU and torch finds none; --track cpu does"),
+    ("--png plot.xyz", "must end in .png"), ("--val_tokens 100", "val_tokens = 100"),
+    ("--track mini", "needs a GPU and torch finds none; --track cpu does"),
     ("--configs nowhere", "nowhere/cpu_muon.toml"),
     ("--num_iterations 8 --warmdown_iters 2", "num_iterations = 8 of Newton-Muon"),
-    ("--overhead nowhere.json", "nowhere.json is not what bench.py"),
+    ("--overhead nowhere.json", "/nowhere.json cannot be read (No such file or directory)"),
+    ("--overhead empty.json", "/empty.json is not what bench.py"),
 ])
 def test_refused_before_the_first_run(call, tmp_path, arguments, words, monkeypatch):
     if torch.cuda.is_available() and "mini" in arguments:
         pytest.skip("there is a GPU")
     monkeypatch.setattr(jobs, "launch", lambda *_: pytest.fail("starts"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.json").touch()
     with pytest.raises(UserError) as raised:
         call(replicate, "--log_dir", tmp_path / "runs", *arguments.split())
     assert words in str(raised.value) and not (tmp_path / "runs").exists()
@@ -123,6 +128,20 @@ def test_trains_judges_and_repeats_nothing(replicated, tmp_path):
     assert f"final loss of newton_muon after 19 steps: {np.mean(finals):.4f}" in text
     text = replicated("--seeds", 2, "--target_val_loss", "5.2")
     assert replicated.started == [] and "first 5.2: step" in text  # another target needs no other runs
+
+
+def test_paths_are_those_of_the_caller(replicated, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    Path("mine.json").write_text(json.dumps(dict(ratios={"newton_muon/muon": dict(mean_step=1.5, low=None, high=None)})))
+    text = replicated("--png", "mine.png", "--overhead", "mine.json")
+    assert "overhead of Newton-Muon's step: +50.0%" in text and (tmp_path / "elsewhere/mine.png").exists()
+
+
+def test_one_process_at_a_time(replicated, tmp_path):
+    with jobs.locked(tmp_path / "runs"), pytest.raises(UserError, match="another process is using .*runs; let it end, or choose another"):
+        replicated()
+    assert replicated.started == []
 
 
 def test_overhead_of_another_model_is_measured_again(replicated, tmp_path):
@@ -188,7 +207,7 @@ def test_spread_of_filed_runs(tmp_path, monkeypatch):
     config = load_config(["configs/cpu_muon.toml"])
     other = {"learning_rate": 0.1}
     for i, (loss, changed) in enumerate([(1.60, {}), (1.64, {"device": "cuda"}), (1.62, {}), (9.0, other), (8.0, other)]):
-        folder = tmp_path / f"records/cpu/first/run_{i}"
+        folder = tmp_path / f"records/cpu/{'.adding' if changed == other else 'first'}/run_{i}"
         folder.mkdir(parents=True)
         facts = dict(config={**vars(config), **changed, "seed": i}, final_val_loss=loss)
         (folder / "run.json").write_text(json.dumps(facts))

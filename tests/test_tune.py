@@ -39,12 +39,16 @@ def test_grid(monkeypatch, call, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
+    ("zero.toml --protocol", "zero.toml has hidden_learning_rate = 0"),
     ("a.toml --jobs 0", "--jobs 0: must be at least 1"),
     ("a/cpu.toml b/cpu.toml --protocol", "configurations of different names"),
     ("a.toml --protocol --seed=1", "leave out seed"),
     ("a.toml --protocol --learning_rate=0.1", "leave out learning_rate"),
 ])
-def test_impossible_arguments_are_refused(call, arguments, words):
+def test_impossible_arguments_are_refused(monkeypatch, tmp_path, call, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zero.toml").write_text("hidden_learning_rate = 0.0\n")
+    monkeypatch.setattr(tune, "train_all", lambda *_: pytest.fail("starts"))
     with pytest.raises(UserError, match=words):
         call(tune, *arguments.split())
 

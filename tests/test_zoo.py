@@ -15,7 +15,8 @@ from scipy import stats
 
 import jobs
 import zoo
-from conftest import logged, sequence, write_config
+from conftest import ROOT, logged, sequence, write_config
+from faults import full_disk
 from train_gpt2 import Config, UserError
 from zoo import ZOO
 
@@ -192,7 +193,8 @@ def test_bytes_of_state(name, of_block, tiny):
 
 def test_lines_of_code():
     code = inspect.getsource(importlib.import_module("optimizers.lion")).split('"""')[2]
-    assert zoo.lines_of_code(ZOO["lion"]) == len([line for line in code.splitlines() if line]) and zoo.lines_of_code(ZOO["torch_muon"]) is None
+    assert zoo.lines_of_code(ZOO["lion"]) == len([line for line in code.splitlines() if line])
+    assert zoo.lines_of_code(ZOO["torch_muon"]) is None
 
 
 def test_equal_tuning_then_fresh_seeds(compare, tmp_path):
@@ -290,6 +292,30 @@ def test_lines_name_the_code(tmp_path):
     assert lines[0].endswith(",final_val_loss,code_sha256,optimizer_sha256")
     assert [line.split(",")[-2:] for line in lines[1:]] == [["a" * 12, ""], ["a" * 12, "b" * 12]]
     assert zoo.Table(table.path).losses == table.losses
+
+
+def test_a_full_disk_leaves_whole_files(tmp_path, monkeypatch):
+    table, point = zoo.Table(tmp_path / "zoo/runs.csv"), zoo.Point("muon", 600, 0.02, 0.002, "", 1)
+    track = zoo.Track("cpu", 1, tmp_path, ["--n_embd", "16"], table)
+    monkeypatch.chdir(ROOT)
+    table.add(point, 1.5, {})
+    track.measure("muon")
+    monkeypatch.setitem(ZOO, "another", ZOO["muon"])
+    before = {path: path.read_bytes() for path in (table.path, tmp_path / "zoo/overhead.json")}
+    for path, work in zip(before, (lambda: table.add(point._replace(seed=2), 1.25, {}), lambda: track.measure("another"))):
+        with full_disk(len(before[path]) + 5), pytest.raises(UserError, match="File too large; what was there before is untouched"):
+            work()
+    assert {path: path.read_bytes() for path in table.path.parent.iterdir()} == before
+    for damage, words in ((b"muon,600,0.02,0.002,,2,1.2", "its last line breaks off"), (b"muon,600,0.02,0.002,,2,1.2\n", "too few")):
+        table.path.write_bytes(before[table.path] + damage)
+        with pytest.raises(UserError, match=f"runs.csv cannot be read .*{words}.*; restore it from git"):
+            zoo.Table(table.path)
+
+
+def test_the_folder_is_the_callers(compare, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert compare("--page", "--records", "mine").returncode == 0 and (tmp_path / "mine/README.md").exists()
 
 
 def test_divergence_is_a_result(compare, tmp_path):
