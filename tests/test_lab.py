@@ -8,8 +8,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from lab import descent, exponent, factorisation, heavy_tails, in_context, judge, mean_interval
+from lab import descent, exponent, factorisation, heavy_tails, in_context, judge, mean_interval, newton, sign_noise
+from optimizers.polar_muon import msgn
 from scripts import lab as script
 from train_gpt2 import UserError
 
@@ -106,6 +108,86 @@ def test_heavy_tails_recursion():
         W -= T ** -0.8 * (M + T ** -0.6 * (W - M))
     assert found.item() == pytest.approx(np.mean(norms))
     assert [heavy_tails.predicted(alpha) for alpha in (2.0, 1.5)] == pytest.approx([-1 / 4, -1 / 5])
+
+
+def test_heavy_tails_noise_and_bound():
+    """Quantiles of the noise against those of Student's t; the bound against sums over explicit weights, at alpha = 2."""
+    drawn = []
+    rng = np.random.default_rng(0)
+    spy = SimpleNamespace(standard_t=lambda df: drawn.append(rng.standard_t(df)) or drawn[-1])
+    heavy_tails.mean_norms(lambda U: U, [1.2, 2.0], 40, 40, spy)
+    for i, df in enumerate((1.3, 2.1)):
+        x = np.abs(np.stack(drawn)[:, i])
+        assert [(x > stats.t.isf(tail / 2, df)).mean() for tail in (0.5, 0.1, 0.01)] == pytest.approx([0.5, 0.1, 0.01], rel=0.05)
+    assert heavy_tails.moment(2, 2.1) == pytest.approx(stats.t.var(2.1)) and heavy_tails.moment(1, 3) == pytest.approx(3 ** 0.5 * 2 / np.pi)
+    T, drop, eta = 10_000, 0.01, 0.001  # of the order T^-1/2 and T^-3/4
+    w = np.array([drop * (2 - drop), *(drop * (1 - drop) ** np.arange(2, 5000))])  # of the gradients in U
+    error = eta * 8 ** 0.5 * (w * np.arange(len(w))).sum() + 32 ** 0.5 * 0.99 ** 2 / 0.01 / T + 8 * (21 * (w * w).sum()) ** 0.5
+    assert heavy_tails.bound(2.0, T) == pytest.approx(16 / (eta * T) + 4 * eta + 2 * 8 ** 0.5 * error, rel=1e-6)
+
+
+def test_exact_muon_at_condition_1000():
+    """The counts that the page shows, from the best inside the grid; five Newton-Schulz steps do not get there in 30."""
+    for module, target, count in ((factorisation, 1e-5, 21), (in_context, 1e-6, 14)):
+        problem = module.problem(1000, 5, torch.Generator().manual_seed(0))
+        exact, errors, end = descent.fewest_iterations("Muon", problem, target, 100)
+        assert abs(exact.median() - count) <= 1 and not end and (errors.amin(0) <= target).all()
+        assert descent.fewest_iterations("Muon, Newton-Schulz", problem, target, 30)[0].isinf().all()
+
+
+def test_best_at_an_end_leaves_the_verdict_open(monkeypatch):
+    problems = [in_context.problem(c, 2, torch.Generator().manual_seed(0)) for c in (3, 10)]
+    monkeypatch.setattr(descent, "judge", lambda *interval, high: True)
+    *_, text, within = descent.growth("Muon", problems, (3, 10), 1e-6, 100)
+    assert "at an end" not in text and within is True
+    monkeypatch.setattr(descent, "DECAYS", descent.DECAYS[:9])  # down to 0.7
+    *_, text, within = descent.growth("Muon", problems, (3, 10), 1e-6, 100)
+    assert text.endswith("best at an end of the grid at condition 3, 10") and within is None
+
+
+def test_sign_noise_without_momentum_is_a_known_process():
+    """SGD's x_0 is an autoregression, Gaussian with variance sigma^2 rate / (2 - rate) in the end; T follows from it and the slopes."""
+    rate, d, x, total = 2.0 ** -5, 50, 4.0, 0.0
+    found = sign_noise.steps("sparse", lambda g: g, d, np.full((1, 40), rate), np.random.default_rng(0))
+    for t in range(1, 10 ** 5):
+        sd = sign_noise.SIGMA * (rate / (2 - rate) * (1 - (1 - rate) ** (2 * t - 2))) ** 0.5
+        total += (2 / np.pi) ** 0.5 * sd + 2 * min(x / 2, 1)
+        if total <= t:
+            break
+        x -= rate * 2 / d * min(x / 2, 1)
+    assert found.mean() == pytest.approx(t, rel=0.02)
+
+
+def test_dense_noise_has_the_same_norm_in_every_dimension():
+    """What SGD is given at x = 4: the clipped slope 2 / d, and noise of standard deviation sigma / sqrt(d)."""
+    seen = []
+    sign_noise.steps("dense", lambda g: seen.append(g) or 0 * g, 100, np.ones((1, 500)), np.random.default_rng(0), limit=3)
+    assert np.stack(seen).std() == pytest.approx(0.5, rel=0.02) and np.stack(seen).mean() == pytest.approx(0.02, abs=0.01)
+
+
+def test_muon_is_sign_descent_on_singular_values():
+    """Exact Muon's T on the matrices is SignSGD's in coordinates, at one rate (no whole number of its steps leads to exactly 0)."""
+    matrix = sign_noise.muon_steps(msgn, 6, np.random.default_rng(0), 40, 0.23)
+    coordinates = sign_noise.steps("sparse", np.sign, 6, np.full((1, 200), 0.23), np.random.default_rng(1))
+    (a, x), (b, y) = mean_interval(matrix), mean_interval(coordinates[0])
+    assert abs(a - b) < np.hypot(x, y) and max(x, y) < 0.2 * b
+
+
+def test_interval_and_averaging_of_the_map(monkeypatch):
+    """The jackknife of a ratio of means against its formula; the triangles are the circles times the share that momentum leaves."""
+    monkeypatch.setattr(newton, "measure_layers", lambda *args, **settings: [("h.0.mlp.c_proj", 100.0, 5.0, 1.1)] * 4)
+    monkeypatch.setattr(newton, "track_gain", lambda: (0.0, 1.0, "a record"))
+    found = newton.run("small")
+    cell = torch.tensor([100.0]), torch.tensor([0.01]), torch.ones(8), 32
+    a, b = (newton.decreases(*cell, ridge, 1, newton.RATES[1], 4, 0)[0].double().numpy() for ridge in (0.0, None))
+    left_out = np.array([np.delete(a, i).mean() / np.delete(b, i).mean() for i in range(4)])
+    error = (3 / 4 * ((left_out - left_out.mean()) ** 2).sum()) ** 0.5  # (n - 1) / n times the sum of squares
+    row, = (measured for prediction, measured, _ in found.rows if prediction.startswith("1 step, H = I, wide"))
+    ratio, width = (float(word.strip(",")) for word in row.split()[1:4:2])
+    assert ratio == pytest.approx(a.mean() / b.mean(), abs=0.006) and width == pytest.approx(stats.t.ppf(0.975, 3) * error, abs=0.006)
+    w = np.array([1.95, *0.95 ** np.arange(2, 1000)])  # of the gradients in G + 0.95 M
+    marks = {line.get_marker(): line.get_ydata()[0] for line in found.figure.axes[0].lines if len(line.get_ydata()) == 4}
+    assert marks["^"] - marks["o"] == pytest.approx(np.log10((w * w).sum() / w.sum() ** 2), abs=1e-6)
 
 
 # the script
