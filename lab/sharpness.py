@@ -164,10 +164,10 @@ def run(size="full", seed=0):
         for rule, color in (("Adam", "C1"), ("Muon", "C0")):
             axis.semilogy(mine[rule][..., 0].ravel(), mine[rule][..., 1].ravel().clip(1e-3), "o", mfc="none", color=color,
                           label=f"{rule}, rate {rates[rule]:g}")
-        axis.set(title=f"Small GPT, steps {title}, {seeds} seeds (below 0.001: drawn there)", xlabel="training loss (falls to the right)",
+        axis.set(title=f"Small GPT {title}, {seeds} seeds (below 0.001: there)", xlabel="training loss (falls to the right)",
                  ylabel="normalised directional sharpness of the step")
         axis.invert_xaxis()
-        axis.legend()
+        axis.legend(loc="lower right")
         low, high, results[title] = compare(mine)
 
         def row(quantity, prediction, digits, **limits):
