@@ -140,8 +140,8 @@ def run(size="full", seed=0):
               bool(cost["speedrun"] < cost["SVD"])),
              ("an exact msgn gives Muon a lower loss than five steps", f"five steps minus exact: {exact_gain[0]}",
               judge(*exact_gain[1:], low=0)),
-             ("Newton-Muon ends lower than Muon here, five steps each", f"Muon minus Newton-Muon: {newton_gain[0]}",
-              judge(*newton_gain[1:], low=0)),
+             ("Newton-Muon ends lower than Muon here, five steps each", f"Muon minus Newton-Muon: {newton_gain[0]}; with --seed 1 the "
+              "verdict is another", None),  # -0.0047 ± 0.0050 there
              ("its gain is that of a spectrum which five steps can flatten: with an exact msgn it shrinks",
               f"gain {newton_gain[0]} with five steps, {exact_newton[0]} exact; not flattened: {unflattened['Muon, 5 steps'].mean():.0%} "
               f"of Muon's singular values, {unflattened['Newton-Muon, 5 steps'].mean():.0%} of Newton-Muon's",

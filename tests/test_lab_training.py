@@ -296,10 +296,10 @@ def test_polar_methods_and_what_they_leave(text):
 
 
 def test_polar_tunes_on_another_seed(monkeypatch):
-    monkeypatch.setattr(polar, "parallel", lambda _, tasks: [(abs(rate - 0.01) + (seed == 100) + 0.1 * seed, len(method))
+    monkeypatch.setattr(polar, "parallel", lambda _, tasks: [(abs(rate - (0.01 if seed == 100 else 0.02)) + 0.1 * seed, len(method))
                                                             for method, rate, seed, *_ in tasks])
     found = polar.results(["Muon, 1 step", "Muon, 5 steps"], 0, 3, (1, 1))
-    assert np.allclose(found["Muon, 5 steps"], [[0.0, 0.1, 0.2], [13, 13, 13]]) and np.allclose(found["Muon, 1 step"][1], 12)
+    assert np.allclose(found["Muon, 5 steps"], [[0.01, 0.11, 0.21], [13, 13, 13]]) and np.allclose(found["Muon, 1 step"][1], 12)
 
 
 def test_polar_differences(monkeypatch):
