@@ -1,21 +1,20 @@
 """The hidden matrices of the CPU track, measured for lab/newton.py: where they lie on its map, and what the track's runs say."""
 import json
-import math
 
 import numpy as np
 import torch
-from scipy import stats
 
+from estimates import mean_interval  # of scripts/
 from lab.training import ROOT, cpu_config, new_model, open_shards, training_steps
 from optimizers.polar_muon import msgn
-from train_gpt2 import accumulate, as_blocks
+from train_gpt2 import UserError, accumulate, as_blocks
 
 RIDGE = 0.2  # the trainer's
 
 
 def measure_layers(seed, train, batches, **fields):
-    """Of each hidden matrix of the CPU track after `train` steps with Muon: (name, condition of K, noise of the gradient, fall of the loss in
-    one step along the preconditioned direction over that along the plain one), means over this number of batches.
+    """Of each hidden matrix of the CPU track after `train` steps with Muon: (name, condition of K, noise of the gradient, fall of the loss
+    in one step along the preconditioned direction over that along the plain one), means over this number of batches.
 
     `fields` replace those of the configuration, for a smaller model.
     """
@@ -36,7 +35,7 @@ def measure_layers(seed, train, batches, **fields):
     def fall(p, O):
         """Largest fall of the loss on the test batch along -O."""
         W, losses = p.detach().clone(), []
-        for rate in (0.0, *0.01 * 2.0 ** torch.arange(8)):
+        for rate in (0.0, *0.01 * 2.0 ** torch.arange(10)):
             p.copy_(W - rate * O)
             losses.append(float(model(*test)[0]))
         p.copy_(W)
@@ -58,13 +57,18 @@ def measure_layers(seed, train, batches, **fields):
             for name, (condition, noise, signal, with_it, without) in found.items()]
 
 
-def track_gain():
-    """(mean final loss of Muon minus that of Newton-Muon, half of its 95 % interval, folder) in the newest comparison in records/cpu/."""
-    for folder in sorted((ROOT / "records/cpu").glob("*_muon_newton_muon*"), reverse=True):
-        runs = [json.loads(path.read_text()) for path in folder.glob("*/run.json")]
-        steps = max(run["config"]["num_iterations"] for run in runs if run["config"]["optimizer"] == "muon")
-        muon, newton = (np.array([run["final_val_loss"] for run in runs if run["config"]["optimizer"] == name
-                                  and run["config"]["num_iterations"] == steps]) for name in ("muon", "newton_muon"))
-        if min(len(muon), len(newton)) > 1:
-            error = math.sqrt(sum(losses.var(ddof=1) / len(losses) for losses in (muon, newton)))
-            return muon.mean() - newton.mean(), stats.t.ppf(0.975, len(muon) + len(newton) - 2) * error, folder.name
+def track_gain(momentum):
+    """(Estimate of Muon's final loss minus Newton-Muon's, paired by seed, folder) in the newest comparison with this momentum in
+    records/cpu/. Raises UserError if there is none.
+    """
+    for folder in sorted((ROOT / "records/cpu").glob("2*"), reverse=True):
+        runs = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/run.json")]
+        runs = [run for run in runs if run["config"]["momentum"] == momentum]
+        steps = max((run["config"]["num_iterations"] for run in runs if run["config"]["optimizer"] == "muon"), default=None)
+        muon, newton = ({run["config"]["seed"]: run["final_val_loss"] for run in runs
+                         if (run["config"]["optimizer"], run["config"]["num_iterations"]) == (name, steps)}
+                        for name in ("muon", "newton_muon"))
+        gains = [muon[seed] - newton[seed] for seed in sorted(muon.keys() & newton.keys())]
+        if len(gains) > 1:
+            return mean_interval(gains), folder.name
+    raise UserError(f"records/cpu has no two seeds of both muon and newton_muon with momentum {momentum}; restore it from git")

@@ -1,5 +1,6 @@
 """How exact is the orthogonalisation, what does it cost, and does an inexact one cost Muon anything, or make Newton-Muon better?"""
 import time
+from functools import partial
 from unittest.mock import patch
 
 import numpy as np
@@ -8,11 +9,15 @@ from matplotlib.figure import Figure
 
 import train_gpt2
 from lab import Result, judge, mean_interval
-from lab.training import SMALL, cpu_config, new_model, open_shards, training_steps
+from lab.training import SMALL, cpu_config, new_model, open_shards, parallel, training_steps
 from optimizers.polar_muon import msgn, polar_express
 from train_gpt2 import evaluate, newton_schulz
 
 SPEEDRUN = (3.4445, -4.7750, 2.0315)
+RATES = (0.005, 0.01, 0.02)
+METHODS = {f"Muon, {k} step{'s' * (k > 1)}": ("muon", partial(newton_schulz, steps=k)) for k in (1, 3, 5, 10)} | {
+    "Muon, Polar Express 8": ("muon", partial(polar_express, steps=8)), "Muon, exact SVD": ("muon", msgn),
+    "Newton-Muon, 5 steps": ("newton_muon", partial(newton_schulz, steps=5)), "Newton-Muon, exact SVD": ("newton_muon", msgn)}
 
 
 def with_condition(condition, n, repeats, generator):
@@ -22,8 +27,9 @@ def with_condition(condition, n, repeats, generator):
     return (U * s @ V.mT).float(), (U @ V.mT).float(), s
 
 
-def train(optimizer, orthogonalise, rate, seed, steps, val_tokens):
+def train(method, rate, seed, steps, val_tokens):
     """(final validation loss, share of the singular values below 0.7 in the orthogonalised momenta of the last step)."""
+    optimizer, orthogonalise = METHODS[method]
     config = cpu_config(**SMALL | dict(seed=seed, data_seed=seed + 1, num_iterations=steps, optimizer=optimizer, hidden_learning_rate=rate,
                                        val_tokens=val_tokens))
     model, optimizers = new_model(config)
@@ -39,20 +45,35 @@ def train(optimizer, orthogonalise, rate, seed, steps, val_tokens):
     return loss, float((torch.cat([torch.linalg.svdvals(O).flatten() for O in last.values()]) < 0.7).float().mean())
 
 
+def train_task(task):
+    return train(*task)
+
+
+def results(methods, seed, seeds, length, rates=RATES):
+    """{method: (final losses, shares that are not flattened)} of `seeds` seeds at the rate that is best with seed + 100."""
+    tried = parallel(train_task, [(method, rate, seed + 100, *length) for method in methods for rate in rates])
+    losses = np.array(tried)[:, 0].reshape(len(methods), len(rates))
+    best = [rates[i] for i in losses.argmin(1)]
+    found = parallel(train_task, [(method, rate, seed + i, *length) for method, rate in zip(methods, best) for i in range(seeds)])
+    return dict(zip(methods, np.array(found).reshape(len(methods), seeds, 2).transpose(0, 2, 1)))
+
+
 def run(size="full", seed=0):
-    """Newton-Schulz replaces msgn(X) by X <- a X + b (X X^T) X + c (X X^T)^2 X, which acts on each singular value: s <- a s + b s^3 + c s^5.
+    """Newton-Schulz replaces msgn(X) by X <- a X + b (X X^T) X + c (X X^T)^2 X, which acts on each singular value: s <- a s + b s^3 +
+    c s^5.
 
     The speedrun's (a, b, c) = (3.4445, -4.775, 2.0315) multiply a small s by 3.4445 a step, 485 in five, and never converge to 1; Polar
     Express has other coefficients in each step. Error: |O - U V^T|_F / sqrt(r) on 64 x 64 matrices with log-spaced singular values.
 
     Choices. Training is shorter and smaller than the CPU configuration so that it fits into two minutes: 2 layers of width 32, 100 steps of
-    16 x 64 tokens, AdamW 0.02 for the table, Newton-Muon's refreshes every 32 steps; hidden rate: the better of two for each
-    orthogonalisation, by the mean of 3 seeds. A singular value below 0.7 after orthogonalisation counts as not flattened.
+    16 x 64 tokens, AdamW 0.02 for the table, Newton-Muon's refreshes every 32 steps; hidden rate: the best of three for each
+    orthogonalisation with seed + 100, then six other seeds. A singular value below 0.7 after orthogonalisation counts as not flattened.
     """
     full = size == "full"
     generator = torch.Generator().manual_seed(seed)
     conditions = 10.0 ** np.arange(0, 6.5, 1.0 if full else 3.0)
-    schemes = {(name, steps, dtype): (function, [], []) for name, function in (("speedrun", newton_schulz), ("Polar Express", polar_express))
+    schemes = {(name, steps, dtype): (function, [], [])
+               for name, function in (("speedrun", newton_schulz), ("Polar Express", polar_express))
                for steps in range(1, 11) for dtype in (torch.float32, torch.bfloat16)}
     deviation, predicted = 0.0, []
     for condition in conditions:
@@ -78,34 +99,32 @@ def run(size="full", seed=0):
         return float(np.median(times))
 
     X = torch.randn(256, 256, generator=generator)
-    cost = {name: milliseconds(f, X) for name, f in (("speedrun", lambda X: newton_schulz(X, 5)), ("Polar Express", polar_express), ("SVD", msgn))}
+    cost = {"speedrun": milliseconds(newton_schulz, X), "Polar Express": milliseconds(polar_express, X), "SVD": milliseconds(msgn, X)}
 
-    methods = {f"Muon, {k} step{'s' * (k > 1)}": ("muon", lambda U, k=k: newton_schulz(U, k)) for k in ((1, 3, 5, 10) if full else (5,))}
-    methods |= {"Muon, Polar Express 8": ("muon", lambda U: polar_express(U, 8)), "Muon, exact SVD": ("muon", msgn),
-                "Newton-Muon, 5 steps": ("newton_muon", lambda U: newton_schulz(U, 5)), "Newton-Muon, exact SVD": ("newton_muon", msgn)}
-    seeds, rates, length = (3, (0.005, 0.01), (100, 16384)) if full else (1, (0.01,), (8, 1024))
-    losses, unflattened = {}, {}
-    for name, (optimizer, orthogonalise) in methods.items():
-        tried = [list(zip(*(train(optimizer, orthogonalise, rate, s, *length) for s in range(seed, seed + seeds)))) for rate in rates]
-        losses[name], unflattened[name] = (np.array(values) for values in min(tried, key=lambda t: np.mean(t[0])))
+    if full:
+        trained = results(list(METHODS), seed, 6, (100, 16384))
+    else:
+        trained = results([name for name in METHODS if "5 steps" in name or "exact" in name], seed, 1, (8, 1024), RATES[1:2])
+    losses, unflattened = ({name: found[i] for name, found in trained.items()} for i in range(2))
 
     fp32, bf16 = torch.float32, torch.bfloat16
     worst = lambda name, steps, dtype: error[name, steps, dtype][conditions <= 1e4].max()
     flat = conditions[smallest["speedrun", 5, fp32] >= 0.68].max()
-    gap = {steps: max(abs(error[name, steps, bf16] - error[name, steps, fp32]).max() for name in ("speedrun", "Polar Express")) for steps in (5, 10)}
+    gap = {steps: max(abs(error[name, steps, bf16] - error[name, steps, fp32]).max() for name in ("speedrun", "Polar Express"))
+           for steps in (5, 10)}
     better = error["Polar Express", 5, fp32] < error["speedrun", 5, fp32]
     five, exact = losses["Muon, 5 steps"], losses["Muon, exact SVD"]
 
     def difference(a, b):
-        """(text with the standard error, mean, half-width of its 95 % interval) of a - b, seed by seed."""
-        d = a - b
-        error = d.std(ddof=1) / len(d) ** 0.5 if len(d) > 1 else np.inf
-        return f"{d.mean():+.4f} +- {error:.4f}", *mean_interval(d)
+        """(text, mean, half-width of its 95 % interval) of a - b, seed by seed."""
+        mean, width = mean_interval(a - b)
+        return f"{mean:+.4f} ± {width:.4f}", mean, width
 
     exact_gain, newton_gain = difference(five, exact), difference(five, losses["Newton-Muon, 5 steps"])
     exact_newton = difference(exact, losses["Newton-Muon, exact SVD"])
     shrunk = difference(five - losses["Newton-Muon, 5 steps"], exact - losses["Newton-Muon, exact SVD"])
-    rows = [("five steps act on each singular value as s <- a s + b s^3 + c s^5 does", f"largest deviation {deviation:.0e}", deviation < 1e-3),
+    rows = [("five steps act on each singular value as s <- a s + b s^3 + c s^5 does", f"largest deviation {deviation:.0e}",
+             deviation < 1e-3),
             ("five steps flatten singular values down to |X|_F 0.7 / 485 (condition 280 for 64 log-spaced ones)",
              f"smallest at least 0.68 up to condition {flat:.0e}; then {smallest['speedrun', 5, fp32][-1]:.1e} at {conditions[-1]:.0e}",
              bool(flat == 100)),
@@ -115,14 +134,14 @@ def run(size="full", seed=0):
             ("more steps of the speedrun's coefficients do not make well-conditioned matrices exact (condition 10 and less)",
              f"error {error['speedrun', 5, fp32][:2].max():.2f} after 5, {error['speedrun', 10, fp32][:2].max():.2f} after 10; Polar "
              f"Express {error['Polar Express', 10, fp32][:2].max():.0e}", bool(error["speedrun", 10, fp32][:2].max() > 0.05))]
-    rows += [(f"bf16 costs no accuracy in {steps} steps (error changes by less than 0.05)", f"by up to {gap[steps]:.2f}", bool(gap[steps] < 0.05))
-             for steps in (5, 10)]
+    rows += [(f"bf16 costs no accuracy in {steps} steps (error changes by less than 0.05)", f"by up to {gap[steps]:.2f}",
+              bool(gap[steps] < 0.05)) for steps in (5, 10)]
     rows += [("five steps are cheaper than an SVD (256 x 256, this CPU)", ", ".join(f"{name} {ms:.1f} ms" for name, ms in cost.items()),
               bool(cost["speedrun"] < cost["SVD"])),
              ("an exact msgn gives Muon a lower loss than five steps", f"five steps minus exact: {exact_gain[0]}",
               judge(*exact_gain[1:], low=0)),
-             ("Newton-Muon ends lower than Muon here, five steps each", f"Muon minus Newton-Muon: {newton_gain[0]}",
-              judge(*newton_gain[1:], low=0)),
+             ("Newton-Muon ends lower than Muon here, five steps each", f"Muon minus Newton-Muon: {newton_gain[0]}; with --seed 1 the "
+              "verdict is another", None),  # -0.0047 ± 0.0050 there
              ("its gain is that of a spectrum which five steps can flatten: with an exact msgn it shrinks",
               f"gain {newton_gain[0]} with five steps, {exact_newton[0]} exact; not flattened: {unflattened['Muon, 5 steps'].mean():.0%} "
               f"of Muon's singular values, {unflattened['Newton-Muon, 5 steps'].mean():.0%} of Newton-Muon's",
@@ -156,4 +175,5 @@ def run(size="full", seed=0):
                f"{(losses.get('Muon, 1 step', five) - five).mean():+.3f}; Muon minus Newton-Muon is {newton_gain[0]} with five steps and "
                f"{exact_newton[0]} with an exact msgn, where flatter singular values, were they the reason, would bring the second "
                "nearer to 0.")
-    return Result(rows, figure, summary, "Jordan et al., Muon (2024); Amsel et al., The Polar Express, arXiv:2505.16932; Du, Su, arXiv:2604.01472")
+    return Result(rows, figure, summary,
+                  "Jordan et al., Muon (2024); Amsel et al., The Polar Express, arXiv:2505.16932; Du, Su, arXiv:2604.01472")

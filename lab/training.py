@@ -22,10 +22,11 @@ def parallel(function, items):
 
 
 def cpu_config(**fields):
-    """The Config of configs/cpu_muon.toml, with `fields` in place of its own. The warm-down is 30 % of the run, as there."""
+    """The Config of configs/cpu_muon.toml, with `fields` in place of its own and seeds modulo 2^32. The warm-down is 30 % of the run."""
     values = read_toml(ROOT / "configs/cpu_muon.toml")
     warmdown = int(0.3 * fields.get("num_iterations", values["num_iterations"]))
-    return Config(**values | dict(warmdown_iters=warmdown) | fields)
+    seeds = {name: fields[name] % 2 ** 32 for name in ("seed", "data_seed") if name in fields}
+    return Config(**values | dict(warmdown_iters=warmdown) | fields | seeds)
 
 
 def open_shards(config, pattern="input_bin"):
