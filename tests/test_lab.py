@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
+from estimates import Estimate
 from lab import descent, exponent, factorisation, heavy_tails, in_context, judge, mean_interval, newton, sign_noise
 from optimizers.polar_muon import msgn
 from scripts import lab as script
@@ -175,8 +176,9 @@ def test_muon_is_sign_descent_on_singular_values():
 
 def test_interval_and_averaging_of_the_map(monkeypatch):
     """The jackknife of a ratio of means against its formula; the triangles are the circles times the share that momentum leaves."""
-    monkeypatch.setattr(newton, "measure_layers", lambda *args, **settings: [("h.0.mlp.c_proj", 100.0, 5.0, 1.1)] * 4)
-    monkeypatch.setattr(newton, "track_gain", lambda: (0.0, 1.0, "a record"))
+    layers = [("h.0.mlp_proj.weight", 100.0 * i, 5.0, 1 + i / 10) for i in (1, 2, 3, 4)]
+    monkeypatch.setattr(newton, "measure_layers", lambda *args, **settings: layers)
+    monkeypatch.setattr(newton, "track_gain", lambda momentum: (Estimate(0.0, -1.0, 1.0), "a record"))
     found = newton.run("small")
     cell = torch.tensor([100.0]), torch.tensor([0.01]), torch.ones(8), 32
     a, b = (newton.decreases(*cell, ridge, 1, newton.RATES[1], 4, 0)[0].double().numpy() for ridge in (0.0, None))
