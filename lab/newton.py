@@ -1,4 +1,7 @@
-"""Where does Newton-Muon's preconditioner help: for which condition of a layer's inputs, noise of its gradient, shape and curvature?"""
+"""Where does Newton-Muon's preconditioner help: for which condition of a layer's inputs, noise of its gradient, shape and curvature?
+
+One verdict hangs on the seed: what the track's runs say holds with seed 0 (a mean ratio of 1.04 ± 0.03) and is open with 1 (1.03 ± 0.05).
+"""
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -177,12 +180,14 @@ def run(size="full", seed=0):
                      "three in four)", f"right for {', '.join(f'{x * each:.0f}' for x in right)} of {each} (by seed); rank correlation "
                      f"{correlation[0]:.2f} ± {correlation[1]:.2f}; mean ratio {ours.mean():.2f} on the map, {measured} measured",
                      both(judge(*share, low=0.75), judge(*correlation, low=0))))
+    says = {judge(*ours, low=1) for ours in averaged}
+    gain = track[0.95][0]  # the map's momentum
     gains = {momentum: f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f}, {folder})"
              for momentum, (found, folder) in track.items()}
     rows.append((f"what the track's runs say: the map at the layers with momentum's averaging, {long} steps, has a mean ratio of "
                  + " and ".join(f"{x:.2f} ± {width:.2f} ({c})" for (x, width), c in zip(averaged, curvatures)),
-                 "final loss of Muon minus Newton-Muon, by pairs: " + ", ".join(f"{gains[m]} with momentum {m}" for m in gains)
-                 + "; with --seed 1 the map's verdict is another", None))  # 1.03 ± 0.05 there
+                 "final loss of Muon minus Newton-Muon, by pairs: " + ", ".join(f"{gains[m]} with momentum {m}" for m in gains),
+                 None if None in says or len(says) > 1 or gain.low <= 0 <= gain.high else says == {gain.mean > 0}))
     quiet_wide, noisy_wide = (at(1e2, noise, wide, 0.0, 1, "H = I")[1] for noise in (0.01, 10.0))
     summary = ("The inverse of Z Z^T helps a matrix that is wider than tall if the gradient has little noise (one step, condition 100, "
                f"H = I: ratio {quiet_wide:.2f} at a noise share of 0.01, {noisy_wide:.2f} at 10); for a square or tall one, which msgn "

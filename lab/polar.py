@@ -1,4 +1,7 @@
-"""How exact is the orthogonalisation, what does it cost, and does an inexact one cost Muon anything, or make Newton-Muon better?"""
+"""How exact is the orthogonalisation, what does it cost, and does an inexact one cost Muon anything, or make Newton-Muon better?
+
+One verdict hangs on the seed: Muon minus Newton-Muon is -0.0060 ± 0.0060 with seed 0, and -0.0047 ± 0.0050, so open, with 1.
+"""
 import time
 from functools import partial
 from unittest.mock import patch
@@ -140,8 +143,8 @@ def run(size="full", seed=0):
               bool(cost["speedrun"] < cost["SVD"])),
              ("an exact msgn gives Muon a lower loss than five steps", f"five steps minus exact: {exact_gain[0]}",
               judge(*exact_gain[1:], low=0)),
-             ("Newton-Muon ends lower than Muon here, five steps each", f"Muon minus Newton-Muon: {newton_gain[0]}; with --seed 1 the "
-              "verdict is another", None),  # -0.0047 ± 0.0050 there
+             ("Newton-Muon ends lower than Muon here, five steps each", f"Muon minus Newton-Muon: {newton_gain[0]}",
+              judge(*newton_gain[1:], low=0)),
              ("its gain is that of a spectrum which five steps can flatten: with an exact msgn it shrinks",
               f"gain {newton_gain[0]} with five steps, {exact_newton[0]} exact; not flattened: {unflattened['Muon, 5 steps'].mean():.0%} "
               f"of Muon's singular values, {unflattened['Newton-Muon, 5 steps'].mean():.0%} of Newton-Muon's",
