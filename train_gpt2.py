@@ -165,7 +165,7 @@ def check_config(config):
             ("learning_rate hidden_learning_rate weight_decay", 0, 1e38, "0 or more, and below 1e38"),
             ("beta1 beta2 momentum ewma", 0, 1, "at least 0 and below 1")) for name in names.split()] + [
         (0 < c.ridge < math.inf, "ridge", "positive and finite"), (abs(c.target_val_loss) < 1e6, "target_val_loss", "between -1e6 and 1e6"),
-        (c.warmup_iters + c.warmdown_iters <= c.num_iterations, "warmup_iters warmdown_iters num_iterations", "such that the first two fit into it"),
+        (c.warmup_iters + c.warmdown_iters <= c.num_iterations, "warmup_iters warmdown_iters num_iterations", "such that both fit into the run"),
         (c.n_embd % max(1, 2 * c.n_head) == 0, "n_embd n_head", "such that n_embd / n_head is even (rotary embeddings turn pairs)"),
         (c.val_tokens % max(1, c.sequence_length) == 0, "val_tokens sequence_length", "such that sequence_length divides val_tokens"),
         (c.vocab_size <= 65536, "vocab_size", "at most 65536 (shards hold 16-bit tokens)"),
@@ -491,7 +491,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr=3.6e-4, momentum=0.95, nesterov=True, ns_steps=5, weight_decay=0.0, more={}):  # more: a subclass's own
         if not (0 <= lr < math.inf and 0 <= weight_decay < math.inf and 0 <= momentum < 1 and ns_steps >= 1):
-            raise ValueError(f"lr = {lr}, weight_decay = {weight_decay}, momentum = {momentum}, ns_steps = {ns_steps}: must be 0 or more, in [0, 1), > 0")
+            raise ValueError(f"lr = {lr}, weight_decay = {weight_decay}, momentum = {momentum}, ns_steps = {ns_steps}: must be >= 0, >= 0, < 1, > 0")
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, weight_decay=weight_decay, **more))
         self.matrices = [p for group in self.param_groups for p in group["params"]]
         if other := [tuple(p.shape) for p in self.matrices if p.ndim != 2]:

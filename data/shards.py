@@ -70,16 +70,20 @@ def write_manifest(folder, name, tokenizer, source, shards):
 
 
 @contextlib.contextmanager
-def locked(folder):
-    """Makes `folder` and holds its lock: one process at a time writes there, others wait. Raises UserError if it cannot be used."""
+def locked(folder, option="--out", wait=True):
+    """Makes `folder`, which `option` names, and holds its lock: one process at a time writes there, others wait. Raises UserError if it
+    cannot be used, or if another process has it and `wait` is false."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be used ({error.strerror}); choose another folder with --out") from None
+        raise UserError(f"{folder}: cannot be used ({error.strerror}); choose another folder with {option}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if not wait:
+            os.close(descriptor)
+            raise UserError(f"another process is using {folder}; let it end, or choose another {option}") from None
         print(f"another process is writing to {folder}; waiting for it to finish", flush=True)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError:

@@ -90,3 +90,8 @@ def average(state, name, value, beta):
     if name not in state:
         state[name] = torch.zeros_like(value)
     return state[name].lerp_(value, 1 - beta)
+
+
+def sign(U):
+    """Signs of the elements of U, where torch.sign would make 0 of one that is not a number, and hide it."""
+    return torch.where(U.isnan(), U, U.sign())

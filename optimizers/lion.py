@@ -11,7 +11,7 @@ below AdamW's.
 """
 import torch
 
-from optimizers import MatrixOptimizer, average
+from optimizers import MatrixOptimizer, average, sign
 
 
 class Lion(MatrixOptimizer):
@@ -20,7 +20,6 @@ class Lion(MatrixOptimizer):
 
     def update(self, W, G, state, group):
         M = state.get("momentum_buffer", torch.zeros_like(G))
-        U = G.lerp(M, group["beta1"])
-        U = torch.where(U.isnan(), U, U.sign())  # sign() alone would hide a gradient that is not a number
+        U = sign(G.lerp(M, group["beta1"]))
         average(state, "momentum_buffer", G, group["beta2"])
         W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(U, alpha=group["lr"])

@@ -10,8 +10,7 @@
 
 lr means what it means in Muon; power = 0 is Muon. The record's text has G G^T, but its code computes U U^T, as here. It starts with Q = I
 and adds 1e-6 I to L, which depends on the gradients' scale: hence eps relative to the mean eigenvalue. The scale of P_L cancels.
-In the QR step nothing is added to L: of a matrix that is not square, rounding chooses some directions, so runs drift
-apart.
+In the QR step nothing is added to L: where a matrix is not square, rounding chooses some directions, so runs drift apart.
 
     python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.pmuon:PMuon
 """

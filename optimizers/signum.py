@@ -8,9 +8,7 @@ nesterov, the default, is not in the paper.
 
     python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.signum:Signum --hidden_learning_rate 0.002
 """
-import torch
-
-from optimizers import MatrixOptimizer, average
+from optimizers import MatrixOptimizer, average, sign
 
 
 class Signum(MatrixOptimizer):
@@ -20,5 +18,4 @@ class Signum(MatrixOptimizer):
     def update(self, W, G, state, group):
         M = average(state, "momentum_buffer", G, group["momentum"])
         U = G.lerp(M, group["momentum"]) if group["nesterov"] else M
-        U = torch.where(U.isnan(), U, U.sign())  # sign() alone would hide a gradient that is not a number
-        W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(U, alpha=group["lr"])
+        W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(sign(U), alpha=group["lr"])

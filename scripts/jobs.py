@@ -1,7 +1,6 @@
 """Starting, stopping and resuming runs of train_gpt2.py, for the scripts that train several."""
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import importlib.util
 import os
@@ -165,24 +164,6 @@ def fetch_data(track, fields):
     if not any(field.startswith("--input_bin") for field in fields):
         start(["data/shakespeare.py"] if track == "cpu" else ["data/fineweb.py", f"configs/{track}_muon.toml"],
               "the data are not there; run the same command again to continue")
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Makes `folder` and holds its lock. UserError if another process has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"another process is using {folder}; let it end, or choose another --log_dir") from None
-    except OSError:
-        pass  # a file system without locks
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def run_resumable(main):

@@ -41,6 +41,7 @@ import runs  # first: it makes train_gpt2 importable
 import compare
 import estimates
 import jobs
+from data.shards import locked
 from train_gpt2 import GPT, UserError, code_sha256, load_config
 
 FIRST_SEED = {"cpu": 1, "mini": 0, "speedrun": 0}
@@ -171,7 +172,7 @@ def main():
     overhead = args.overhead or logs / "overhead.json"
     if args.overhead and claim:
         read_overhead(overhead)
-    with jobs.locked(logs):  # two would disturb each other's benchmark
+    with locked(logs, "--log_dir", wait=False):  # two would disturb each other's benchmark
         missing = [run for run in planned if not jobs.ended(run[0], run[2])]
         if missing:
             jobs.fetch_data(args.track, fields)

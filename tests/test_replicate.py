@@ -12,6 +12,7 @@ import jobs
 import replicate
 import train_gpt2
 from conftest import ROOT
+from data.shards import locked
 from estimates import Estimate
 from train_gpt2 import UserError, load_config
 
@@ -139,7 +140,7 @@ def test_paths_are_those_of_the_caller(replicated, tmp_path, monkeypatch):
 
 
 def test_one_process_at_a_time(replicated, tmp_path):
-    with jobs.locked(tmp_path / "runs"), pytest.raises(UserError, match="another process is using .*runs; let it end, or choose another"):
+    with locked(tmp_path / "runs"), pytest.raises(UserError, match="another process is using .*runs; let it end, or choose another"):
         replicated()
     assert replicated.started == []
 
