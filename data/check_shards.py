@@ -13,9 +13,11 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness.command import command  # first: it says what is not installed
 import numpy as np
 
-from shards import END_OF_TEXT, VOCABULARY, gpt2_encoding, manifest_entry, script
+from data.shards import END_OF_TEXT, VOCABULARY, gpt2_encoding, manifest_entry
 from train_gpt2 import UserError, open_shard
 
 BLOCK = 1 << 22  # tokens counted at once
@@ -105,7 +107,7 @@ def show(path, tokenizer):
             print("    " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in line[:COLUMNS]))  # no control characters
 
 
-@script
+@command()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shard", nargs="+", type=Path, help="such as NAME_train_000001.bin")

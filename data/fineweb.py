@@ -22,7 +22,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatch
 from pathlib import Path
 
-from shards import NOT_INSTALLED, VOCABULARY, locked, manifest_entry, script, write_manifest
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness.command import NOT_INSTALLED, command, locked  # first: it says what is not installed
+from data.shards import VOCABULARY, manifest_entry, write_manifest
 from train_gpt2 import Config, UserError, check_config, open_shard, read_toml
 
 try:
@@ -243,7 +245,7 @@ def fetch_all(names, out, jobs):
     print(f"{out}: all {len(names)} files are there and good, {tokens:,} tokens")
 
 
-@script
+@command()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", metavar="N|CONFIG.toml", help=f"number of training shards, 1 to {SHARDS}, or a configuration file")

@@ -16,10 +16,12 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness.command import command, locked  # first: it says what is not installed
 import numpy as np
 
-from shards import locked, manifest_entry, script, write_manifest, write_shard
-from tokenize_text import bytes_encoder
+from data.shards import manifest_entry, write_manifest, write_shard
+from data.tokenize_text import bytes_encoder
 from train_gpt2 import UserError
 
 FOLDER = Path(__file__).resolve().parent / "shakespeare"
@@ -91,7 +93,7 @@ def make_shards(files, wheel):
         print(f"{file}: {shard['tokens']:,} tokens")
 
 
-@script
+@command()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the shards (default: data/shakespeare)")

@@ -1,25 +1,12 @@
-"""What the scripts in data/ share: the two tokenizers, writing shards, and how a script starts and ends.
-
-It puts the repository on the path, so `from train_gpt2 import ...` works in a script after `from shards import ...`.
-"""
-import contextlib
-import fcntl
-import functools
+"""What the scripts in data/ share: the two tokenizers, and writing shards."""
 import hashlib
 import json
 import os
-import signal
-import sys
 from pathlib import Path
 
-NOT_INSTALLED = "error: {}; install requirements.txt, or activate the environment that has it: source .venv/bin/activate"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-try:
-    import numpy as np
+import numpy as np
 
-    from train_gpt2 import MAGIC, VERSION, UserError, open_shard, write_atomically
-except ImportError as error:
-    sys.exit(NOT_INSTALLED.format(error))
+from train_gpt2 import MAGIC, VERSION, UserError, open_shard, write_atomically
 
 VOCABULARY = {"gpt2": 50257, "bytes": 256}
 END_OF_TEXT = {"gpt2": 50256, "bytes": 255}  # the token before each document; no UTF-8 text contains the byte 255
@@ -67,48 +54,3 @@ def write_manifest(folder, name, tokenizer, source, shards):
     content = (json.dumps(dict(name=name, tokenizer=tokenizer, source=source, shards=shards), indent=1) + "\n").encode()
     if not path.is_file() or path.read_bytes() != content:
         write_atomically(path, content)
-
-
-@contextlib.contextmanager
-def locked(folder, option="--out", wait=True):
-    """Makes `folder`, which `option` names, and holds its lock: one process at a time writes there, others wait. Raises UserError if it
-    cannot be used, or if another process has it and `wait` is false."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be used ({error.strerror}); choose another folder with {option}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if not wait:
-            os.close(descriptor)
-            raise UserError(f"another process is using {folder}; let it end, or choose another {option}") from None
-        print(f"another process is writing to {folder}; waiting for it to finish", flush=True)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:
-        pass  # a file system without locks
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def script(main):
-    """Decorates a script's main(): errors that the user can correct end it with one sentence and exit code 1."""
-    @functools.wraps(main)
-    def run():
-        # show lines at once, in a file or a pipe too, whatever their characters
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: with its child processes and temporary files
-        try:
-            main()
-        except KeyboardInterrupt:
-            sys.exit("interrupted; run the same command again to resume")
-        except BrokenPipeError:  # `| head` has seen enough
-            os._exit(1)
-        except ImportError as error:
-            sys.exit(NOT_INSTALLED.format(error))
-        except (UserError, OSError) as error:
-            sys.exit(f"error: {error}")
-    return run

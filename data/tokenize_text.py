@@ -32,9 +32,11 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness.command import command, locked  # first: it says what is not installed
 import numpy as np
 
-from shards import END_OF_TEXT, gpt2_encoding, locked, manifest_entry, script, shard_header, write_manifest
+from data.shards import END_OF_TEXT, gpt2_encoding, manifest_entry, shard_header, write_manifest
 from train_gpt2 import HEADER_BYTES, UserError
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -305,7 +307,7 @@ def tokenize(args):
             f"{seconds:.1f} s, {total / seconds:,.0f} tokens/s")
 
 
-@script
+@command()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", nargs="+", type=Path, help="text files, see above")

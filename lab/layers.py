@@ -4,7 +4,7 @@ import json
 import numpy as np
 import torch
 
-from estimates import mean_interval  # of scripts/
+from harness.estimates import mean_interval
 from lab.training import ROOT, cpu_config, new_model, open_shards, training_steps
 from optimizers.polar_muon import msgn
 from train_gpt2 import UserError, accumulate, as_blocks

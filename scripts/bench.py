@@ -33,7 +33,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import runs  # noqa: F401 (first: it makes train_gpt2 importable)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness.command import command
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports that it starts and stops
 
@@ -46,7 +47,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.profiler import record_function
 
-import kernels
+from harness import kernels
 
 
 class PlainGPT(nn.Module):
@@ -205,6 +206,7 @@ def show(result):
         print(f"{pair}: mean step {ratio['mean_step']:.4f} ({bounds.format(**ratio)})")
 
 
+@command(interrupted="interrupted")
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("config", nargs="?", default="configs/cpu_newton_muon.toml", help="(default: configs/cpu_newton_muon.toml)")
@@ -263,7 +265,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (train_gpt2.UserError, OSError) as error:
-        sys.exit(f"error: {error}")
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: {str(error).splitlines()[0]} Name fewer --sides, which share the GPU here, or a smaller --device_batch_size.")

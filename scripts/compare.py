@@ -29,11 +29,13 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness.command import command
 import numpy as np
 
-import runs as reading
-from estimates import SPEEDRUN_MARGIN, Change, Estimate, Record, mean_interval, ratio_change, record, track3_margin, welch
-from runs import RunError
+from harness import runs as reading
+from harness.estimates import SPEEDRUN_MARGIN, Change, Estimate, Record, mean_interval, ratio_change, record, track3_margin, welch
+from train_gpt2 import UserError
 
 SPEEDRUN_TARGET = 3.28
 PLOTS = (".png", ".pdf", ".svg")  # endings of what --png writes
@@ -72,16 +74,16 @@ def find_baseline(groups, name=None):
     if len(fits) != 1:
         labels = [group.label for group in groups]
         near = difflib.get_close_matches(name, labels, n=1, cutoff=0)[0]
-        raise RunError(f"{'several groups match' if fits else 'no group matches'} the baseline '{name}'; the nearest is '{near}', "
+        raise UserError(f"{'several groups match' if fits else 'no group matches'} the baseline '{name}'; the nearest is '{near}', "
                        f"all are: {', '.join(map(repr, labels))}")
     return fits[0]
 
 
 def common_target(runs):
-    """The target_val_loss of all runs; 3.28, the speedrun's, if none has one. RunError if they differ."""
+    """The target_val_loss of all runs; 3.28, the speedrun's, if none has one. UserError if they differ."""
     targets = sorted({run.config["target_val_loss"] for run in runs if "target_val_loss" in run.config})
     if len(targets) > 1:
-        raise RunError(f"the runs have different targets ({', '.join(map(str, targets))}); choose one with --target")
+        raise UserError(f"the runs have different targets ({', '.join(map(str, targets))}); choose one with --target")
     return targets[0] if targets else SPEEDRUN_TARGET
 
 
@@ -271,11 +273,12 @@ def at_steps(texts):
     for text in texts:
         label, _, step = text.rpartition("=")
         if not re.fullmatch(r"\d{1,12}", step):
-            raise RunError(f"--at_step {text}: must be a step, or GROUP=STEP")
+            raise UserError(f"--at_step {text}: must be a step, or GROUP=STEP")
         found[label or None] = int(step)
     return found
 
 
+@command(interrupted="interrupted")
 def main():
     parser = argparse.ArgumentParser(description=__doc__.replace("%", "%%"), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", nargs="+", help="runs or logs, or folders that have them")
@@ -289,9 +292,8 @@ def main():
     parser.add_argument("--png", type=Path, metavar="FILE", help="write a plot of loss against steps and seconds")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the curves, to explore in a browser, and the tables")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")  # names have what not every terminal can show
     if args.target is not None and not abs(args.target) < reading.DIVERGED:
-        raise RunError(f"--target {args.target}: must be a number")
+        raise UserError(f"--target {args.target}: must be a number")
     try:
         found, left_out = {}, []
         for path in args.path:
@@ -300,7 +302,7 @@ def main():
             left_out += sentences
         for option, path, endings in (("--png", args.png, PLOTS), ("--html", args.html, (".html", ".htm"))):
             if path and (path.suffix not in endings or str(path.resolve()) in {file for file, _ in found}):
-                raise RunError(f"{option} {path}: the name must end in {', '.join(endings)}, and not be that of a log")
+                raise UserError(f"{option} {path}: the name must end in {', '.join(endings)}, and not be that of a log")
         runs = reading.without_copies(list(found.values()))
         if len(runs) < len(found):
             left_out.append(f"copies of runs left out: {len(found) - len(runs)}")
@@ -308,13 +310,10 @@ def main():
         target = common_target(runs) if args.target is None else args.target
         report(groups, args.baseline, target, args.png, args.html, left_out)
     except OSError as error:
-        raise RunError(f"{error.filename or 'the output'}: {error.strerror}") from None
+        raise UserError(f"{error.filename or 'the output'}: {error.strerror}") from None
     if all(group.fault for group in groups):
-        raise RunError(f"no group has a result: {'; '.join(f'{group.label}: {group.fault}' for group in groups)}")
+        raise UserError(f"no group has a result: {'; '.join(f'{group.label}: {group.fault}' for group in groups)}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

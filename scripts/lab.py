@@ -15,11 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-import runs  # puts the repository's root first on the path, so that `lab` is the package there and not this file
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness.command import ROOT, command
 from train_gpt2 import UserError, write_atomically  # before torch: it says how CPU threads wait
 import torch
 
-RESULTS = runs.ROOT / "records" / "lab"
+RESULTS = ROOT / "records" / "lab"
 EXPERIMENTS = ("factorisation", "in_context", "decoupling", "step_size", "newton", "polar", "batch_size", "sign_noise", "sharpness",
                "convex", "heavy_tails")
 VERDICT = {True: "holds", False: "**fails**", None: "open"}
@@ -91,6 +92,7 @@ def run(name, args):
     print(f"  {result.summary}\n", flush=True)
 
 
+@command(interrupted="interrupted; what was complete is written")
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="*", help=f"all, or one or more of {', '.join(EXPERIMENTS)}")
@@ -110,17 +112,11 @@ def main():
         tempfile.TemporaryFile(dir=args.out).close()  # before minutes of work
     except OSError as error:
         sys.exit(f"error: {args.out} cannot be written: {error.strerror}; name another folder with --out")
-    try:
-        for name in EXPERIMENTS if "all" in args.name else dict.fromkeys(args.name):
-            run(name, args)
-            write_atomically(args.out / "README.md", page(args.out).encode())  # also if the next one fails
-        if not args.name:
-            write_atomically(args.out / "README.md", page(args.out).encode())
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was complete is written", file=sys.stderr)
-        sys.exit(130)
+    for name in EXPERIMENTS if "all" in args.name else dict.fromkeys(args.name):
+        run(name, args)
+        write_atomically(args.out / "README.md", page(args.out).encode())  # also if the next one fails
+    if not args.name:
+        write_atomically(args.out / "README.md", page(args.out).encode())
 
 
 if __name__ == "__main__":

@@ -26,9 +26,12 @@ from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 
-import compare
-import runs as reading
-from runs import ROOT, RunError, printable, read_bytes, read_json, read_run, read_text
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness.command import ROOT, command, printable
+from harness import runs as reading
+from harness.runs import read_bytes, read_json, read_run, read_text
+from scripts import compare
+from train_gpt2 import UserError
 
 RECORDS = ROOT / "records"
 FILES = ("log.txt", "metrics.jsonl", "run.json")
@@ -59,17 +62,17 @@ def read_track(name, records=RECORDS):
     path = records / name / "track.toml"
     if not path.is_file():
         tracks = ", ".join(sorted(path.parent.name for path in records.glob("*/track.toml")))
-        raise RunError(f"there is no track '{name}'; the tracks are {tracks}")
+        raise UserError(f"there is no track '{name}'; the tracks are {tracks}")
     try:
         track = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
-        raise RunError(f"{path} is not valid TOML: {error}") from None
+        raise UserError(f"{path} is not valid TOML: {error}") from None
     wrong = reading.mismatch(track, TRACK, "it", complete=True)
     if wrong:
-        raise RunError(f"{path} cannot be used: {wrong}")
+        raise UserError(f"{path} cannot be used: {wrong}")
     gone = [old for old in track.get("superseded", {}) if not (records / name / old).is_dir()]
     if gone:
-        raise RunError(f"{path} says that {gone[0]} is superseded, but there is no such record")
+        raise UserError(f"{path} says that {gone[0]} is superseded, but there is no such record")
     return track
 
 
@@ -161,14 +164,14 @@ def read_metrics(folder):
 
 
 def check_run(folder, track):
-    """RunError, naming all that is wrong, unless the run in `folder` is complete, consistent and of the track. Returns run.json."""
+    """UserError, naming all that is wrong, unless the run in `folder` is complete, consistent and of the track. Returns run.json."""
     facts, metrics, log = reading.read_facts(folder, complete=True), read_metrics(folder), read_text(folder / "log.txt")
     faults = track_faults(facts, track) + log_faults(facts, log, metrics, track["target_val_loss"])
     source = facts.get("optimizer_sha256")
     if source and hashlib.sha256(read_bytes(folder / "optimizer.py")).hexdigest() != source:
         faults.append("optimizer.py does not have the SHA-256 of run.json")
     if faults:
-        raise RunError(f"{folder}: " + "; ".join(faults))
+        raise UserError(f"{folder}: " + "; ".join(faults))
     read_run(folder)
     return facts
 
@@ -190,32 +193,32 @@ def counted_records(name, track, records):
 
 
 def check_seeds(new, filed):
-    """RunError if two runs of one configuration have one seed."""
+    """UserError if two runs of one configuration have one seed."""
     for group in reading.make_groups(new + filed):
         seeds = [(run.config["seed"], run.config.get("data_seed", 0)) for run in group.runs]
         if len(set(seeds)) < len(seeds) and any(run in new for run in group.runs):
-            raise RunError(f"{', '.join(run.name for run in group.runs)} are runs of one configuration with the seeds (and data_seeds) "
+            raise UserError(f"{', '.join(run.name for run in group.runs)} are runs of one configuration with the seeds (and data_seeds) "
                            f"{', '.join(map(str, seeds))}: file each once")
 
 
 def add(args):
     if not re.fullmatch(r"[\w.-]+", args.name):
-        raise RunError(f"--name '{args.name}': letters, digits, _ . and - only, since it names a folder")
+        raise UserError(f"--name '{args.name}': letters, digits, _ . and - only, since it names a folder")
     folders = [run for run in args.run if not run.is_file()]  # a shell's * may bring plots along
     names = [run.resolve().name for run in folders]
     if not folders or len(set(names)) < len(names):
-        raise RunError("the runs must be folders of different names: " + ", ".join(map(str, args.run)))
+        raise UserError("the runs must be folders of different names: " + ", ".join(map(str, args.run)))
     track = read_track(args.track, args.records)
     facts = [check_run(run, track) for run in folders]
     metrics = {str(read_metrics(path.parent)): path.parent for path in (args.records / args.track).glob("[!.]*/*/metrics.jsonl")}
     for run in folders:
         place = metrics.get(str(read_metrics(run)))
         if place:
-            raise RunError(f"{run} is filed already, in {place}")
+            raise UserError(f"{run} is filed already, in {place}")
     day = max(when(fact.get("end", fact["start"])) for fact in facts).astimezone(timezone.utc).date()
     target = args.records / args.track / f"{day}_{args.name}"
     if target.exists():
-        raise RunError(f"{target} is there already; choose another --name")
+        raise UserError(f"{target} is there already; choose another --name")
 
     tuning = args.tuning and read_bytes(args.tuning)
     new = [read_run(run) for run in folders]
@@ -325,7 +328,7 @@ def write_page(args):
     path = args.records / "README.md"
     if args.check:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            raise RunError(f"{path} is stale; run `python scripts/records.py page`")
+            raise UserError(f"{path} is stale; run `python scripts/records.py page`")
         return
     path.write_text(text, encoding="utf-8")
     for name, (summaries, curves) in plots.items():
@@ -333,6 +336,7 @@ def write_page(args):
     print(f"{path}: {', '.join(f'{name} {len(summaries)}' for name, (summaries, _) in plots.items()) or 'no'} groups of runs")
 
 
+@command()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="add|page")
@@ -349,10 +353,7 @@ def main():
     for command in (adding, paging):
         command.add_argument("--records", type=Path, default=RECORDS, help=argparse.SUPPRESS)  # for the tests
     args = parser.parse_args()
-    try:
-        args.do(args)
-    except OSError as error:
-        sys.exit(f"error: {error}")
+    args.do(args)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ The arms: Muon with all N steps of the configuration, Newton-Muon with N and wit
 optimizers with N. Run i of each has seed i and data_seed i: 0 is the files' order (the speedrun's own), others are permutations of it.
 The CPU track begins with 1: in the files' order a batch is a piece of a scene, and Muon's final loss 0.11 higher.
 The final losses of Muon, B, and of Newton-Muon with N and 0.94 N, C and D, give the steps saved at equal final loss,
-0.06 (B - C) / (D - C), with a 95 % interval (scripts/estimates.py);
+0.06 (B - C) / (D - C), with a 95 % interval (harness/estimates.py);
 with the overhead of Newton-Muon's step, measured before the runs by alternating with Muon's, they give the time saved.
 Two questions: fewer steps than Muon? Yes if the interval is above 0, no if it is below.
                As many fewer as claimed? No if it is below 5.5 %; else yes if it is above 3 %.
@@ -31,17 +31,17 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import textwrap
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness.command import command, locked
 import numpy as np
 import torch
 
-import runs  # first: it makes train_gpt2 importable
-import compare
-import estimates
-import jobs
-from data.shards import locked
+from harness import estimates, jobs, runs
+from scripts import compare
 from train_gpt2 import GPT, UserError, code_sha256, load_config
 
 FIRST_SEED = {"cpu": 1, "mini": 0, "speedrun": 0}
@@ -128,6 +128,7 @@ def conclude(baseline, candidate, shorter, fraction, overhead, spread=None):
     return [*lines, f"verdict: {found.word}"]
 
 
+@command()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.replace("%", "%%"), formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, usage="%(prog)s [options] [--field value ...]")
@@ -223,4 +224,4 @@ def main():
 
 
 if __name__ == "__main__":
-    jobs.run_resumable(main)
+    main()

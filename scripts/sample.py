@@ -11,7 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-import runs  # noqa: F401: puts the repository on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness.command import command
 from train_gpt2 import GPT, Config, UserError, checkpoints  # before torch: it says how CPU threads wait
 import torch
 
@@ -63,6 +64,7 @@ def generate(model, tokens, number, sequence_length, temperature=1.0, top_k=None
         yield tokens[-1]
 
 
+@command(interrupted="")
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run, or a checkpoint")
@@ -96,11 +98,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # the reader of the text has enough of it
-        os._exit(0)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

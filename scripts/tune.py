@@ -25,8 +25,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jobs import Jobs, finished, run_resumable  # first: it makes train_gpt2 importable
-from runs import diverged, read_facts
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness.command import command
+from harness.jobs import Jobs, finished
+from harness.runs import diverged, read_facts
 from train_gpt2 import Config, UserError, load_config
 
 RATES = ("learning_rate", "hidden_learning_rate")
@@ -114,6 +116,7 @@ def protocol(configs, fields, points, seeds, log_dir, jobs):
     return {path: tuple(rates(centre[path], pair)) for path, pair in best.items()}
 
 
+@command()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                                      usage="%(prog)s [--protocol] CONFIG.toml ... [--field V1,V2,...] [options]")
@@ -150,4 +153,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_resumable(main)
+    main()

@@ -34,18 +34,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness.command import ROOT, command
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-import runs  # first: it makes train_gpt2 importable
-import estimates
-import records as filing
-import tune
-from jobs import PLANNED_FIELDS, Jobs, fetch_data, finished, run_resumable, start
+from harness import estimates, runs
+from harness.jobs import PLANNED_FIELDS, Jobs, fetch_data, finished, start
+from scripts import records as filing
+from scripts import tune
 from train_gpt2 import GPT, MAY_CHANGE_ON_RESUME, UserError, build_optimizers, code_sha256, load_config, write_atomically
 
-RECORDS = runs.ROOT / "records" / "zoo"
+RECORDS = ROOT / "records" / "zoo"
 TUNING_SEEDS, SEEDS = range(tune.FIRST_TUNING_SEED, tune.FIRST_TUNING_SEED + 2), range(1, 7)
 HOPELESS = 0.02  # a point whose first seed ends so far above the best is not run again
 HASHES = ("code_sha256", "optimizer_sha256")  # in run.json: of the trainer and of the optimizer's file
@@ -208,8 +209,8 @@ class Track:
                     return
                 try:
                     finished(self.logs / name, load_config(arguments))  # refuses what other code has left there
-                except runs.RunError as error:
-                    failed.append(error.sentence)
+                except UserError as error:
+                    failed.append(str(error))
                     return
                 loss = self.training.train(arguments, self.logs / name)
                 if loss is None and not runs.diverged(self.logs / name):
@@ -470,6 +471,7 @@ def write_page(records, check=False):
     print(f"{path}: {', '.join(f'{track} {len(points)}' for track, (_, points) in sections.items()) or 'no'} optimizers")
 
 
+@command()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                                      usage="%(prog)s [options] [--field value ...]")
@@ -483,7 +485,7 @@ def main():
                         help="of the page and its tables, for one choice of fields (default: records/zoo)")
     args, given = parser.parse_known_args()
     args.records = args.records.resolve()
-    os.chdir(runs.ROOT)  # configurations name their data from there
+    os.chdir(ROOT)  # configurations name their data from there
     names = args.optimizers.split(",")
     unknown = [name for name in names if name not in ZOO]
     if unknown:
@@ -507,9 +509,9 @@ def main():
                 for name, ending in [(name, pool.submit(track.compare, name)) for name in names]:
                     error = ending.exception()  # waits
                     if error:
-                        if not isinstance(error, (UserError, runs.RunError, OSError)):
+                        if not isinstance(error, (UserError, OSError)):
                             raise error
-                        failed.append(f"{name}: {getattr(error, 'sentence', error)}")
+                        failed.append(f"{name}: {error}")
                         print(f"error: {failed[-1]}", file=sys.stderr, flush=True)
                     write_page(args.records)
             except BaseException:
@@ -522,4 +524,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_resumable(main)
+    main()

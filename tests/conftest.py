@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels then run on the CPU, slowly
 
 import train_gpt2
-from shards import write_shard
+from data.shards import write_shard
 from train_gpt2 import Config
 
 ROOT = Path(__file__).resolve().parents[1]

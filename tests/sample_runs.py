@@ -1,7 +1,7 @@
 """Small runs to read and compare, for the tests."""
 import json
 
-from runs import Run
+from harness.runs import Run
 
 RULER = "=" * 100
 CONFIG = dict(optimizer="muon", seed=0, run_name="a", log_dir="logs", hidden_learning_rate=0.01, batch_size=32, sequence_length=8,

@@ -1,4 +1,4 @@
-"""scripts/bench.py, where a step goes (scripts/kernels.py), and scripts/gpu_check.sh, on a CPU."""
+"""scripts/bench.py, where a step goes (harness/kernels.py), and scripts/gpu_check.sh, on a CPU."""
 import json
 import math
 import re
@@ -9,9 +9,9 @@ import time
 import pytest
 from scipy import stats
 
-import bench
+from scripts import bench
 from conftest import ROOT, TINY, run, toml
-from kernels import GROUPS, group, where_it_goes
+from harness.kernels import GROUPS, group, where_it_goes
 
 
 @pytest.fixture

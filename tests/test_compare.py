@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import compare
+from scripts import compare
 from browser import Browser
 from conftest import ROOT
-from runs import SPEEDRUN, Run, make_groups
+from harness.runs import SPEEDRUN, Run, make_groups
 from sample_runs import SHARD, facts, lines, run_of, write
 
 
@@ -114,10 +114,10 @@ def test_hostile_names(tmp_path, call):
 
 def test_a_terminal_without_unicode(tmp_path, launch):
     write(tmp_path / "a", optimizer="\u00b5on")
-    resumable = "from jobs import run_resumable; run_resumable(lambda: print('\\u00b5on'))"
+    resumable = "from harness.command import command; command()(lambda: print('\\u00b5on'))()"
     for command in ((ROOT / "scripts/compare.py", tmp_path), ("-c", resumable)):
-        out, errors = launch(sys.executable, *command, env={"PYTHONIOENCODING": "ascii", "PYTHONPATH": ROOT / "scripts"}).communicate()
-        assert "?on" in out and errors == ""
+        out, errors = launch(sys.executable, *command, env={"PYTHONIOENCODING": "ascii", "PYTHONPATH": ROOT}).communicate()
+        assert "\\xb5on" in out and errors == ""
 
 
 def test_files_survive_a_broken_pipe(tmp_path, call, monkeypatch):

@@ -9,10 +9,11 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-import check_shards
-import shakespeare
-from shakespeare import FOLDER, SHARD_SHA256, plain_text
-from shards import script, write_manifest, write_shard
+from data import check_shards
+from data import shakespeare
+from data.shakespeare import FOLDER, SHARD_SHA256, plain_text
+from data.shards import write_manifest, write_shard
+from harness.command import command
 from train_gpt2 import open_shard
 
 
@@ -31,14 +32,14 @@ def test_a_shard_holds_what_was_written(tmp_path):
     (OSError(28, "No space left on device", "a.bin"), "error: [Errno 28] No space left on device: 'a.bin'"),
     (ImportError("No module named 'tiktoken'"), "error: No module named 'tiktoken'; install requirements.txt, or activate the "
      "environment that has it: source .venv/bin/activate"),
-    (KeyboardInterrupt(), "interrupted; run the same command again to resume"),
+    (KeyboardInterrupt(), 130),
     (BrokenPipeError(), 1),
 ])
 def test_a_script_ends_with_one_sentence(monkeypatch, error, code):
     monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.setattr(signal, "signal", Mock())
     with pytest.raises(SystemExit) as end:
-        script(Mock(side_effect=error))()
+        command()(Mock(side_effect=error))()
     assert end.value.code == code
 
 

@@ -1,11 +1,11 @@
-"""The statistics of scripts/estimates.py, against scipy's tests inverted on a grid, and by simulation."""
+"""The statistics of harness/estimates.py, against scipy's tests inverted on a grid, and by simulation."""
 import math
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from estimates import (Estimate, Saved, fieller, mean_interval, noise, ratio_change, record, runs_needed, saved_text, steps_saved,
+from harness.estimates import (Estimate, Saved, fieller, mean_interval, noise, ratio_change, record, runs_needed, saved_text, steps_saved,
                        time_saved, track3_margin, verdict, welch)
 
 F = 0.06

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-import fineweb
+from data import fineweb
 from conftest import ROOT
 from fake_hub import FakeHub
 from faults import full_disk

@@ -1,4 +1,4 @@
-"""scripts/jobs.py: runs that are started, shown and stopped."""
+"""harness/jobs.py: runs that are started, shown and stopped."""
 import io
 import os
 import pty
@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-import jobs
+from harness import jobs
 from conftest import logged, write_config
 from train_gpt2 import UserError
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from estimates import Estimate
+from harness.estimates import Estimate
 from lab import descent, exponent, factorisation, heavy_tails, in_context, judge, mean_interval, newton, sign_noise
 from optimizers.polar_muon import msgn
 from scripts import lab as script
@@ -243,8 +243,8 @@ def test_page_is_up_to_date():
 
 
 def test_every_experiment_is_listed():
-    listed = {name for name in script.EXPERIMENTS if (script.runs.ROOT / f"lab/{name}.py").exists()}
-    assert listed == {path.stem for path in script.runs.ROOT.glob("lab/*.py") if "\ndef run(" in path.read_text()}
+    listed = {name for name in script.EXPERIMENTS if (script.ROOT / f"lab/{name}.py").exists()}
+    assert listed == {path.stem for path in script.ROOT.glob("lab/*.py") if "\ndef run(" in path.read_text()}
 
 
 @pytest.mark.parametrize("arguments, words", [

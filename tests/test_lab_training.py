@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from lab import batch_size, convex, layers, newton, polar, sharpness, step_size, training
 from optimizers.polar_muon import msgn
-from shards import write_shard
+from data.shards import write_shard
 from train_gpt2 import UserError
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from shards import write_shard
+from data.shards import write_shard
 from train_gpt2 import Shards, UserError, open_shard, prefetched
 
 T, CPU = 4, torch.device("cpu")

@@ -14,7 +14,7 @@ import torch
 
 import train_gpt2
 from conftest import ROOT, refused, same_weights
-from runs import read_run
+from harness.runs import read_run
 from train_gpt2 import Config, UserError, choose_micro_batch, learning_rate_scale, load_config
 
 

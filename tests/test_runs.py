@@ -14,12 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import compare
-import records
-import runs
+from scripts import compare
+from scripts import records
+from harness import runs
 from conftest import ROOT
-from runs import RunError, find_runs, make_groups, read_curve, read_log, without_copies
+from harness.runs import find_runs, make_groups, read_curve, read_log, without_copies
 from sample_runs import RULER, SHARD, facts, lines, run_of, write
+from train_gpt2 import UserError
 
 RECORD = ROOT / "records/cpu/2026-11-22_adamw_muon_newton_muon/muon_seed-0"
 
@@ -123,7 +124,7 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
         assert any(words in sentence for sentence in left_out)
     assert any(sentence.startswith(f"{tmp_path / 'shut'}") for sentence in left_out)
     for path in ("/dev/zero", tmp_path / "pipe.txt"):
-        with pytest.raises(RunError, match="not a regular file"):
+        with pytest.raises(UserError, match="not a regular file"):
             find_runs(path)
 
 
@@ -146,7 +147,7 @@ def test_runs_that_end_early():
     [published] = make_groups([run_of(0.9, planned=200, without_json=True), run_of(0.8, planned=200, without_json=True)])
     assert not published.fault and "judged at step 100 of 200" in published.remark
     assert make_groups([run_of(planned=200, without_json=True)])[0].fault  # alone it may have been broken off
-    with pytest.raises(RunError, match="no group 'x'; the groups are muon"):
+    with pytest.raises(UserError, match="no group 'x'; the groups are muon"):
         make_groups(early, at_step={"x": 100})
 
 
@@ -155,7 +156,7 @@ def test_runs_that_end_early():
     (dict(val={**SHARD, "sha256_of_header_and_size": "bb"}), "val shard 1 (r: train_1.bin aa cc, o: train_1.bin bb cc)"),
     (dict(val={**SHARD, "sha256_of_first_mebibyte": "dd"}), "val shard 1 (r: train_1.bin aa cc, o: train_1.bin aa dd)")])
 def test_other_tracks_are_refused(other, words):
-    with pytest.raises(RunError) as error:
+    with pytest.raises(UserError) as error:
         make_groups([run_of(), run_of(name="o", **other)])
     assert words in str(error.value)
 
@@ -168,10 +169,10 @@ def test_unread_shards():
     for run in same:
         run.config["data_seed"] = run.config["seed"]  # 1 and 2 order the sequences of all shards
     assert len(make_groups(same[:2])) == 1
-    with pytest.raises(RunError, match="train shard 2 .*train_2.bin.*train_3.bin"):
+    with pytest.raises(UserError, match="train shard 2 .*train_2.bin.*train_3.bin"):
         make_groups(same)
     same[2].facts["train_shards"].pop()
-    with pytest.raises(RunError, match="train shard 2 .*train_2.bin.*none"):
+    with pytest.raises(UserError, match="train shard 2 .*train_2.bin.*none"):
         make_groups(same)
 
 
@@ -186,7 +187,7 @@ def test_unread_shards():
 def test_wrong_types_in_run_json(tmp_path, change, words):
     run = write(tmp_path / "a")
     (run / "run.json").write_text(change if isinstance(change, str) else json.dumps({**facts(), **change}))
-    with pytest.raises(RunError) as error:
+    with pytest.raises(UserError) as error:
         runs.read_facts(run)
     assert words in str(error.value) and "\n" not in str(error.value)
 
@@ -228,5 +229,5 @@ def test_any_damage(tmp_path_factory, edits):
                  lambda: compare.report(make_groups(find_runs(folder)[0]), None, 1.75)):
         try:
             work()
-        except RunError as error:
-            assert len(error.sentence) > 20 and "\n" not in error.sentence
+        except UserError as error:
+            assert len(str(error)) > 20

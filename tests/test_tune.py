@@ -7,10 +7,10 @@ from functools import partial
 import numpy as np
 import pytest
 
-import jobs
+from harness import jobs
 import train_gpt2
-import tune
-from conftest import ROOT
+from scripts import tune
+from conftest import ROOT, refused
 from train_gpt2 import UserError, load_config
 
 
@@ -49,8 +49,7 @@ def test_impossible_arguments_are_refused(monkeypatch, tmp_path, call, arguments
     monkeypatch.chdir(tmp_path)
     (tmp_path / "zero.toml").write_text("hidden_learning_rate = 0.0\n")
     monkeypatch.setattr(tune, "train_all", lambda *_: pytest.fail("starts"))
-    with pytest.raises(UserError, match=words):
-        call(tune, *arguments.split())
+    refused(call(tune, *arguments.split()), words)
 
 
 def test_a_stopped_search_leaves_no_run_behind(monkeypatch, call, tmp_path):
@@ -64,10 +63,9 @@ pathlib.Path(sys.argv[3], "saved").touch()  # as a run writes its checkpoint
 sys.exit(143)
 """)
     monkeypatch.setattr(jobs, "ROOT", tmp_path)
-    monkeypatch.setattr(tune, "main", partial(jobs.run_resumable, tune.main))
     monkeypatch.chdir(ROOT)
     done = call(tune, "configs/cpu_muon.toml", "--seed", "0,1,2", "--log_dir", tmp_path)
-    assert done.returncode == 1 and "interrupted; run the same command again to continue" in done.stderr
+    assert done.returncode == 130 and "interrupted; run the same command again to continue" in done.stderr
     assert (tmp_path / "saved").exists() and (tmp_path / "started").read_text() == "x"  # none of the other two
 
 

@@ -1,11 +1,11 @@
 """What evaluation in bf16 instead of fp32 changes in a loss: the newest checkpoint of each run, evaluated in both.
 
-    PYTHONPATH=.:scripts python records/bench/evaluation_dtype.py logs/cpu/*/      after scripts/run.sh
+    PYTHONPATH=. python records/bench/evaluation_dtype.py logs/cpu/*/      after scripts/run.sh
 """
 import sys
 from pathlib import Path
 
-from sample import load_model
+from scripts.sample import load_model
 from train_gpt2 import Shards, evaluate, torch
 
 for folder in map(Path, sys.argv[1:]):

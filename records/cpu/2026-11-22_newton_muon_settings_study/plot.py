@@ -4,14 +4,14 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2] / "scripts"))
+sys.path.insert(0, str(HERE.parents[2]))
 
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from scipy import stats
 
-from runs import read_run
+from harness.runs import read_run
 
 CENTRE = dict(refresh_interval=32, ridge=0.2, power=1.0)  # the paper's settings; one of them varies in each panel
 TARGET = 1.75

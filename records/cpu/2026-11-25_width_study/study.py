@@ -15,10 +15,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
-import zoo  # first: it makes train_gpt2 importable
-import estimates
-import runs
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from harness import estimates, runs
+from scripts import zoo
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent

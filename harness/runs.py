@@ -1,7 +1,7 @@
 """Reading runs: the folders that train_gpt2.py writes, and logs that others published in the speedrun's text format.
 
 A log's evaluations are its lines such as `step:125/6200 val_loss:5.2017 train_time:24564ms step_avg:213.60ms`, wherever they stand and
-whatever stands between the fields. A file may hold several runs, one after the other. All errors here are RunErrors.
+whatever stands between the fields. A file may hold several runs, one after the other. All errors here are UserErrors.
 """
 import hashlib
 import json
@@ -9,15 +9,14 @@ import math
 import os
 import re
 import stat
-import sys
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # where train_gpt2.py is, for the scripts that import this module before it
+from harness.command import ROOT, printable
+from train_gpt2 import UserError
 
 LINE = re.compile(r"^step:(\d{1,12})/(\d{1,12}) (.*\btrain_time:.*)$", re.MULTILINE)
 NUMBER = r"([-+]?(?:nan|inf|infinity|\d+(?:\.\d*)?(?:e[-+]?\d+)?))"
@@ -29,19 +28,6 @@ SPEEDRUN = dict(batch_size=512, sequence_length=1024, n_layer=12, n_head=12, n_e
 FREE_SETTINGS = {*SPEEDRUN, "input_bin", "input_val_bin", "allow_repeat", "seed", "data_seed", "target_val_loss", "device",
                  "device_batch_size", "compile", "dtype", "collective_timeout", "log_dir", "run_name", "log_every", "save_every", "resume",
                  "wandb_project"}
-
-
-def printable(text):
-    """`text` without what a terminal, a table or a plot could choke on."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-class RunError(SystemExit):
-    """A sentence on a run that cannot be used. Where nothing catches it, it ends the script with that sentence."""
-
-    def __init__(self, sentence):
-        self.sentence = printable(sentence)
-        super().__init__(f"error: {self.sentence}")
 
 
 # What run.json, metrics.jsonl and track.toml may hold. "?" marks a name that may be missing, "*" is for every other name.
@@ -91,7 +77,7 @@ def mismatch(value, kind, name, complete):
 
 
 def read_bytes(path):
-    """What is in a file. RunError if it cannot be read, or is no regular file: a pipe would never end."""
+    """What is in a file. UserError if it cannot be read, or is no regular file: a pipe would never end."""
     try:
         facts = os.stat(path)
         if not stat.S_ISREG(facts.st_mode):
@@ -100,7 +86,7 @@ def read_bytes(path):
             raise ValueError(f"it has {facts.st_size:,} bytes, more than any log")
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def read_text(path):
@@ -112,10 +98,10 @@ def read_json(text, kind, name, complete=False):
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{name} cannot be read: it is not valid JSON ({str(error):.80})") from None
+        raise UserError(f"{name} cannot be read: it is not valid JSON ({str(error):.80})") from None
     wrong = mismatch(value, kind, "it", complete)
     if wrong:
-        raise RunError(f"{name} cannot be read: {wrong}")
+        raise UserError(f"{name} cannot be read: {wrong}")
     return value
 
 
@@ -214,7 +200,7 @@ def read_log(path, loss="val_loss"):
     found = evaluations(text, loss)
     if not found:
         others = sorted({name for _, _, rest in LINE.findall(text) for name in re.findall(r"(\w+loss):", rest)} - {"train_loss", loss})
-        raise RunError(f"{log} has no line such as 'step:125/6200 {loss}:5.2017 train_time:24564ms'"
+        raise UserError(f"{log} has no line such as 'step:125/6200 {loss}:5.2017 train_time:24564ms'"
                        + (f"; --loss could be {', '.join(others)}" if others else "; is it the log of a run?"))
     parts = [part.strip() for part in RULER.split(text)]
     code = next(filter(None, parts[:-1]), "") if parts[1:] else text[:LINE.search(text).start()].strip()
@@ -238,12 +224,12 @@ def read_run(folder):
     """The one run in the folder that train_gpt2.py wrote."""
     found = read_log(folder)
     if len(found) > 1:
-        raise RunError(f"{folder} has {len(found)} runs in its log.txt, one after the other")
+        raise UserError(f"{folder} has {len(found)} runs in its log.txt, one after the other")
     return found[0]
 
 
 def find_runs(path, loss="val_loss"):
-    """(Runs at or below `path`, sentences on files there that were left out). RunError if there is no run."""
+    """(Runs at or below `path`, sentences on files there that were left out). UserError if there is no run."""
     path = Path(path)
     if not path.is_dir() or (path / "run.json").exists():
         return read_log(path, loss), []
@@ -262,10 +248,10 @@ def find_runs(path, loss="val_loss"):
                     runs += read_log(log, loss)
                 else:
                     without.append(log)
-            except RunError as error:
-                left_out.append(f"{error.sentence}; it is left out")
+            except UserError as error:
+                left_out.append(printable(f"{error}; it is left out"))
     if not runs:
-        raise RunError(f"no log.txt and no published log in {path} or below it" + "".join(f"; {sentence}" for sentence in left_out[:3]))
+        raise UserError(f"no log.txt and no published log in {path} or below it" + "".join(f"; {sentence}" for sentence in left_out[:3]))
     if without:
         names = ", ".join(sorted(str(log.relative_to(path)) for log in without)[:5]) + ", ..." * (len(without) > 5)
         left_out.append(printable(f"files in {path} without evaluations: {len(without)} ({names})"))
@@ -305,13 +291,13 @@ def track(run):
 
 
 def check_track(runs):
-    """RunError, naming the differences, if runs have different data, model, batch or validation. What run.json lacks is not checked."""
+    """UserError, naming the differences, if runs have different data, model, batch or validation. What run.json lacks is not checked."""
     known = {}
     for run in runs:
         differences = [f"{name} ({known[name][0]}: {known[name][1]}, {run.name}: {value})" for name, value in track(run).items()
                        if known.setdefault(name, (run.name, value))[1] != value]
         if differences:
-            raise RunError(f"the runs are of different tracks, so not comparable; they differ in {'; '.join(differences[:4])}")
+            raise UserError(f"the runs are of different tracks, so not comparable; they differ in {'; '.join(differences[:4])}")
 
 
 def is_speedrun(run):
@@ -365,7 +351,7 @@ def mean_loss(runs):
 
 
 def make_groups(runs, group_by="folder", at_step={}):
-    """Groups of the runs, lowest mean final loss first, those without a result last. RunError if the runs are of different tracks.
+    """Groups of the runs, lowest mean final loss first, those without a result last. UserError if the runs are of different tracks.
 
     Logs without a run.json are a group if they have the same folder, code or file, whichever `group_by` says. `at_step` is
     {label: the step at which that group is judged}; the label None is for all.
@@ -391,7 +377,7 @@ def make_groups(runs, group_by="folder", at_step={}):
         found[label] = same
     unknown = {*at_step} - {None, *found}
     if unknown:
-        raise RunError(f"--at_step names no group '{min(unknown)}'; the groups are {', '.join(found)}")
+        raise UserError(f"--at_step names no group '{min(unknown)}'; the groups are {', '.join(found)}")
     groups = [judged(label, same[0].config.get("optimizer", ""), same, at_step.get(label, at_step.get(None)))
               for label, same in found.items()]
     return sorted(groups, key=lambda group: (bool(group.fault), mean_loss(group.runs)))
@@ -408,7 +394,7 @@ def diverged(folder):
     """Whether `folder` holds a run that ended with a loss that is not a number."""
     try:
         return bool(read_run(folder).diverged)
-    except RunError:  # no log, or none with an evaluation
+    except UserError:  # no log, or none with an evaluation
         return False
 
 
@@ -418,4 +404,4 @@ def read_curve(path=ROOT / "records/speedrun/record4.csv"):
     try:
         return [(int(step), float(loss), float(seconds)) for step, loss, seconds in rows[1:]]
     except ValueError:
-        raise RunError(f"{path} is not a table of step, val_loss and train_time_s") from None
+        raise UserError(f"{path} is not a table of step, val_loss and train_time_s") from None

@@ -13,7 +13,8 @@ import sys
 import threading
 from pathlib import Path
 
-from runs import ROOT, RunError, diverged, read_facts  # first: it makes train_gpt2 importable
+from harness.command import ROOT
+from harness.runs import diverged, read_facts
 from train_gpt2 import MAY_CHANGE_ON_RESUME, UserError, code_sha256
 
 # fields that the plan sets for each of several runs, or that would spoil the final loss
@@ -21,14 +22,14 @@ PLANNED_FIELDS = ("seed", "data_seed", "run_name", "resume", "optimizer", "stop_
 
 
 def finished(folder, config):
-    """Whether `folder` holds the finished run of `config` by this code. RunError if it holds one of another code or configuration."""
+    """Whether `folder` holds the finished run of `config` by this code. UserError if it holds one of another code or configuration."""
     facts = read_facts(folder)
     config_there = facts.get("config", {})
     if not facts:
         return False
 
     def refuse(what):
-        raise RunError(f"{folder} {what}; choose another --log_dir, or delete it")
+        raise UserError(f"{folder} {what}; choose another --log_dir, or delete it")
 
     if facts.get("code_sha256") != code_sha256():
         refuse("is from another version of train_gpt2.py")
@@ -164,18 +165,3 @@ def fetch_data(track, fields):
     if not any(field.startswith("--input_bin") for field in fields):
         start(["data/shakespeare.py"] if track == "cpu" else ["data/fineweb.py", f"configs/{track}_muon.toml"],
               "the data are not there; run the same command again to continue")
-
-
-def run_resumable(main):
-    """Calls main(). After Ctrl-C or SIGTERM the same command continues; errors that a user can cause end the script with a sentence."""
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    sys.stdout.reconfigure(errors="replace")  # names have what not every terminal can show
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; run the same command again to continue")

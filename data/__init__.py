@@ -1,0 +1,1 @@
+"""Scripts that fetch, make and check token shards; the shards lie here, too."""
