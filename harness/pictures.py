@@ -16,7 +16,7 @@ COLORS = {"muon": "#0072b2", "newton_muon": "#d55e00", "adamw": "#8c8c8c", "sgd"
 LINES = {"muon": "-", "newton_muon": "--", "adamw": "-.", "sgd": ":"}
 OTHERS = ("#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#5d3a9b", "#4b0d0d")  # further optimizers, in turn
 MARKERS = "osD^vPX*<>ph"
-SHADES = (0, 0.45, -0.4, 0.65, -0.65)  # of one optimizer's groups: its colour, lighter, darker (negative)
+SHADES = (0, 0.45, -0.4, 0.25, -0.65)  # of one optimizer's groups: its colour, lighter, darker (negative)
 SETTINGS = {"num_iterations": "{} steps", "learning_rate": "lr {}", "hidden_learning_rate": "hidden lr {}"}
 LEAST_TELLING = ("warmdown_iters", "learning_rate", "hidden_learning_rate")  # left out of a label if possible
 POINTS = 1000  # of a curve; those with more evaluations are thinned
@@ -167,7 +167,7 @@ def common_steps(runs):
 def mean_curve(runs):
     """The MeanCurve of the runs, at the steps of any of them. None if no run has a finite loss.
 
-    Between a run's evaluations its loss is on the straight line. A mean is of the runs that were finite there.
+    Between evaluations a run's loss is on the straight line. A mean is of the runs that were finite there.
     """
     steps = common_steps(runs)
     losses = np.full((len(runs), len(steps)), np.nan)
@@ -232,7 +232,7 @@ def range_of_losses(groups, target):
 
 
 def near_the_best(ends):
-    """For each final loss whether a zoom on the best shows it: at most five times as far off as the median."""
+    """For each final loss whether a zoom on the best shows it: up to five times the median distance."""
     distances = np.array(ends) - min(ends)
     middle = float(np.median(distances))
     if middle == 0:

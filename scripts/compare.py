@@ -410,8 +410,8 @@ def draw_seconds(axis, curves, published, limits):
     axis.set_ylim(*limits)
 
 
-def draw_end(axis, curves, published=(), start=0.8):
-    """The last fifth of each run. Groups that end far above the others are out of it, and named in the title.
+def draw_end(axis, curves, published=(), start=0.85):
+    """The last part of each run. Groups that end far above the others are out of it, and named in the title.
 
     Against steps if all have the same number, else against the share of a run's own steps.
     Returns for each curve whether it is in the picture.
@@ -438,9 +438,10 @@ def draw_end(axis, curves, published=(), start=0.8):
     for steps, losses in lines[len(curves):]:
         axis.plot(steps * (1 if same else 100 / steps[-1]), losses, color="black", linewidth=1)
     end = lines[0][0][-1] if same else 100
-    axis.set_xlim(end * start, end * (1 + 0.03 * (1 - start) / 0.2))
+    axis.set_xlim(end * start, end * (1 + 0.15 * (1 - start)))
     axis.set_ylim(bottom, max(highs) + 0.05 * height)
     axis.set(title="the end", xlabel="step" if same else "share of the run's steps (%)")
+    axis.locator_params(axis="x", nbins=4)
     return near[:len(curves)]
 
 
@@ -557,7 +558,7 @@ def groups_for_page(summaries):
         runs = group.runs[:left]
         left -= len(runs)
         found.append(dict(label=label, full=group.label, count=len(group.runs), mean=mean,
-                          runs=[run_for_page(run) for run in runs],
+                          runs=[run_for_page(run) for run in runs], longest=pictures.longest_time([group]),
                           light=style["color"], dark=pictures.shaded(style["color"], 0.5),
                           dash=dashes(style["linestyle"])))
     return found
@@ -579,8 +580,7 @@ def page_notes(summaries):
 
 def write_html(summaries, target, found, remarks, path):
     """One file with the curves, the tables and the notes: scripts/compare.html with the data put in."""
-    longest = pictures.longest_time([s.group for s in summaries])
-    data = dict(target=target, longest=longest, notes=[*remarks, *page_notes(summaries)], tables=found,
+    data = dict(target=target, notes=[*remarks, *page_notes(summaries)], tables=found,
                 groups=groups_for_page(summaries))
     page = Path(__file__).with_name("compare.html").read_text(encoding="utf-8")
     text = json.dumps(data).replace("<", "\\u003c")
