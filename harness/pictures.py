@@ -37,7 +37,7 @@ def styles(optimizers):
     others = [name for name in dict.fromkeys(optimizers) if name not in COLORS]
     chosen = {}
     for i, name in enumerate(others):
-        chosen[name] = dict(color=OTHERS[i % len(OTHERS)], linestyle=(0, (5, 1 + i)))
+        chosen[name] = dict(color=OTHERS[i % len(OTHERS)], linestyle=(0, (5, 1 + i % 5)))
     for name, color in COLORS.items():
         chosen[name] = dict(color=color, linestyle=LINES[name])
     return chosen

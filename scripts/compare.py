@@ -402,7 +402,9 @@ def draw_seconds(axis, curves, published, limits):
     for _, points in published:
         _, losses, seconds = zip(*points)
         axis.plot(seconds, losses, color="black", linewidth=1)
-    axis.set(title="loss against time", xlabel="training time, median (s)", ylabel="validation loss")
+    several = any(len(group.runs) > 1 for group in groups)
+    axis.set(title="loss against time", ylabel="validation loss",
+             xlabel="training time, median (s)" if several else "training time (s)")
     if beyond:
         runs = "1 run" if len(beyond) == 1 else f"{len(beyond)} runs"
         axis.set_title(f"loss against time (▸ {runs} beyond it, to {max(beyond):.0f} s)")
@@ -428,20 +430,25 @@ def draw_end(axis, curves, published=(), start=0.85):
             highs.append(float(np.interp(0.88 * steps[-1], steps, losses)))
     height = max(max(highs) - min(lows), 1e-3)
     bottom = min(lows) - 0.15 * height
+    end = lines[0][0][-1] if same else 100
+    gap = 0.03 * (1 - start) * end if near.count(True) > 3 else 0  # so that many intervals do not overlap
+    right = end
     for (_, _, style, curve), shown_there in zip(curves, near):
         scale = 1 if same else 100 / max(curve.steps[-1], 1)
         pictures.draw_curve(axis, curve.steps * scale, curve, style)
         if shown_there and np.isfinite(curve.low[-1]):
+            right += gap
             half = curve.high[-1] - curve.mean[-1]
-            axis.errorbar(curve.steps[-1] * scale, curve.mean[-1], half, color=style["color"], capsize=3)
+            axis.errorbar(right, curve.mean[-1], half, color=style["color"], marker=style["marker"],
+                          markersize=4.5, capsize=3)
             bottom = min(bottom, max(curve.low[-1], min(lows) - height) - 0.05 * height)
     for steps, losses in lines[len(curves):]:
         axis.plot(steps * (1 if same else 100 / steps[-1]), losses, color="black", linewidth=1)
-    end = lines[0][0][-1] if same else 100
-    axis.set_xlim(end * start, end * (1 + 0.15 * (1 - start)))
+    axis.set_xlim(end * start, right + 0.15 * (1 - start) * end)
     axis.set_ylim(bottom, max(highs) + 0.05 * height)
     axis.set(title="the end", xlabel="step" if same else "share of the run's steps (%)")
-    axis.locator_params(axis="x", nbins=4)
+    axis.locator_params(axis="x", nbins=6)
+    axis.set_xticks([tick for tick in axis.get_xticks() if end * start <= tick <= end])
     return near[:len(curves)]
 
 
@@ -487,12 +494,17 @@ def plot(summaries, target, path, published=()):
     steps.plot([], [], color="#444444", linestyle=":", linewidth=1, label=f"target {target:g}")
     handles, labels = steps.get_legend_handles_labels()
     lines = sum(label.count("\n") + 1 for label in labels)
-    figure.set_figheight(max(6.4, 0.36 * lines + 1.5))
     names.axis("off")
-    title = "line: mean of the runs\nband: 95 % interval of that mean\n"
-    names.legend(handles, labels, loc="center left", frameon=False, fontsize=8.5, title=title,
-                 title_fontsize=9, alignment="left", handlelength=3.2,
-                 borderpad=0)
+    title = ""
+    if any(len(group.runs) > 1 for group, *_ in curves):
+        title = "line: mean of the runs\nband and bars: 95 % interval of that mean\n"
+    look = dict(title=title, title_fontsize=9, fontsize=8.5, alignment="left", frameon=False,
+                handlelength=3.2, borderpad=0)
+    if lines <= 18:
+        names.legend(handles, labels, loc="center left", **look)
+    else:  # too many for a quarter of the figure
+        figure.legend(handles, labels, loc="outside lower left", **look)
+        figure.set_figheight(6.8 + 0.18 * lines)
     pictures.save(figure, path)
 
 

@@ -83,7 +83,8 @@ def test_run_that_stopped_at_the_target():
 def test_three_single_runs(tmp_path, call):
     for name, final in (("muon", 0.9), ("newton_muon", 0.85), ("adamw", 1.1)):
         write(tmp_path / name, final, optimizer=name)
-    done = call(compare, tmp_path, "--png", tmp_path / "p" / "a.png", "--readme_png", tmp_path / "p" / "b.png")
+    folder = tmp_path / "p"
+    done = call(compare, tmp_path, "--png", folder / "a.png", "--readme_png", folder / "b.png")
     printed = done.stdout.splitlines()
     assert done.returncode == 0
     assert len(printed) < 26
@@ -94,7 +95,7 @@ def test_three_single_runs(tmp_path, call):
                     r"^newton_muon +100 +-0\.0500 +n/a +n/a +\+0\.0%"):
         assert re.search(pattern, done.stdout, re.MULTILINE), pattern
     for name in ("a.png", "b.png"):
-        assert (tmp_path / "p" / name).read_bytes().startswith(b"\x89PNG")
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_long_labels_fit(tmp_path, call):
@@ -206,9 +207,10 @@ def labels_of(*runs):
 
 
 def test_labels_have_only_what_tells_groups_apart():
-    labels = labels_of(run_of(0.80, optimizer="newton_muon", num_iterations=100, warmdown_iters=30, momentum=0.9),
-                       run_of(0.81, optimizer="newton_muon", num_iterations=94, warmdown_iters=28, momentum=0.9),
-                       run_of(0.82, optimizer="newton_muon", num_iterations=100, warmdown_iters=30, momentum=0.95),
+    newton = dict(optimizer="newton_muon", num_iterations=100, warmdown_iters=30, momentum=0.9)
+    labels = labels_of(run_of(0.80, **newton),
+                       run_of(0.81, **{**newton, "num_iterations": 94, "warmdown_iters": 28}),
+                       run_of(0.82, **{**newton, "momentum": 0.95}),
                        run_of(0.83, optimizer="muon", learning_rate=0.02),
                        run_of(0.84, optimizer="muon", learning_rate=0.01),
                        run_of(0.85, optimizer="optimizers.lion:Lion"))
@@ -337,8 +339,8 @@ def test_plot_of_a_diverged_run(tmp_path):
 
 
 @pytest.mark.parametrize("losses, seconds", [
-    ([float("nan"), float("nan")], [0.0, 10.0]), ([2.0, 0.9], [0.0, float("nan")]), ([-1.0, -2.0], [0.0, 0.0]),
-    ([1.0, 1.0], [0.0, 1.0])])
+    ([float("nan"), float("nan")], [0.0, 10.0]), ([2.0, 0.9], [0.0, float("nan")]),
+    ([-1.0, -2.0], [0.0, 0.0]), ([1.0, 1.0], [0.0, 1.0])])
 def test_plot_of_odd_runs(tmp_path, losses, seconds):
     compare.plot(compared(run_at([0, 100], losses, seconds)), 1.0, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
@@ -356,7 +358,8 @@ def test_the_same_plot_has_the_same_bytes(tmp_path, ending):
 
 
 def test_readme_picture_names_its_lines(tmp_path):
-    runs = [run_of(final, optimizer=name) for name, final in (("muon", 0.82), ("newton_muon", 0.80), ("adamw", 1.6))]
+    finals = {"muon": 0.82, "newton_muon": 0.80, "adamw": 1.6}
+    runs = [run_of(final, optimizer=name) for name, final in finals.items()]
     compare.plot_for_readme(compared(*runs), 1.0, tmp_path / "a.svg")
     texts = texts_of(tmp_path / "a.svg")
     assert [texts.count(name) for name in ("Muon", "Newton-Muon", "AdamW")] == [2, 2, 2]
@@ -382,8 +385,8 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    found = [os.environ.get("CHROMIUM"), *map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))]
-    binary = next(filter(None, found), None)
+    names = ("chromium", "chromium-browser", "google-chrome")
+    binary = next(filter(None, [os.environ.get("CHROMIUM"), *map(shutil.which, names)]), None)
     if not binary:
         pytest.skip("no Chromium: install one (Debian: apt-get install chromium) "
                     "or set the environment variable CHROMIUM to one")
