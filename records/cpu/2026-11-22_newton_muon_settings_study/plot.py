@@ -1,4 +1,7 @@
-"""Draws settings.png from the runs in this folder, and prints its table: python records/cpu/DATE_newton_muon_settings_study/plot.py"""
+"""Draw settings.png from the runs in this folder, and print its table.
+
+    python records/cpu/2026-11-22_newton_muon_settings_study/plot.py
+"""
 import statistics
 import sys
 from pathlib import Path
@@ -6,52 +9,87 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[2]))
 
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from scipy import stats
 
+from harness import pictures
 from harness.runs import read_run
 
-CENTRE = dict(refresh_interval=32, ridge=0.2, power=1.0)  # the paper's settings; one of them varies in each panel
+CENTRE = dict(refresh_interval=32, ridge=0.2, power=1.0)  # the paper's; one of them varies in each panel
 TARGET = 1.75
-
-runs = [read_run(log.parent) for log in sorted(HERE.glob("*/log.txt"))]
-muon = [run for run in runs if run.config["optimizer"] == "muon"]
-figure, axes = plt.subplots(2, 3, figsize=(11, 6), sharey="row", layout="constrained")
-print(f"{'setting':>24}  final loss: mean (sd)   steps to {TARGET}: mean (sd)")
+QUANTITIES = ("final validation loss", f"steps to {TARGET}")
 
 
 def measured(group):
+    """[(mean, standard deviation)] of the QUANTITIES of these runs."""
     losses = [run.facts["final_val_loss"] for run in group]  # not rounded, as those of log.txt are
     steps = [run.first_crossing(TARGET)[0] for run in group]
     return [(statistics.mean(values), statistics.stdev(values)) for values in (losses, steps)]
 
 
-for column, (name, centre) in enumerate(CENTRE.items()):
+def groups_of(name, newton, muon):
+    """{value of the setting `name`: runs} of the runs that have the paper's other settings."""
     groups = {}
-    for run in runs:
-        if run.config["optimizer"] == "newton_muon" and all(run.config[other] == value for other, value in CENTRE.items() if other != name):
+    for run in newton:
+        if all(run.config[other] == value for other, value in CENTRE.items() if other != name):
             groups.setdefault(run.config[name], []).append(run)
     if name == "power":
         groups[0.0] = muon  # (K + ridge)^0 is the identity, so Newton-Muon is Muon
-    points = {value: measured(group) for value, group in sorted(groups.items())}
-    for value, ((loss, loss_sd), (steps, steps_sd)) in points.items():
-        print(f"{name + ' ' + str(value):>24}  {loss:.4f} ({loss_sd:.4f})  {steps:6.1f} ({steps_sd:.1f})   {len(groups[value])} runs")
-    for row, quantity in enumerate(("final validation loss", f"steps to {TARGET}")):
-        axis = axes[row, column]
-        means, spreads = zip(*(point[row] for point in points.values()))
-        axis.errorbar(list(points), means, yerr=spreads, marker="o", capsize=3)
-        reference = measured(muon)[row][0]
-        axis.axhline(reference, color="grey", linestyle=":", label="Muon at the same rates")
-        axis.axvline(centre, color="grey", linewidth=0.5)
-        axis.set_xlabel(name)
-        axis.set_ylabel(quantity if column == 0 else "")
-        if name != "power":
-            axis.set_xscale("log", base=2 if name == "refresh_interval" else 10)
-        axis.grid(alpha=0.2)
-centre = [run for run in runs if run.config["optimizer"] == "newton_muon" and all(run.config[name] == value for name, value in CENTRE.items())]
-p = stats.ttest_ind(*([run.facts["final_val_loss"] for run in group] for group in (centre, muon)), equal_var=False, alternative="less").pvalue
-print(f"the paper's settings end below Muon: p = {p:.3f} (Welch's t-test, one-sided)")
-axes[0, 0].legend()
-figure.savefig(HERE / "settings.png", dpi=120)
+    return dict(sorted(groups.items()))
+
+
+def print_groups(name, groups):
+    for value, group in groups.items():
+        (loss, loss_sd), (steps, steps_sd) = measured(group)
+        print(f"{name + ' ' + str(value):>24}  {loss:.4f} ({loss_sd:.4f})  {steps:6.1f} ({steps_sd:.1f})   "
+              f"{len(group)} runs")
+
+
+def draw(axis, name, groups, row):
+    """One panel: the quantity `row` against the setting `name`."""
+    style = pictures.styles(["newton_muon"])["newton_muon"]
+    points = [measured(group)[row] for group in groups.values()]
+    means = [mean for mean, _ in points]
+    spreads = [sd for _, sd in points]
+    axis.errorbar(list(groups), means, yerr=spreads, color=style["color"], marker="o", capsize=3,
+                  label="Newton-Muon, with the standard deviation of 3 runs")
+    axis.set_xlabel(name.replace("_", " "))
+    if name != "power":
+        axis.set_xscale("log")
+        axis.minorticks_off()
+    axis.set_xticks(list(groups), [f"{value:g}" for value in groups])
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def main():
+    runs = [read_run(log.parent) for log in sorted(HERE.glob("*/log.txt"))]
+    muon = [run for run in runs if run.config["optimizer"] == "muon"]
+    newton = [run for run in runs if run.config["optimizer"] == "newton_muon"]
+    reference = measured(muon)
+    figure = Figure(figsize=(8.3, 5.4), layout="constrained")
+    axes = figure.subplots(2, 3, sharey="row")
+    print(f"{'setting':>24}  final loss: mean (sd)   steps to {TARGET}: mean (sd)")
+    for column, (name, centre) in enumerate(CENTRE.items()):
+        groups = groups_of(name, newton, muon)
+        print_groups(name, groups)
+        for row, quantity in enumerate(QUANTITIES):
+            axis = axes[row, column]
+            draw(axis, name, groups, row)
+            axis.axhline(reference[row][0], color=pictures.COLORS["muon"], linewidth=1.5,
+                         label="Muon at the same rates")
+            axis.axvline(centre, color="black", linestyle=":", linewidth=1, label="the paper's setting")
+            if column == 0:
+                axis.set_ylabel(quantity)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=9)
+    pictures.save(figure, HERE / "settings.png")
+
+    centre = groups_of("ridge", newton, muon)[CENTRE["ridge"]]
+    finals = [[run.facts["final_val_loss"] for run in group] for group in (centre, muon)]
+    p = stats.ttest_ind(*finals, equal_var=False, alternative="less").pvalue
+    print(f"the paper's settings end below Muon: p = {p:.3f} (Welch's t-test, one-sided)")
+
+
+if __name__ == "__main__":
+    main()
