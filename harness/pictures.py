@@ -10,6 +10,7 @@ import numpy as np
 
 from harness.command import printable
 from harness.estimates import t_quantile
+from harness.runs import DIVERGED
 
 NAMES = {"muon": "Muon", "newton_muon": "Newton-Muon", "adamw": "AdamW", "sgd": "SGD"}
 COLORS = {"muon": "#0072b2", "newton_muon": "#d55e00", "adamw": "#8c8c8c", "sgd": "#000000"}
@@ -20,7 +21,6 @@ SHADES = (0, 0.45, -0.4, 0.25, -0.65)  # of one optimizer's groups: its colour, 
 SETTINGS = {"num_iterations": "{} steps", "learning_rate": "lr {}", "hidden_learning_rate": "hidden lr {}"}
 LEAST_TELLING = ("warmdown_iters", "learning_rate", "hidden_learning_rate")  # left out of a label if possible
 POINTS = 1000  # of a curve; those with more evaluations are thinned
-LARGEST_LOSS = 1e6  # a run whose loss is larger has diverged
 OUTLIER = 1.5  # a run that took so many times the median of its group does not set the scale of time
 
 
@@ -149,10 +149,6 @@ class MeanCurve:
     low: np.ndarray
     high: np.ndarray
 
-    def at_share(self, share):
-        """Mean loss at this share of the steps, by linear interpolation."""
-        return float(np.interp(share * self.steps[-1], self.steps, self.mean))
-
 
 def common_steps(runs):
     """The steps of all the runs, of long runs those of `thinned`."""
@@ -174,7 +170,7 @@ def mean_curve(runs):
     seconds = losses.copy()
     for i, run in enumerate(runs):
         own = np.array(run.losses, float)
-        good = np.abs(own) < LARGEST_LOSS
+        good = np.abs(own) < DIVERGED
         if good.any():
             own_steps = np.array(run.steps, float)[good]
             losses[i] = np.interp(steps, own_steps, own[good], left=np.nan, right=np.nan)
@@ -221,7 +217,7 @@ def range_of_losses(groups, target):
         lows = []
         highs = []
         for run in group.runs:
-            finite = [loss for loss in run.losses if abs(loss) < LARGEST_LOSS]
+            finite = [loss for loss in run.losses if abs(loss) < DIVERGED]
             if finite:
                 lows.append(min(finite))
                 highs.append(finite[len(finite) // 5])

@@ -1,6 +1,7 @@
 """Compare runs by their final losses: means with intervals, valid records, and each group against a baseline.
 
     python scripts/compare.py logs/cpu [--baseline muon] [--target 1.75] [--png FILE] [--html FILE]
+    python scripts/compare.py records/cpu/2026-11-25*/*_600_* --readme_png records/cpu/readme_curves.png
 
 A PATH is a run's folder, a log that the speedrun published, or a folder that has such runs and logs in it or
 below. Runs of one optimizer, configuration and number of steps are a group, whatever their seeds, names and
@@ -408,6 +409,8 @@ def draw_seconds(axis, curves, published, limits):
     if beyond:
         runs = "1 run" if len(beyond) == 1 else f"{len(beyond)} runs"
         axis.set_title(f"loss against time (▸ {runs} beyond it, to {max(beyond):.0f} s)")
+    if longest == 0:
+        axis.set_title("no training times")
     axis.set_xlim(-0.02 * right, right)
     axis.set_ylim(*limits)
 
@@ -430,7 +433,9 @@ def draw_end(axis, curves, published=(), start=0.85):
             highs.append(float(np.interp(0.88 * steps[-1], steps, losses)))
     height = max(max(highs) - min(lows), 1e-3)
     bottom = min(lows) - 0.15 * height
-    end = lines[0][0][-1] if same else 100
+    end = 100
+    if same:
+        end = max(lines[0][0][-1], 1)
     gap = 0.03 * (1 - start) * end if near.count(True) > 3 else 0  # so that many intervals do not overlap
     right = end
     for (_, _, style, curve), shown_there in zip(curves, near):

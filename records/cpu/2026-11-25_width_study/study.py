@@ -5,12 +5,12 @@
 
 Depth 4 and the same tokens for all. For each width and optimizer the same grid: learning_rate 0.02, on which
 both optimizers hardly depend (tuning.csv of the track's record), and hidden_learning_rate from 0.001 to 0.004
-in steps of the square root of 2. Where the best is the smallest or the largest, the grid goes on in such steps.
-The best is that with the lowest mean final loss of the seeds 100 and 101 (100 alone where it ends 0.02 above
-the best).
+in steps of the square root of 2. Where the best is the smallest or the largest, the grid goes on in such
+steps. The best is that with the lowest mean final loss of the seeds 100 and 101 (100 alone where it ends 0.02
+above the best).
 
-Then the best with the seeds 1 to 6: Muon and Newton-Muon at 600 steps, Newton-Muon at 564; and with the seeds 7
-to 12 where that leaves an end of the saving's interval unknown. Every finished run is a line of
+Then the best with the seeds 1 to 6: Muon and Newton-Muon at 600 steps, Newton-Muon at 564; and with the seeds
+7 to 12 where that leaves an end of the saving's interval unknown. Every finished run is a line of
 width_N/runs.csv: the same command continues.
 """
 import argparse
@@ -35,9 +35,9 @@ CLAIM = 0.06  # of the steps, for the speedrun
 
 
 def best_rate(table, optimizer):
-    """The hidden learning rate with the lowest mean final loss of the tuning seeds, and whether it is at an edge.
+    """The best hidden learning rate, and whether it is the smallest or the largest that was tried.
 
-    At an edge: the smallest or the largest of those that were tried.
+    The best has the lowest mean final loss of the tuning seeds.
     """
     points = list(table.losses)  # a copy: the other optimizer's thread adds to them
     tried = sorted({point.hidden_learning_rate for point in points
