@@ -415,6 +415,14 @@ def draw_seconds(axis, curves, published, limits):
     axis.set_ylim(*limits)
 
 
+def range_of_the_end(lines):
+    """(lowest final loss, height of the picture) for the last part of the `lines`, [(steps, losses)]."""
+    lowest = min(losses[-1] for _, losses in lines)
+    # a little less of the run than the picture shows, so that the lines come in from above
+    highest = max(float(np.interp(0.88 * steps[-1], steps, losses)) for steps, losses in lines)
+    return lowest, max(highest - lowest, 1e-3)
+
+
 def draw_end(axis, curves, published=(), start=0.85):
     """The last part of each run. Groups that end far above the others are out of it, and named in the title.
 
@@ -425,17 +433,9 @@ def draw_end(axis, curves, published=(), start=0.85):
     lines += [tuple(np.array(points, float).T[:2]) for _, points in published]
     same = len({steps[-1] for steps, _ in lines}) == 1
     near = pictures.near_the_best([losses[-1] for _, losses in lines])
-    lows = []
-    highs = []
-    for (steps, losses), shown_there in zip(lines, near):
-        if shown_there:
-            lows.append(losses[-1])
-            highs.append(float(np.interp(0.88 * steps[-1], steps, losses)))
-    height = max(max(highs) - min(lows), 1e-3)
-    bottom = min(lows) - 0.15 * height
-    end = 100
-    if same:
-        end = max(lines[0][0][-1], 1)
+    lowest, height = range_of_the_end([line for line, shown_there in zip(lines, near) if shown_there])
+    bottom = lowest - 0.15 * height
+    end = max(lines[0][0][-1], 1) if same else 100
     gap = 0.03 * (1 - start) * end if near.count(True) > 3 else 0  # so that many intervals do not overlap
     right = end
     for (_, _, style, curve), shown_there in zip(curves, near):
@@ -446,11 +446,11 @@ def draw_end(axis, curves, published=(), start=0.85):
             half = curve.high[-1] - curve.mean[-1]
             axis.errorbar(right, curve.mean[-1], half, color=style["color"], marker=style["marker"],
                           markersize=4.5, capsize=3)
-            bottom = min(bottom, max(curve.low[-1], min(lows) - height) - 0.05 * height)
+            bottom = min(bottom, max(curve.low[-1], lowest - height) - 0.05 * height)
     for steps, losses in lines[len(curves):]:
         axis.plot(steps * (1 if same else 100 / steps[-1]), losses, color="black", linewidth=1)
     axis.set_xlim(end * start, right + 0.15 * (1 - start) * end)
-    axis.set_ylim(bottom, max(highs) + 0.05 * height)
+    axis.set_ylim(bottom, lowest + 1.05 * height)
     axis.set(title="the end", xlabel="step" if same else "share of the run's steps (%)")
     axis.locator_params(axis="x", nbins=6)
     axis.set_xticks([tick for tick in axis.get_xticks() if end * start <= tick <= end])
