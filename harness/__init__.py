@@ -1,7 +1,9 @@
 """What the scripts share.
 
 command     how a script begins and ends: errors in one sentence, Ctrl-C, one process to a folder
-runs        reading runs and published logs
+forms       reading files, and what run.json, metrics.jsonl and track.toml may hold
+logs        the lines of a log in the speedrun's text format
+runs        reading runs and published logs, and making groups of them
 jobs        starting runs, several at a time, and continuing them
 estimates   statistics: intervals, steps saved, what makes a record
 pictures    colours, lines and names that all pictures share

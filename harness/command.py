@@ -25,7 +25,8 @@ def printable(text):
 def command(interrupted="interrupted; run the same command again to continue"):
     """Decorates a script's main(): what a user can cause ends it with one sentence, and exit code 1.
 
-    Ctrl-C and SIGTERM raise KeyboardInterrupt in it, and end it with the sentence `interrupted` and exit code 130.
+    Ctrl-C and SIGTERM raise KeyboardInterrupt in it, and end it with the sentence `interrupted` and exit code
+    130.
     """
     def decorate(main):
         @functools.wraps(main)
@@ -50,21 +51,23 @@ def command(interrupted="interrupted; run the same command again to continue"):
 
 @contextlib.contextmanager
 def locked(folder, option="--out", wait=True):
-    """Makes `folder`, which `option` names, and holds its lock: one process at a time writes there, others wait.
+    """Makes `folder`, which `option` names, and holds its lock: one process at a time writes there.
 
-    Raises UserError if it cannot be used, or if another process has it and `wait` is false.
+    Others wait. Raises UserError if it cannot be used, or if another process has it and `wait` is false.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be used ({error.strerror}); choose another folder with {option}") from None
+        remedy = f"choose another folder with {option}"
+        raise UserError(f"{folder}: cannot be used ({error.strerror}); {remedy}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         if not wait:
             os.close(descriptor)
-            raise UserError(f"another process is using {folder}; let it end, or choose another {option}") from None
+            remedy = f"let it end, or choose another {option}"
+            raise UserError(f"another process is using {folder}; {remedy}") from None
         print(f"another process is writing to {folder}; waiting for it to finish", flush=True)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError:

@@ -1,17 +1,20 @@
 """File finished runs as a record, and generate records/README.md, the leaderboard.
 
-    python scripts/records.py add logs/cpu/* --track cpu --name baselines --tuning logs/tune/tuning.csv --note "Two sentences on it."
+    python scripts/records.py add logs/cpu/* --track cpu --name baselines --tuning logs/tune/tuning.csv \
+        --note "Two sentences on it."
     python scripts/records.py page            writes records/README.md and a plot for each track
-    python scripts/records.py page --check    only says whether README.md is up to date: exit code 1 if it is not
+    python scripts/records.py page --check    only says whether README.md is up to date: exit code 1 if not
 
-add: records/TRACK/DATE_NAME/ gets a folder with log.txt, metrics.jsonl and run.json for each run (no weights), and a README.md with
-the note and the comparison, to which you may add. DATE is the day on which the last run ended. File runs that diverged too: they
-count against their group. Runs of one configuration are pooled over all records of a track; a record whose NAME ends with `study` is
-linked in the leaderboard, but has no rows in it; the same goes for one that track.toml lists under [superseded], with the reason.
+add: records/TRACK/DATE_NAME/ gets a folder with log.txt, metrics.jsonl and run.json for each run (no
+weights), and a README.md with the note and the comparison, to which you may add. DATE is the day on which
+the last run ended. File runs that diverged too: they count against their group. Runs of one configuration
+are pooled over all records of a track. A record whose NAME ends with `study` is linked in the leaderboard,
+but has no rows in it; the same goes for one that track.toml lists under [superseded], with the reason.
 
-Checked before a run is filed: data, model, batch and validation are the track's (records/TRACK/track.toml); the run came to its end;
-the code in log.txt has the SHA-256 of run.json, and the configuration there is the same; steps and times rise; every evaluation and
-training loss that the configuration asks for is there; metrics.jsonl and log.txt agree.
+Checked before a run is filed: data, model, batch and validation are the track's (records/TRACK/track.toml);
+the run came to its end; the code in log.txt has the SHA-256 of run.json, and the configuration there is the
+same; steps and times rise; every evaluation and training loss that the configuration asks for is there;
+metrics.jsonl and log.txt agree.
 """
 import argparse
 import hashlib
@@ -28,32 +31,54 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness.command import ROOT, command, printable
+from harness import forms
 from harness import runs as reading
-from harness.runs import read_bytes, read_json, read_run, read_text
+from harness.forms import read_bytes, read_json, read_text
+from harness.runs import read_run
 from scripts import compare
 from train_gpt2 import UserError
 
 RECORDS = ROOT / "records"
 FILES = ("log.txt", "metrics.jsonl", "run.json")
 RULER = "\n" + "=" * 100 + "\n"
-MEASURED = re.compile(r"^step:(\d{1,12})/\d{1,12} (val_loss|train_loss):(\S+) train_time:(\d{1,15})ms step_avg:\S+ms$", re.MULTILINE)
-PUBLISHED = {"optimizer": reading.TEXT, "hardware": reading.TEXT, "steps": reading.COUNT, "final_val_loss": reading.FINITE,
-             "seconds": reading.FINITE, "source": reading.TEXT, "curve?": reading.TEXT}
-TRACK = {"title": reading.TEXT, "run": reading.TEXT, "target_val_loss": reading.FINITE, "config": {"*": reading.SIMPLE},
-         "train_shards": [reading.SHARD], "val_shards": [reading.SHARD], "published?": [PUBLISHED], "superseded?": {"*": reading.TEXT},
-         "plan?": {"*": reading.TEXT}}
+MEASURED = re.compile(
+    r"^step:(\d{1,12})/\d{1,12} (val_loss|train_loss):(\S+) train_time:(\d{1,15})ms step_avg:\S+ms$",
+    re.MULTILINE)
+PUBLISHED = {
+    "optimizer": forms.TEXT,
+    "hardware": forms.TEXT,
+    "steps": forms.COUNT,
+    "final_val_loss": forms.FINITE,
+    "seconds": forms.FINITE,
+    "source": forms.TEXT,
+    "curve?": forms.TEXT,
+}
+TRACK = {
+    "title": forms.TEXT,
+    "run": forms.TEXT,
+    "target_val_loss": forms.FINITE,
+    "config": {"*": forms.SIMPLE},
+    "train_shards": [forms.SHARD],
+    "val_shards": [forms.SHARD],
+    "published?": [PUBLISHED],
+    "superseded?": {"*": forms.TEXT},
+    "plan?": {"*": forms.TEXT},
+}
 HEAD = """# Records
 
-A record is a set of runs of one configuration that differ only in their seeds: the order of the data and the initial
-weights. It is valid if their mean final loss is at or below the track's target with p < 0.01, on the speedrun's track also by
-the speedrun's own rule (`python scripts/compare.py --help`). Its steps are the length of the schedule, its seconds the mean
-training time. A track fixes data, model, batch, validation and target; the optimizer, its settings and the number of steps are
-free. A run that diverged makes its group invalid. The number of runs must be settled before the first: adding runs until
-p < 0.01 finds a record where there is none in 6 % of cases within 20 runs and in 8 % within 50, instead of 1 %.
+A record is a set of runs of one configuration that differ only in their seeds: the order of the
+data and the initial weights. It is valid if their mean final loss is at or below the track's target
+with p < 0.01, on the speedrun's track also by the speedrun's own rule (`python scripts/compare.py
+--help`). Its steps are the length of the schedule, its seconds the mean training time. A track
+fixes data, model, batch, validation and target; the optimizer, its settings and the number of steps
+are free. A run that diverged makes its group invalid. The number of runs must be settled before the
+first: adding runs until p < 0.01 finds a record where there is none in 6 % of cases within 20 runs
+and in 8 % within 50, instead of 1 %.
 
-Generated by `python scripts/records.py page` from the folders here: change those, not this page. Seconds can only be compared
-between rows of one machine. How a record is filed: `python scripts/records.py --help`. See also: [optimizers under one
-harness](zoo/README.md), [the theory](lab/README.md), [benchmarks](bench/README.md), [what else was measured](MEASURED.md).
+Generated by `python scripts/records.py page` from the folders here: change those, not this page.
+Seconds can only be compared between rows of one machine. How a record is filed: `python
+scripts/records.py --help`. See also: [optimizers under one harness](zoo/README.md), [the
+theory](lab/README.md), [benchmarks](bench/README.md), [what else was measured](MEASURED.md).
 """
 
 
@@ -67,31 +92,36 @@ def read_track(name, records=RECORDS):
         track = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
-    wrong = reading.mismatch(track, TRACK, "it", complete=True)
+    wrong = forms.mismatch(track, TRACK, "it", complete=True)
     if wrong:
         raise UserError(f"{path} cannot be used: {wrong}")
-    gone = [old for old in track.get("superseded", {}) if not (records / name / old).is_dir()]
-    if gone:
-        raise UserError(f"{path} says that {gone[0]} is superseded, but there is no such record")
+    for old in track.get("superseded", {}):
+        if not (records / name / old).is_dir():
+            raise UserError(f"{path} says that {old} is superseded, but there is no such record")
     return track
 
 
-# filing
+# ---- What a run must be to be filed --------------------------------------------------------------
 
 
 def track_faults(facts, track):
     """Sentences on why a run with these `facts` (run.json) does not belong to the track (track.toml)."""
     config = facts["config"]
-    faults = [f"{name} = {config.get(name)!r}, the track has {value!r}" for name, value in track["config"].items()
-              if config.get(name) != value]
+    faults = []
+    for name, value in track["config"].items():
+        if config.get(name) != value:
+            faults.append(f"{name} = {config.get(name)!r}, the track has {value!r}")
     for kind in ("train_shards", "val_shards"):
-        ours, theirs = track[kind], facts[kind]
+        ours = track[kind]
+        theirs = facts[kind]
         all_count = kind == "train_shards" and (config["allow_repeat"] or config.get("data_seed"))
         if not theirs or (all_count and len(theirs) != len(ours)):
             faults.append(f"{len(theirs)} {kind}, the track has {len(ours)}")
         for mine, other in zip(ours, theirs):
-            faults += [f"{kind}: {other['name']} has {key} {other.get(key)}, the track's {mine['name']} has {value}"
-                       for key, value in mine.items() if other.get(key) != value]
+            for key, value in mine.items():
+                if other.get(key) != value:
+                    faults.append(f"{kind}: {other['name']} has {key} {other.get(key)}, "
+                                  f"the track's {mine['name']} has {value}")
     tokens = config["num_iterations"] * facts["tokens_per_step"]
     if tokens > sum(shard["tokens"] for shard in track["train_shards"]) and not config["allow_repeat"]:
         faults.append("it trained on more tokens than the track has")
@@ -107,12 +137,72 @@ def when(text):
     return time if time.tzinfo else None
 
 
-def log_faults(facts, log, metrics, target):
-    """Sentences on what is missing or contradictory in run.json's `facts`, the text of log.txt and the objects of metrics.jsonl.
+def losses_of(metrics):
+    """[(step, "train_loss" or "val_loss", loss, training time in ms), ...] from metrics.jsonl's objects."""
+    losses = []
+    for row in metrics:
+        for name in ("train_loss", "val_loss"):
+            if name in row:
+                losses.append((row["step"], name, row[name], row["train_time_ms"]))
+    return losses
 
+
+def metrics_faults(losses, metrics, lines):
+    """Sentences on what contradicts in the `losses` of `metrics` and the `lines` of log.txt."""
+    faults = []
+    told = [(step, name, f"{loss:.4f}") for step, name, loss, _ in losses]
+    same = [line[:3] for line in lines] == told
+    if not same or any(abs(a[3] - b[3]) > 0.501 for a, b in zip(lines, losses)):  # rounded
+        faults.append("metrics.jsonl and log.txt do not agree on steps, losses and times")
+    for earlier, later in pairwise(metrics):
+        steps = later["step"] - earlier["step"]
+        time = later["train_time_ms"] - earlier["train_time_ms"]
+        if steps < 0 or time < 0 or (steps > 0 and time == 0):
+            faults.append("steps or times do not rise in metrics.jsonl")
+            break
+    if any(not math.isfinite(loss) for _, _, loss, _ in losses[:-1]):
+        faults.append("it trained on after a loss that is not a number")
+    return faults
+
+
+def time_faults(facts, training_ms, diverged):
+    """Sentences on what is wrong with the start and the end of the run."""
+    faults = []
+    start = when(facts["start"])
+    end = when(facts.get("end", ""))
+    if not diverged and not end:
+        faults.append("the run did not finish")
+    if not start or (end and (end - start).total_seconds() + 2 < training_ms / 1000):
+        faults.append("start and end in run.json are not times, or closer together than the training time")
+    return faults
+
+
+def interval_faults(config, losses, lines, last, diverged):
+    """Sentences on evaluations and training losses that are missing, or too many, up to step `last`."""
+    faults = []
+    first_steps = {"val_loss": 0, "train_loss": config["log_every"]}
+    for name, every in (("val_loss", config["val_loss_every"]), ("train_loss", config["log_every"])):
+        wanted = range(first_steps[name], last, every) if every else range(0)
+        at_interval = bool(every) and last % every == 0
+        if diverged:
+            ends = name == losses[-1][1] or (name == "train_loss" and at_interval)
+        else:
+            ends = name == "val_loss" or last == config["num_iterations"] or at_interval
+        steps = [line[0] for line in lines if line[1] == name]
+        # the length first: a false one may be huge
+        if len(steps) != len(wanted) + ends or steps != [*wanted, *([last] if ends else [])]:
+            faults.append(f"log.txt does not have one {name} for every {every} steps up to {last}")
+    return faults
+
+
+def log_faults(facts, log, metrics, target):
+    """Sentences on what is missing or contradictory in what a run has written.
+
+    facts: run.json; log: the text of log.txt; metrics: the objects of metrics.jsonl.
     Only a run that stopped at the track's `target`, or diverged, may have ended early.
     """
-    config, parts = facts["config"], log.split(RULER)
+    config = facts["config"]
+    parts = log.split(RULER)
     if len(parts) < 4 or not metrics:
         return ["log.txt does not consist of code, machine, configuration and losses"]
     faults = []
@@ -120,32 +210,13 @@ def log_faults(facts, log, metrics, target):
         faults.append("the code in log.txt does not have the SHA-256 of run.json")
     if read_json(parts[-2], {}, "the configuration in log.txt") != config:
         faults.append("the configuration in log.txt is not that of run.json")
-    losses = [(r["step"], name, r[name], r["train_time_ms"]) for r in metrics for name in ("train_loss", "val_loss") if name in r]
+    losses = losses_of(metrics)
     lines = [(int(step), name, loss, int(ms)) for step, name, loss, ms in MEASURED.findall(parts[-1])]
-    told = [(step, name, f"{loss:.4f}", ms) for step, name, loss, ms in losses]
-    if [line[:3] for line in lines] != [line[:3] for line in told] or any(abs(a[3] - b[3]) > 0.501 for a, b in zip(lines, told)):  # rounded
-        faults.append("metrics.jsonl and log.txt do not agree on steps, losses and times")
-    points = [(r["step"], r["train_time_ms"]) for r in metrics]
-    if any(a[0] > b[0] or a[1] > b[1] or (a[0] < b[0] and a[1] == b[1]) for a, b in pairwise(points)):
-        faults.append("steps or times do not rise in metrics.jsonl")
-    if any(not math.isfinite(loss) for _, _, loss, _ in losses[:-1]):
-        faults.append("it trained on after a loss that is not a number")
-    diverged = losses and not math.isfinite(losses[-1][2])
-    start, end = when(facts["start"]), when(facts.get("end", ""))
-    if not diverged and not end:
-        faults.append("the run did not finish")
-    if not start or (end and (end - start).total_seconds() + 2 < metrics[-1]["train_time_ms"] / 1000):
-        faults.append("start and end in run.json are not times, or closer together than the training time")
+    faults += metrics_faults(losses, metrics, lines)
+    diverged = bool(losses) and not math.isfinite(losses[-1][2])
+    faults += time_faults(facts, metrics[-1]["train_time_ms"], diverged)
     last = losses[-1][0] if diverged else facts.get("steps", config["num_iterations"])
-    for name, every, first in (("val_loss", config["val_loss_every"], 0), ("train_loss", config["log_every"], config["log_every"])):
-        wanted = range(first, last, every) if every else range(0)
-        if diverged:
-            ends = name == losses[-1][1] or (name == "train_loss" and every and last % every == 0)
-        else:
-            ends = name == "val_loss" or last == config["num_iterations"] or (every and last % every == 0)
-        steps = [step for step, kind, _, _ in lines if kind == name]
-        if len(steps) != len(wanted) + bool(ends) or steps != [*wanted, *[last] * bool(ends)]:  # the length first: a false one may be huge
-            faults.append(f"log.txt does not have one {name} for every {every} steps up to {last}")
+    faults += interval_faults(config, losses, lines, last, diverged)
     finals = [loss for _, name, loss, _ in losses if name == "val_loss"][-1:]
     stopped = config["stop_at_target"] and finals and finals[0] <= target
     if last != config["num_iterations"] and not stopped and not diverged:
@@ -158,28 +229,55 @@ def log_faults(facts, log, metrics, target):
 
 
 def read_metrics(folder):
+    """The objects in metrics.jsonl."""
     path = folder / "metrics.jsonl"
-    lines = read_text(path).splitlines()
-    return [read_json(line, reading.METRICS, f"line {i} of {path}", complete=True) for i, line in enumerate(lines, start=1)]
+    rows = []
+    for i, line in enumerate(read_text(path).splitlines(), start=1):
+        rows.append(read_json(line, forms.METRICS, f"line {i} of {path}", complete=True))
+    return rows
 
 
 def check_run(folder, track):
-    """UserError, naming all that is wrong, unless the run in `folder` is complete, consistent and of the track. Returns run.json."""
-    facts, metrics, log = reading.read_facts(folder, complete=True), read_metrics(folder), read_text(folder / "log.txt")
+    """run.json of the run in `folder`, if that is complete, consistent and of the track.
+
+    Else a UserError that names all that is wrong.
+    """
+    facts = reading.read_facts(folder, complete=True)
+    metrics = read_metrics(folder)
+    log = read_text(folder / "log.txt")
     faults = track_faults(facts, track) + log_faults(facts, log, metrics, track["target_val_loss"])
     source = facts.get("optimizer_sha256")
     if source and hashlib.sha256(read_bytes(folder / "optimizer.py")).hexdigest() != source:
         faults.append("optimizer.py does not have the SHA-256 of run.json")
     if faults:
-        raise UserError(f"{folder}: " + "; ".join(faults))
+        raise UserError(f"{folder}: {'; '.join(faults)}")
     read_run(folder)
     return facts
 
 
+def seeds_of(run):
+    return run.config["seed"], run.config.get("data_seed", 0)
+
+
+def check_seeds(new, filed):
+    """UserError if two runs of one configuration have one seed."""
+    for group in reading.make_groups(new + filed):
+        seeds = [seeds_of(run) for run in group.runs]
+        if len(set(seeds)) < len(seeds) and any(run in new for run in group.runs):
+            names = ", ".join(run.name for run in group.runs)
+            raise UserError(f"{names} are runs of one configuration with the seeds (and data_seeds) "
+                            f"{', '.join(map(str, seeds))}: file each once")
+
+
+# ---- Filing --------------------------------------------------------------------------------------
+
+
 def code_of(facts):
     """Which commit's train_gpt2.py ran, if that can be told."""
-    commit, digest = facts["machine"]["git_commit"] or "", facts["code_sha256"]
-    if re.fullmatch("[0-9a-f]{40}", commit) and not facts["machine"]["git_changes"]:
+    machine = facts["machine"]
+    commit = machine["git_commit"] or ""
+    digest = facts["code_sha256"]
+    if re.fullmatch("[0-9a-f]{40}", commit) and not machine["git_changes"]:
         there = subprocess.run(["git", "show", f"{commit}:train_gpt2.py"], cwd=ROOT, capture_output=True)
         if there.returncode == 0 and hashlib.sha256(there.stdout).hexdigest() == digest:
             return f"code at commit {commit[:12]}"
@@ -188,17 +286,53 @@ def code_of(facts):
 
 def counted_records(name, track, records):
     """The folders of the track's records that have rows in the leaderboard."""
-    return [path for path in sorted((records / name).glob("2*_*"))
-            if not path.name.endswith("study") and path.name not in track.get("superseded", {})]
+    counted = []
+    for path in sorted((records / name).glob("2*_*")):
+        if not path.name.endswith("study") and path.name not in track.get("superseded", {}):
+            counted.append(path)
+    return counted
 
 
-def check_seeds(new, filed):
-    """UserError if two runs of one configuration have one seed."""
-    for group in reading.make_groups(new + filed):
-        seeds = [(run.config["seed"], run.config.get("data_seed", 0)) for run in group.runs]
-        if len(set(seeds)) < len(seeds) and any(run in new for run in group.runs):
-            raise UserError(f"{', '.join(run.name for run in group.runs)} are runs of one configuration with the seeds (and data_seeds) "
-                           f"{', '.join(map(str, seeds))}: file each once")
+def counted_runs(name, track, records):
+    """[(record, Run), ...] of the runs that have rows in the leaderboard."""
+    found = []
+    for record in counted_records(name, track, records):
+        for path in record.glob("*/run.json"):
+            found.append((record, read_run(path.parent)))
+    return found
+
+
+def check_not_filed(folders, place):
+    """UserError if one of the runs in `folders` lies in a record in `place`, the track's folder, already."""
+    filed = {}
+    for path in place.glob("[!.]*/*/metrics.jsonl"):
+        filed[str(read_metrics(path.parent))] = path.parent
+    for run in folders:
+        there = filed.get(str(read_metrics(run)))
+        if there:
+            raise UserError(f"{run} is filed already, in {there}")
+
+
+def record_page(args, facts, runs, target):
+    """The text of the README.md of a record of `runs` on a track with that `target`."""
+    groups = reading.make_groups(runs)
+    summaries = compare.compare(groups, None, target)
+    results = compare.tables(summaries, compare.find_baseline(groups).label, target)
+    text = [f"# {args.name.replace('_', ' ')}"]
+    note = "\n".join(map(printable, args.note.splitlines()))
+    if note:
+        text.append(note)
+    versions = ", ".join(sorted({fact["machine"]["torch"] for fact in facts}))
+    code = ", ".join(sorted({code_of(fact) for fact in facts}))
+    text.append(f"{'; '.join(reading.machines(runs))}; torch {versions}; {code}.")
+    if args.tuning:
+        text.append("All that was tried: [tuning.csv](tuning.csv).")
+    for title, rows, meaning in results[1:]:
+        table = compare.plain(rows).replace("`", "'")
+        text.append(f"```\n{title}\n{table}\n```\n{meaning}")
+    for remark in compare.notes(groups, target):
+        text.append(f"Note: {cell(remark)}.")
+    return "\n\n".join(text) + "\n"
 
 
 def add(args):
@@ -210,11 +344,7 @@ def add(args):
         raise UserError("the runs must be folders of different names: " + ", ".join(map(str, args.run)))
     track = read_track(args.track, args.records)
     facts = [check_run(run, track) for run in folders]
-    metrics = {str(read_metrics(path.parent)): path.parent for path in (args.records / args.track).glob("[!.]*/*/metrics.jsonl")}
-    for run in folders:
-        place = metrics.get(str(read_metrics(run)))
-        if place:
-            raise UserError(f"{run} is filed already, in {place}")
+    check_not_filed(folders, args.records / args.track)
     day = max(when(fact.get("end", fact["start"])) for fact in facts).astimezone(timezone.utc).date()
     target = args.records / args.track / f"{day}_{args.name}"
     if target.exists():
@@ -222,17 +352,11 @@ def add(args):
 
     tuning = args.tuning and read_bytes(args.tuning)
     new = [read_run(run) for run in folders]
-    filed = [] if args.name.endswith("study") else [read_run(run.parent) for record in counted_records(args.track, track, args.records)
-                                                    for run in record.glob("*/run.json")]
+    filed = []
+    if not args.name.endswith("study"):
+        filed = [run for _, run in counted_runs(args.track, track, args.records)]
     check_seeds(new, filed)
-    groups = reading.make_groups(new)
-    summaries = compare.compare(groups, None, track["target_val_loss"])
-    results = compare.tables(summaries, compare.find_baseline(groups).label, track["target_val_loss"])
-    text = [f"# {args.name.replace('_', ' ')}", *filter(None, ["\n".join(map(printable, args.note.splitlines()))]),
-            f"{'; '.join(reading.machines(new))}; torch {', '.join(sorted({fact['machine']['torch'] for fact in facts}))}; "
-            f"{', '.join(sorted(set(map(code_of, facts))))}.", *(["All that was tried: [tuning.csv](tuning.csv)."] if args.tuning else []),
-            *("```\n{}\n{}\n```\n{}".format(title, compare.plain(rows).replace("`", "'"), meaning) for title, rows, meaning in results[1:]),
-            *(f"Note: {cell(remark)}." for remark in compare.notes(groups, track["target_val_loss"]))]
+    text = record_page(args, facts, new, track["target_val_loss"])
     partial = target.with_name(".adding")
     shutil.rmtree(partial, ignore_errors=True)
     for run, name in zip(folders, names):
@@ -242,12 +366,12 @@ def add(args):
                 shutil.copyfile(run / file, partial / name / file)
     if args.tuning:
         (partial / "tuning.csv").write_bytes(tuning)
-    (partial / "README.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    (partial / "README.md").write_text(text, encoding="utf-8")
     os.rename(partial, target)
     print(f"{target}: {len(folders)} runs filed; now run `python scripts/records.py page`, and commit both")
 
 
-# the leaderboard
+# ---- The leaderboard -----------------------------------------------------------------------------
 
 
 def cell(text):
@@ -257,70 +381,124 @@ def cell(text):
 
 def markdown(rows):
     """A table; the first row is its head. Cells are Markdown."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body]) + "\n"
 
 
 def crossing(curve, target):
-    """Where a published (label, points) first meets the target."""
-    met = curve and reading.Run(curve[0], {}, *map(list, zip(*curve[1]))).first_crossing(target)
+    """Where a published (label, points) first meets the target; "" without a curve, or if it never does."""
+    if not curve:
+        return ""
+    label, points = curve
+    steps, losses, seconds = map(list, zip(*points))
+    met = reading.Run(label, {}, steps, losses, seconds).first_crossing(target)
     return f"step {met[0]:.0f}, {met[1]:.0f} s" if met else ""
 
 
+def leaderboard_row(summary, links):
+    """The cells of a group's row. `links` are those of its records."""
+    hardware = reading.machines(summary.runs)
+    seconds = compare.shown(".1f", summary.seconds.mean)
+    if summary.seconds.low is not None:
+        seconds += f" ({compare.shown('.1f', summary.seconds.low, summary.seconds.high)})"
+    if len(hardware) > 1:
+        seconds = "different machines"
+    loss = compare.shown(".4f", summary.loss.mean)
+    if summary.sd is not None:
+        loss += f" ± {summary.sd:.4f}"
+    return (
+        cell(summary.label),
+        str(len(summary.runs)),
+        str(summary.steps or summary.runs[0].planned),
+        seconds,
+        compare.shown(".1f", summary.step_ms.mean),
+        loss,
+        cell(summary.record.verdict),
+        cell("; ".join(hardware)),
+        ", ".join(links),
+    )
+
+
+def published_table(published, curves, target):
+    """The table of what others published; `curves` has a (label, points) or None for each."""
+    rows = [("optimizer", "hardware", "steps", "final loss", "seconds", f"first {target:g}", "source")]
+    for p, curve in sorted(zip(published, curves), key=lambda pair: pair[0]["final_val_loss"]):
+        figures = [cell(p[key]) for key in ("optimizer", "hardware", "steps", "final_val_loss", "seconds")]
+        rows.append((*figures, crossing(curve, target), cell(p["source"])))
+    return markdown(rows)
+
+
 def section(name, records=RECORDS):
-    """The part of records/README.md on one track, and what its plot shows: (text, [compare.Summary, ...], published curves)."""
+    """The part of records/README.md on one track, and what its plot shows.
+
+    (text, [compare.Summary, ...], [published (label, points), ...])
+    """
     track = read_track(name, records)
-    target, superseded, published = track["target_val_loss"], track.get("superseded", {}), track.get("published", [])
-    text = [f"## {name}: {cell(track['title'])}\n", f"Target {target:g}. Run it: `{printable(track['run'])}`\n"]
+    target = track["target_val_loss"]
+    superseded = track.get("superseded", {})
+    published = track.get("published", [])
+    text = [
+        f"## {name}: {cell(track['title'])}\n",
+        f"Target {target:g}. Run it: `{printable(track['run'])}`\n",
+    ]
     if "plan" in track:
         lines = [f"- {cell(what)}: {cell(plan)}\n" for what, plan in track["plan"].items()]
         text.append("Planned before the runs, in track.toml:\n" + "".join(lines))
-    links = {path: f"[{path.name}]({name}/{path.name}/)" for path in sorted((records / name).glob("2*_*"))}
-    counted = counted_records(name, track, records)
-    home = {}  # a run's record
-    for path in counted:
-        for run in path.glob("*/run.json"):
-            home[str((run.parent / "log.txt").resolve())] = path, read_run(run.parent)
-    plotted = [compare.summarize(group, target) for group in reading.make_groups([run for _, run in home.values()])]
+    links = {}
+    for path in sorted((records / name).glob("2*_*")):
+        links[path] = f"[{path.name}]({name}/{path.name}/)"
+
+    counted = counted_runs(name, track, records)
+    home = {run.origin["file"]: record for record, run in counted}
+    groups = reading.make_groups([run for _, run in counted])
+    plotted = [compare.summarize(group, target) for group in groups]
     plotted.sort(key=lambda s: (not s.record.valid, s.steps or math.inf, reading.mean_loss(s.runs)))
-    rows = []
-    for s in plotted:
-        hardware, steps = reading.machines(s.runs), s.steps or s.runs[0].planned
-        seconds = "different machines" if len(hardware) > 1 else compare.shown(".1f", s.seconds.mean) + (
-            f" ({compare.shown('.1f', s.seconds.low, s.seconds.high)})" if s.seconds.low is not None else "")
-        loss = compare.shown(".4f", s.loss.mean) + (f" ± {s.sd:.4f}" if s.sd is not None else "")
-        of = sorted({home[run.origin["file"]][0] for run in s.runs})
-        rows.append((cell(s.label), str(len(s.runs)), str(steps), seconds, compare.shown(".1f", s.step_ms.mean), loss,
-                     cell(s.record.verdict), cell("; ".join(hardware)), ", ".join(links[path] for path in of)))
-    curves = [(f"published: {p['optimizer']}, {p['hardware']}", reading.read_curve(records / name / p["curve"])) if "curve" in p else None
-              for p in published]
-    if rows:
-        text.append(markdown([("optimizer", "runs", "steps", "seconds (95 %)", "ms a step", "final loss, sd", "valid", "hardware",
-                               "record"), *rows]))
+    rows = [("optimizer", "runs", "steps", "seconds (95 %)", "ms a step", "final loss, sd", "valid",
+             "hardware", "record")]
+    for summary in plotted:
+        own = sorted({home[run.origin["file"]] for run in summary.runs})
+        rows.append(leaderboard_row(summary, [links[path] for path in own]))
+    curves = []
+    for p in published:
+        curve = None
+        if "curve" in p:
+            label = f"published: {p['optimizer']}, {p['hardware']}"
+            curve = (label, reading.read_curve(records / name / p["curve"]))
+        curves.append(curve)
+
+    if plotted:
+        text.append(markdown(rows))
     elif not superseded:
         text.append("Nobody has run this here yet.\n")
-    if rows or any(curves):
+    if plotted or any(curves):
         text.append(f"![loss curves]({name}/curves.png)\n")
-    studies = [link for path, link in links.items() if path.name.endswith("study") and path.name not in superseded]
+    studies = []
+    for path, link in links.items():
+        if path.name.endswith("study") and path.name not in superseded:
+            studies.append(link)
     if studies:
         text.append(f"Studies: {', '.join(studies)}\n")
     if superseded:
-        text.append("Superseded:\n" + "".join(f"- [{cell(old)}]({name}/{old}/): {cell(reason)}\n" for old, reason in superseded.items()))
+        lines = [f"- [{cell(old)}]({name}/{old}/): {cell(reason)}\n" for old, reason in superseded.items()]
+        text.append("Superseded:\n" + "".join(lines))
     if published:
-        others = [("optimizer", "hardware", "steps", "final loss", "seconds", f"first {target:g}", "source")]
-        for p, curve in sorted(zip(published, curves), key=lambda pair: pair[0]["final_val_loss"]):
-            others.append((*(cell(p[key]) for key in ("optimizer", "hardware", "steps", "final_val_loss", "seconds")),
-                           crossing(curve, target), cell(p["source"])))
-        text += ["Published by others, not run here:\n", markdown(others)]
-    return "\n".join(text), plotted, list(filter(None, curves))
+        text.append("Published by others, not run here:\n")
+        text.append(published_table(published, curves, target))
+    return "\n".join(text), plotted, [curve for curve in curves if curve]
 
 
 def page(records=RECORDS):
     """(text of records/README.md, {track: (summaries, published curves) to plot})."""
-    tracks = sorted((path.parent.name for path in records.glob("*/track.toml")), key=lambda name: (name != "speedrun", name))
-    sections = {name: section(name, records) for name in tracks}
-    return HEAD + "\n" + "\n".join(text for text, _, _ in sections.values()), {
-        name: (plotted, curves) for name, (_, plotted, curves) in sections.items() if plotted or curves}
+    tracks = [path.parent.name for path in records.glob("*/track.toml")]
+    tracks.sort(key=lambda name: (name != "speedrun", name))
+    texts = []
+    plots = {}
+    for name in tracks:
+        text, plotted, curves = section(name, records)
+        texts.append(text)
+        if plotted or curves:
+            plots[name] = plotted, curves
+    return HEAD + "\n" + "\n".join(texts), plots
 
 
 def write_page(args):
@@ -331,27 +509,32 @@ def write_page(args):
             raise UserError(f"{path} is stale; run `python scripts/records.py page`")
         return
     path.write_text(text, encoding="utf-8")
+    counts = []
     for name, (summaries, curves) in plots.items():
-        compare.plot(summaries, read_track(name, args.records)["target_val_loss"], args.records / name / "curves.png", curves)
-    print(f"{path}: {', '.join(f'{name} {len(summaries)}' for name, (summaries, _) in plots.items()) or 'no'} groups of runs")
+        target = read_track(name, args.records)["target_val_loss"]
+        compare.plot(summaries, target, args.records / name / "curves.png", curves)
+        counts.append(f"{name} {len(summaries)}")
+    print(f"{path}: {', '.join(counts) or 'no'} groups of runs")
 
 
 @command()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="add|page")
     adding = commands.add_parser("add", help="file runs as a record")
     adding.add_argument("run", nargs="+", type=Path, metavar="RUN_DIR")
     adding.add_argument("--track", required=True, help="cpu, mini, books, speedrun")
     adding.add_argument("--name", required=True, help="what was run, in a few words joined by _")
     adding.add_argument("--note", default="", help="a sentence or two for the record's README.md")
-    adding.add_argument("--tuning", type=Path, metavar="FILE", help="the table that scripts/tune.py wrote, to be filed as tuning.csv")
+    adding.add_argument("--tuning", type=Path, metavar="FILE",
+                        help="the table that scripts/tune.py wrote, to be filed as tuning.csv")
     adding.set_defaults(do=add)
     paging = commands.add_parser("page", help="generate records/README.md")
     paging.add_argument("--check", action="store_true", help="only say whether it is up to date")
     paging.set_defaults(do=write_page)
-    for command in (adding, paging):
-        command.add_argument("--records", type=Path, default=RECORDS, help=argparse.SUPPRESS)  # for the tests
+    for subcommand in (adding, paging):  # for the tests
+        subcommand.add_argument("--records", type=Path, default=RECORDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.do(args)
 
