@@ -1,7 +1,8 @@
 """Reading runs and logs: what others published, what our trainer writes, and what is damaged or hostile.
 
-published_logs.tar.xz has the evaluation lines of published runs (github.com/KellerJordan/modded-nanogpt, MIT licence; all other lines are
-replaced by a count and a hash), and expected.csv, which says what must be found in them.
+published_logs.tar.xz has the evaluation lines of published runs (github.com/KellerJordan/modded-nanogpt, MIT
+licence; all other lines are replaced by a count and a hash), and expected.csv, which says what must be
+found in them.
 """
 import csv
 import json
@@ -40,34 +41,46 @@ def test_published_groups(published):
     with open(published / "expected.csv") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        found, _ = find_runs(published / row["folder"], "val_ema_loss" if "val_ema_loss" in row["note"] else "val_loss")
+        loss = "val_ema_loss" if "val_ema_loss" in row["note"] else "val_loss"
+        found, _ = find_runs(published / row["folder"], loss)
         [group] = make_groups(without_copies(found), at_step={None: int(row["published_steps"])})
         assert (group.label, len(group.runs), group.fault) == (row["folder"], int(row["n"]), "")
-        expected = float(row["mean_loss_at_those_steps"] or 3.27779)  # where there is none: added up by hand
+        expected = float(row["mean_loss_at_those_steps"] or 3.27779)  # without one: added up by hand
         assert np.mean([run.losses[-1] for run in group.runs]) == pytest.approx(expected, abs=6e-6), row
         assert {run.untimed for run in group.runs} == {10 if "10 steps" in row["note"] else 0}
 
     found, left_out = find_runs(published)  # all at once
     groups = {group.label: group for group in make_groups(without_copies(found))}
-    assert {label: str(len(group.runs)) for label, group in groups.items()} == {row["folder"]: row["n"] for row in rows} and len(rows) == 8
+    sizes = {label: str(len(group.runs)) for label, group in groups.items()}
+    assert sizes == {row["folder"]: row["n"] for row in rows}
+    assert len(rows) == 8
     assert "2 (20260518_soda_fade_3000_n9/remote_manifest.txt, expected.csv)" in left_out[0]
-    early = groups["20260611_tailema_2720_submission"], groups["20260619_cwd_rowfloor_tailema"]
-    assert "judged at step 2720 of 2900" in early[0].remark and not early[0].fault
-    assert "A40_seed7" in early[1].fault and "ends at step 2765 of 2900" in early[1].fault
+    stopped = groups["20260611_tailema_2720_submission"]
+    assert "judged at step 2720 of 2900" in stopped.remark
+    assert not stopped.fault
+    broken_off = groups["20260619_cwd_rowfloor_tailema"]
+    assert "A40_seed7" in broken_off.fault
+    assert "ends at step 2765 of 2900" in broken_off.fault
 
 
 def test_published_newton_muon_is_not_better(published, call):
     paths = [published / name for name in ("20260505_newton_muon", "20260610_tuned_baseline_3250")]
     done = call(compare, *paths, "--at_step", f"{paths[0].name}=3275", "--baseline", paths[1].name)
-    assert done.returncode == 0 and "-0.0024, not better" in done.stdout  # ((3.27866 - 3.27852) - 25 x 0.000045) / sqrt(1/15 + 1/10)
+    assert done.returncode == 0
+    # ((3.27866 - 3.27852) - 25 x 0.000045) / sqrt(1/15 + 1/10)
+    assert "-0.0024, not better" in done.stdout
     assert "0.0042" in done.stdout  # (3.28 - 3.278659) sqrt(10)
 
 
-@pytest.mark.parametrize("group_by, sizes", [("folder", [5]), ("code", [1, 1, 1, 2]), ("file", [1] * 5)])
+@pytest.mark.parametrize(
+    "group_by, sizes", [("folder", [5]), ("code", [1, 1, 1, 2]), ("file", [1] * 5)]
+)
 def test_group_by(tmp_path, group_by, sizes):
     for i, code in enumerate(("lr = 1", "lr = 1", "lr = 2", "", "")):  # without code nothing tells
-        (tmp_path / f"{i}.txt").write_text(f"{code}\n{RULER}\nmachine {i}\n{RULER}\n" + lines([0, 100], [2.0, 0.9 + i / 100], [0, 10]))
-    assert sorted(len(group.runs) for group in make_groups(find_runs(tmp_path)[0], group_by)) == sizes
+        losses = lines([0, 100], [2.0, 0.9 + i / 100], [0, 10])
+        (tmp_path / f"{i}.txt").write_text(f"{code}\n{RULER}\nmachine {i}\n{RULER}\n{losses}")
+    groups = make_groups(find_runs(tmp_path)[0], group_by)
+    assert sorted(len(group.runs) for group in groups) == sizes
 
 
 def runs_in(tmp_path, text):
@@ -76,19 +89,29 @@ def runs_in(tmp_path, text):
 
 
 def test_numbers(tmp_path):
-    [run] = runs_in(tmp_path, "step:0/9 val_loss:1.5e1 train_time:nanms step_avg:nanms\nstep:5/9 val_loss:3e-1 lr:0.1 train_time:2s\n"
-                              "step:9/9 val_loss:NaN train_time:3s\n")
-    assert run.losses[:2] == [15, 0.3] and np.isnan(run.losses[2]) and run.seconds == [0, 2, 3] and "nan at step 9" in run.diverged
-    [run] = runs_in(tmp_path, lines([0, 50], [2.0, 1.5], [0, 5], total=100) + "step:60/100 train_loss:nan train_time:6000ms\n")
+    [run] = runs_in(
+        tmp_path,
+        "step:0/9 val_loss:1.5e1 train_time:nanms step_avg:nanms\n"
+        "step:5/9 val_loss:3e-1 lr:0.1 train_time:2s\n"
+        "step:9/9 val_loss:NaN train_time:3s\n",
+    )
+    assert run.losses[:2] == [15, 0.3]
+    assert np.isnan(run.losses[2])
+    assert run.seconds == [0, 2, 3]
+    assert "nan at step 9" in run.diverged
+    finite = lines([0, 50], [2.0, 1.5], [0, 5], total=100)
+    [run] = runs_in(tmp_path, finite + "step:60/100 train_loss:nan train_time:6000ms\n")
     assert "nan at step 60" in run.diverged
 
 
 def test_several_runs_in_a_file(tmp_path):
-    again, other = lines([50, 100], [1.5, 1.2], [5, 11]), lines([0, 100], [2, 1], [0, 9])
+    again = lines([50, 100], [1.5, 1.2], [5, 11])
+    other = lines([0, 100], [2, 1], [0, 9])
     first, second = runs_in(tmp_path, lines([0, 50, 100], [2.0, 1.5, 1.4], [0, 5, 10]) + again + other)
     assert (first.steps, first.losses, first.seconds) == ([0, 50, 100], [2.0, 1.5, 1.2], [0, 5, 11])
     assert (second.name, second.losses) == ("a 2", [2.0, 1.0])
-    [run] = runs_in(tmp_path, "step:50/100 val_loss:0.1000 train_time:1ms\n" + lines([0, 100], [2.0, 0.9], [0, 10]))  # first: in the code
+    in_the_code = "step:50/100 val_loss:0.1000 train_time:1ms\n"
+    [run] = runs_in(tmp_path, in_the_code + lines([0, 100], [2.0, 0.9], [0, 10]))
     assert run.losses == [2.0, 0.9]
 
 
@@ -96,8 +119,11 @@ def test_several_runs_in_a_file(tmp_path):
 def test_crossing_of_record_4(tmp_path, unit):
     steps, losses, seconds = zip(*read_curve())
     [run] = runs_in(tmp_path, f"code\n{RULER}\n" + lines(steps, losses, seconds, unit))
-    assert tuple(map(round, run.first_crossing(3.28))) == (6134, 1325) and run.first_crossing(3.27) is None
-    assert len(run.steps) == 51 and run.losses[-1] == 3.2785 and run.planned == 6200
+    assert tuple(map(round, run.first_crossing(3.28))) == (6134, 1325)
+    assert run.first_crossing(3.27) is None
+    assert len(run.steps) == 51
+    assert run.losses[-1] == 3.2785
+    assert run.planned == 6200
 
 
 def test_copies(tmp_path):
@@ -107,7 +133,8 @@ def test_copies(tmp_path):
     (tmp_path / "tail.out").write_text(text.splitlines()[-1] + "\n")
     write(tmp_path / "runs/b", seed=1)  # as good, but another run
     kept = without_copies(find_runs(tmp_path)[0])
-    assert sorted(run.name for run in kept) == ["a", "b"] and all(run.facts for run in kept)
+    assert sorted(run.name for run in kept) == ["a", "b"]
+    assert all(run.facts for run in kept)
 
 
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
@@ -117,10 +144,20 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     (tmp_path / "other.txt").write_text("step:1/1 val_loss_2:3 train_time:1s\n")
     (tmp_path / "loop").symlink_to(tmp_path)
     write(tmp_path / "shut")
-    monkeypatch.setattr(os, "scandir", lambda path, scandir=os.scandir: scandir(f"{path}/log.txt" if str(path).endswith("shut") else path))
+    scandir = os.scandir
+
+    def scandir_but_shut(path):
+        return scandir(f"{path}/log.txt" if str(path).endswith("shut") else path)
+
+    monkeypatch.setattr(os, "scandir", scandir_but_shut)
     found, left_out = find_runs(tmp_path)
-    assert [run.name for run in found] == ["a"] and len(left_out) == 4
-    for words in ("pipe.txt cannot be read: it is not a regular", "run.json cannot be read: it is not valid JSON", "other.txt has no line"):
+    assert [run.name for run in found] == ["a"]
+    assert len(left_out) == 4
+    for words in (
+        "pipe.txt cannot be read: it is not a regular",
+        "run.json cannot be read: it is not valid JSON",
+        "other.txt has no line",
+    ):
         assert any(words in sentence for sentence in left_out)
     assert any(sentence.startswith(f"{tmp_path / 'shut'}") for sentence in left_out)
     for path in ("/dev/zero", tmp_path / "pipe.txt"):
@@ -132,10 +169,22 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 
 def test_settings_make_groups_and_seeds_do_not():
-    same = [run_of(), run_of(seed=1, data_seed=1, run_name="b", log_dir="x"), run_of(device="cpu", device_batch_size=4, log_every=3)]
+    same = [
+        run_of(),
+        run_of(seed=1, data_seed=1, run_name="b", log_dir="x"),
+        run_of(device="cpu", device_batch_size=4, log_every=3),
+    ]
     assert [(group.label, len(group.runs)) for group in make_groups(same)] == [("muon", 3)]
-    found = make_groups([run_of(), run_of(0.8, hidden_learning_rate=0.02), run_of(0.95, optimizer="adamw", momentum=0.5)])
-    assert [group.label for group in found] == ["muon hidden_learning_rate=0.02", "muon hidden_learning_rate=0.01", "adamw"]
+    others = [
+        run_of(),
+        run_of(0.8, hidden_learning_rate=0.02),
+        run_of(0.95, optimizer="adamw", momentum=0.5),
+    ]
+    assert [group.label for group in make_groups(others)] == [
+        "muon hidden_learning_rate=0.02",
+        "muon hidden_learning_rate=0.01",
+        "adamw",
+    ]
 
 
 def test_runs_that_end_early():
@@ -144,17 +193,30 @@ def test_runs_that_end_early():
     assert "r ends at step 100 of 200" in group.fault
     assert not make_groups(early, at_step={None: 100})[0].fault
     assert "no evaluation at step 50" in make_groups(early, at_step={"muon": 50})[0].fault
-    [published] = make_groups([run_of(0.9, planned=200, without_json=True), run_of(0.8, planned=200, without_json=True)])
-    assert not published.fault and "judged at step 100 of 200" in published.remark
-    assert make_groups([run_of(planned=200, without_json=True)])[0].fault  # alone it may have been broken off
+    logs = [run_of(final, planned=200, without_json=True) for final in (0.9, 0.8)]
+    [published] = make_groups(logs)
+    assert not published.fault
+    assert "judged at step 100 of 200" in published.remark
+    assert make_groups(logs[:1])[0].fault  # alone it may have been broken off
     with pytest.raises(UserError, match="no group 'x'; the groups are muon"):
         make_groups(early, at_step={"x": 100})
 
 
-@pytest.mark.parametrize("other, words", [
-    (dict(n_layer=3), "n_layer (r: 2, o: 3)"), (dict(val_tokens=128), "val_tokens (r: 64, o: 128)"),
-    (dict(val={**SHARD, "sha256_of_header_and_size": "bb"}), "val shard 1 (r: train_1.bin aa cc, o: train_1.bin bb cc)"),
-    (dict(val={**SHARD, "sha256_of_first_mebibyte": "dd"}), "val shard 1 (r: train_1.bin aa cc, o: train_1.bin aa dd)")])
+@pytest.mark.parametrize(
+    "other, words",
+    [
+        (dict(n_layer=3), "n_layer (r: 2, o: 3)"),
+        (dict(val_tokens=128), "val_tokens (r: 64, o: 128)"),
+        (
+            dict(val={**SHARD, "sha256_of_header_and_size": "bb"}),
+            "val shard 1 (r: train_1.bin aa cc, o: train_1.bin bb cc)",
+        ),
+        (
+            dict(val={**SHARD, "sha256_of_first_mebibyte": "dd"}),
+            "val shard 1 (r: train_1.bin aa cc, o: train_1.bin aa dd)",
+        ),
+    ],
+)
 def test_other_tracks_are_refused(other, words):
     with pytest.raises(UserError) as error:
         make_groups([run_of(), run_of(name="o", **other)])
@@ -179,21 +241,36 @@ def test_unread_shards():
 # damage
 
 
-@pytest.mark.parametrize("change, words", [
-    ("[]", "it is a list, not an object"), ({"config": 5}, "it.config is 5, not an object"), ({"machine": None}, "it.machine is None"),
-    ({"resumed": 5}, "it.resumed is 5, not a list"), ({"end": 5}, "it.end is 5, not a string"),
-    ({"parameters": 10 ** 400}, "it.parameters is 1000"),
-    ({"train_shards": [{"tokens": -1}]}, "it.train_shards[0].tokens is -1, not a non-negative integer"), ("[" * 10 ** 5, "not valid JSON")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("[]", "it is a list, not an object"),
+        ({"config": 5}, "it.config is 5, not an object"),
+        ({"machine": None}, "it.machine is None"),
+        ({"resumed": 5}, "it.resumed is 5, not a list"),
+        ({"end": 5}, "it.end is 5, not a string"),
+        ({"parameters": 10**400}, "it.parameters is 1000"),
+        (
+            {"train_shards": [{"tokens": -1}]},
+            "it.train_shards[0].tokens is -1, not a non-negative integer",
+        ),
+        ("[" * 10**5, "not valid JSON"),
+    ],
+)
 def test_wrong_types_in_run_json(tmp_path, change, words):
     run = write(tmp_path / "a")
-    (run / "run.json").write_text(change if isinstance(change, str) else json.dumps({**facts(), **change}))
+    text = change if isinstance(change, str) else json.dumps({**facts(), **change})
+    (run / "run.json").write_text(text)
     with pytest.raises(UserError) as error:
         runs.read_facts(run)
-    assert words in str(error.value) and "\n" not in str(error.value)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-VALUES = st.sampled_from([None, True, 0, -1, 5, 10 ** 400, 1e308, float("nan"), float("inf"), "", "x|<b>\n", [], [[]], {}, {"a": None}])
-EDITS = st.lists(st.tuples(st.sampled_from(records.FILES), st.integers(0, 2 ** 32).map(Random), VALUES), min_size=1, max_size=3)
+NUMBERS = [0, -1, 5, 10**400, 1e308, float("nan"), float("inf")]
+VALUES = st.sampled_from([None, True, *NUMBERS, "", "x|<b>\n", [], [[]], {}, {"a": None}])
+EDIT = st.tuples(st.sampled_from(records.FILES), st.integers(0, 2**32).map(Random), VALUES)
+EDITS = st.lists(EDIT, min_size=1, max_size=3)
 
 
 def mutate(value, random, new):
@@ -225,8 +302,10 @@ def test_any_damage(tmp_path_factory, edits):
             texts[name] = "".join(rows)
     for name, text in texts.items():
         (folder / name).write_text(text)
-    for work in (lambda: records.check_run(folder, records.read_track("cpu")),
-                 lambda: compare.report(make_groups(find_runs(folder)[0]), None, 1.75)):
+    for work in (
+        lambda: records.check_run(folder, records.read_track("cpu")),
+        lambda: compare.report(make_groups(find_runs(folder)[0]), None, 1.75),
+    ):
         try:
             work()
         except UserError as error:
