@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +39,9 @@ class Run:
     seconds: list
     planned: int = 0  # steps of its schedule
     untimed: int = 0  # steps at the start that its seconds leave out
-    origin: dict = field(default_factory=dict)  # folder, code (a hash) and file, see make_groups()
+    # where it was read: folder, code (a hash) and file, see make_groups(), and the folder's title below the
+    # one that was searched
+    origin: dict = field(default_factory=dict)
 
     @property
     def config(self):
@@ -225,12 +228,17 @@ def find_runs(path, loss="val_loss"):
     without = []
     for log in find_logs(path, left_out):
         try:
-            if log.name == "log.txt" or LINE.search(read_text(log)):
-                runs += read_log(log, loss)
-            else:
+            if log.name != "log.txt" and not LINE.search(read_text(log)):
                 without.append(log)
+                continue
+            found = read_log(log, loss)
         except UserError as error:
             left_out.append(printable(f"{error}; it is left out"))
+            continue
+        if log.parent != path:
+            for run in found:
+                run.origin["title"] = str(log.parent.relative_to(path))
+        runs += found
     if not runs:
         reasons = "".join(f"; {sentence}" for sentence in left_out[:3])
         raise UserError(f"no log.txt and no published log in {path} or below it{reasons}")
@@ -239,21 +247,25 @@ def find_runs(path, loss="val_loss"):
         more = ", ..." if len(names) > 5 else ""
         listed = ", ".join(names[:5]) + more
         left_out.append(printable(f"files in {path} without evaluations: {len(without)} ({listed})"))
-    with_logs = {Path(run.origin["folder"]) for run in runs}
-    for run in runs:  # their folder is the topmost that has logs itself, as there may be copies below it
-        own = Path(run.origin["folder"])
-        topmost = min({own, *own.parents} & with_logs, key=lambda folder: len(folder.parts))
-        run.origin["folder"] = str(topmost)
     return runs, left_out
 
 
 def without_copies(runs):
     """The runs, but for copies.
 
-    A copy's evaluations are all among another's, and its run.json is the same or missing.
+    A copy's evaluations are all among another's, and its run.json is the same or missing. Of copies that say
+    the same, one stays that has other runs beside it, and lies deepest: neither a stray log nor a capture of
+    all runs takes them away from their groups.
     """
+    in_folder = Counter(run.origin.get("folder", "") for run in runs)
+
+    def preference(run):
+        folder = run.origin.get("folder", "")
+        alone = in_folder[folder] == 1
+        return not run.facts, -len(run.steps), alone, -folder.count(os.sep), -in_folder[folder]
+
     kept = []
-    for run in sorted(runs, key=lambda run: (not run.facts, -len(run.steps))):
+    for run in sorted(runs, key=preference):
         # str, as nan is not equal to itself
         own = set(zip(run.steps, map(str, run.losses), map(str, run.seconds)))
         if not any(own <= theirs and run.facts in ({}, other.facts) for other, theirs in kept):
@@ -329,7 +341,7 @@ def is_speedrun(run):
 @dataclass
 class Group:
     """Runs of one configuration and number of steps, as they were at the step at which they are judged."""
-    label: str  # the optimizer, and the settings in which groups of that optimizer differ; or the folder
+    label: str  # the optimizer or the folder, and the settings in which groups of it differ
     optimizer: str  # empty for logs without run.json
     runs: list
     fault: str  # why it has no result; empty if it has
@@ -375,6 +387,16 @@ def judged(label, optimizer, runs, at_step):
     return Group(label, optimizer, runs, fault, remark)
 
 
+def versions_of_code(runs):
+    """How many versions of the code these logs hold, as far as that tells; else 1.
+
+    Where each log has a code of its own, only the seed may differ.
+    """
+    files = {run.origin.get("file"): run.origin.get("code") for run in runs if not run.facts}
+    versions = len(set(files.values()))
+    return versions if versions < len(files) else 1
+
+
 def mean_loss(runs):
     """The mean of the final losses; infinite if a run diverged."""
     mean = float(np.mean([run.final for run in runs]))
@@ -400,8 +422,10 @@ def group_label(own, runs, all_settings, group_by):
         title = first.name
         if group_by == "code" and len(runs) > 1:
             title += f" and {len(runs) - 1} more"
+    elif family == "log":
+        title = first.origin.get("title") or Path(own["log"]).name
     else:
-        title = own.get("optimizer") or Path(own.get("log", first.name)).name
+        title = own["optimizer"]
     words = [title]
     for name, value in own.items():
         if any(value != other.get(name) for other in others):
@@ -412,7 +436,8 @@ def group_label(own, runs, all_settings, group_by):
 def make_groups(runs, group_by="folder", at_step={}):
     """Groups of the runs, lowest mean final loss first, those without a result last.
 
-    Logs without a run.json are a group if they have the same folder, code or file, whichever `group_by` says.
+    Logs without a run.json are a group if they have the same folder, code or file, whichever `group_by` says,
+    and the same number of steps; a folder is not joined with those below it.
     `at_step` is {label: the step at which that group is judged}; the label None is for all. UserError if the
     runs are of different tracks.
     """
@@ -431,7 +456,12 @@ def make_groups(runs, group_by="folder", at_step={}):
     groups = []
     for label, same in found.items():
         optimizer = same[0].config.get("optimizer", "")
-        groups.append(judged(label, optimizer, same, at_step.get(label, at_step.get(None))))
+        group = judged(label, optimizer, same, at_step.get(label, at_step.get(None)))
+        versions = versions_of_code(same)
+        if versions > 1 and group_by == "folder":
+            found_code = f"the logs of {label} hold {versions} versions of the code"
+            group.remark = "; ".join(filter(None, [group.remark, f"{found_code}: see --group_by code"]))
+        groups.append(group)
     return sorted(groups, key=lambda group: (bool(group.fault), mean_loss(group.runs)))
 
 
