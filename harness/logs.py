@@ -2,22 +2,34 @@
 
     step:125/6200 val_loss:5.2017 train_time:24564ms step_avg:213.60ms
 
-is an evaluation, wherever it stands in the log and whatever stands between its fields.
+is an evaluation, wherever it stands in the log and whatever stands between its fields. So is the same line as
+`torchrun --tee` or `srun --label` show it, with the process in front, or `script`, with a terminal's codes.
+read_lines() decides what such a line is, for all who read logs.
 """
 import math
 import re
 from typing import NamedTuple
 
-LINE = re.compile(r"^step:(\d{1,12})/(\d{1,12}) (.*\btrain_time:.*)$", re.MULTILINE)
+PROCESS = r"(?:\[[^][\n]{1,60}\]: ?|\d{1,6}: )?"  # "[default0]:" or "0: "
+LINE = re.compile(rf"^{PROCESS}step:(\d{{1,12}})/(\d{{1,12}}) (.*\btrain_time:.*)$", re.MULTILINE)
+# colours and cursor movements, titles of a window
+TERMINAL_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\))")
 NUMBER = r"([-+]?(?:nan|inf|infinity|\d+(?:\.\d*)?(?:e[-+]?\d+)?))"
 RULER = re.compile(r"^={20,}$", re.MULTILINE)  # stands between the parts of a log: code, machine, evaluations
+
+
+class Line(NamedTuple):
+    """A line with the training time: a step and its fields, {name: text}."""
+    step: int
+    planned: int  # steps of the schedule
+    fields: dict
 
 
 class Evaluation(NamedTuple):
     step: int
     loss: float
     seconds: float  # of training until then; NaN if the log does not say
-    planned: int  # steps of the schedule
+    planned: int
     step_avg: float  # seconds; None if the log does not say
 
 
@@ -36,26 +48,52 @@ def number(text, unit=""):
     return value / 1000 if unit and found[2] else value
 
 
-def read_evaluation(step, planned, rest, loss):
-    """The Evaluation in a line, given its parts by LINE; None if it has no loss of that name."""
-    fields = dict(re.findall(r"(\w+):(\S+)", rest))
-    value = number(fields.get(loss))
-    training = number(fields.get("train_loss"))
+def read_fields(text):
+    """{name: value} of the words such as val_loss:5.2017 in `text`; of equal names the last."""
+    fields = {}
+    for word in text.split():
+        before, colon, value = word.partition(":")
+        name = re.split(r"\W", before)[-1]
+        if colon and name and value:
+            fields[name] = value
+    return fields
+
+
+def without_terminal_codes(text):
+    return TERMINAL_CODE.sub("", text) if "\x1b" in text else text
+
+
+def has_lines(text):
+    """Whether read_lines() finds any."""
+    return LINE.search(without_terminal_codes(text)) is not None
+
+
+def read_lines(text):
+    """The Lines in a log's `text`, in order."""
+    for step, planned, rest in LINE.findall(without_terminal_codes(text)):
+        yield Line(int(step), int(planned), read_fields(rest))
+
+
+def read_evaluation(line, loss):
+    """The Evaluation in a Line; None if it has no loss of that name."""
+    value = number(line.fields.get(loss))
+    training = number(line.fields.get("train_loss"))
     if value is None and training is not None and not math.isfinite(training):
         value = training  # the last that a run says before it ends
     if value is None:
         return None
-    seconds = number(fields.get("train_time"), "s")
+    seconds = number(line.fields.get("train_time"), "s")
     if seconds is None or not abs(seconds) < 1e12:
-        seconds = 0.0 if int(step) <= 10 else math.nan
-    return Evaluation(int(step), value, seconds, int(planned), number(fields.get("step_avg"), "s"))
+        seconds = 0.0 if line.step <= 10 else math.nan
+    average = number(line.fields.get("step_avg"), "s")
+    return Evaluation(line.step, value, seconds, line.planned, average)
 
 
 def evaluations(text, loss):
     """The evaluations in a log's `text` with the loss of that name: a list of Evaluations for each run."""
     runs = []
-    for line in LINE.findall(text):
-        evaluation = read_evaluation(*line, loss)
+    for line in read_lines(text):
+        evaluation = read_evaluation(line, loss)
         if evaluation is None:
             continue
         if not runs or evaluation.step <= runs[-1][0].step:
@@ -74,13 +112,14 @@ def evaluations(text, loss):
 def losses_in(text):
     """The names of the losses that a log's lines have, sorted."""
     names = set()
-    for _, _, rest in LINE.findall(text):
-        names.update(re.findall(r"(\w+loss):", rest))
+    for line in read_lines(text):
+        names.update(name for name in line.fields if name.endswith("loss"))
     return sorted(names)
 
 
 def logged_code(text):
     """The code that a log begins with; "" if it has none."""
+    text = without_terminal_codes(text)
     parts = RULER.split(text)
     if len(parts) == 1:
         return text[:LINE.search(text).start()].strip()

@@ -16,7 +16,7 @@ import numpy as np
 
 from harness.command import ROOT, printable
 from harness.forms import RUN_JSON, SPEEDRUN, read_json, read_text
-from harness.logs import LINE, evaluations, logged_code, losses_in
+from harness.logs import evaluations, has_lines, logged_code, losses_in
 from train_gpt2 import UserError
 
 DIVERGED = 1e6  # a loss above it is as good as none
@@ -228,7 +228,7 @@ def find_runs(path, loss="val_loss"):
     without = []
     for log in find_logs(path, left_out):
         try:
-            if log.name != "log.txt" and not LINE.search(read_text(log)):
+            if log.name != "log.txt" and not has_lines(read_text(log)):
                 without.append(log)
                 continue
             found = read_log(log, loss)

@@ -14,7 +14,7 @@ but has no rows in it; the same goes for one that track.toml lists under [supers
 Checked before a run is filed: data, model, batch and validation are the track's (records/TRACK/track.toml);
 the run came to its end; the code in log.txt has the SHA-256 of run.json, and the configuration there is the
 same; steps and times rise; every evaluation and training loss that the configuration asks for is there;
-metrics.jsonl and log.txt agree.
+metrics.jsonl and log.txt agree; no other run of the track has the same losses under another seed.
 """
 import argparse
 import hashlib
@@ -34,6 +34,7 @@ from harness.command import ROOT, command, printable
 from harness import forms
 from harness import runs as reading
 from harness.forms import read_bytes, read_json, read_text
+from harness.logs import number, read_lines
 from harness.runs import read_run
 from scripts import compare
 from train_gpt2 import UserError
@@ -41,9 +42,7 @@ from train_gpt2 import UserError
 RECORDS = ROOT / "records"
 FILES = ("log.txt", "metrics.jsonl", "run.json")
 RULER = "\n" + "=" * 100 + "\n"
-MEASURED = re.compile(
-    r"^step:(\d{1,12})/\d{1,12} (val_loss|train_loss):(\S+) train_time:(\d{1,15})ms step_avg:\S+ms$",
-    re.MULTILINE)
+LOSSES = ("train_loss", "val_loss")
 PUBLISHED = {
     "optimizer": forms.TEXT,
     "hardware": forms.TEXT,
@@ -141,18 +140,36 @@ def losses_of(metrics):
     """[(step, "train_loss" or "val_loss", loss, training time in ms), ...] from metrics.jsonl's objects."""
     losses = []
     for row in metrics:
-        for name in ("train_loss", "val_loss"):
+        for name in LOSSES:
             if name in row:
                 losses.append((row["step"], name, row[name], row["train_time_ms"]))
     return losses
 
 
+def logged_losses(text):
+    """The same from the lines of log.txt, each loss as text; a time that is not a number is NaN."""
+    losses = []
+    for line in read_lines(text):
+        seconds = number(line.fields.get("train_time"), "s")
+        time = math.nan if seconds is None else 1000 * seconds
+        for name in LOSSES:
+            if name in line.fields:
+                losses.append((line.step, name, line.fields[name], time))
+    return losses
+
+
+def agree(lines, losses):
+    """Whether logged_losses() and losses_of() are the same but for rounding."""
+    told = [(step, name, f"{loss:.4f}") for step, name, loss, _ in losses]
+    if [line[:3] for line in lines] != told:
+        return False
+    return all(abs(line[3] - exact[3]) <= 0.501 for line, exact in zip(lines, losses))  # not if NaN
+
+
 def metrics_faults(losses, metrics, lines):
     """Sentences on what contradicts in the `losses` of `metrics` and the `lines` of log.txt."""
     faults = []
-    told = [(step, name, f"{loss:.4f}") for step, name, loss, _ in losses]
-    same = [line[:3] for line in lines] == told
-    if not same or any(abs(a[3] - b[3]) > 0.501 for a, b in zip(lines, losses)):  # rounded
+    if not agree(lines, losses):
         faults.append("metrics.jsonl and log.txt do not agree on steps, losses and times")
     for earlier, later in pairwise(metrics):
         steps = later["step"] - earlier["step"]
@@ -211,7 +228,7 @@ def log_faults(facts, log, metrics, target):
     if read_json(parts[-2], {}, "the configuration in log.txt") != config:
         faults.append("the configuration in log.txt is not that of run.json")
     losses = losses_of(metrics)
-    lines = [(int(step), name, loss, int(ms)) for step, name, loss, ms in MEASURED.findall(parts[-1])]
+    lines = logged_losses(RULER.join(parts[1:]))  # the code before them may hold examples
     faults += metrics_faults(losses, metrics, lines)
     diverged = bool(losses) and not math.isfinite(losses[-1][2])
     faults += time_faults(facts, metrics[-1]["train_time_ms"], diverged)
@@ -225,6 +242,22 @@ def log_faults(facts, log, metrics, target):
         faults.append("final_val_loss in run.json is not the last in metrics.jsonl")
     if facts["tokens_per_step"] != config["batch_size"] * config["sequence_length"]:
         faults.append("tokens_per_step is not batch_size x sequence_length")
+    return faults
+
+
+def reading_faults(run, losses):
+    """Sentences on how `run`, as compare.py and the leaderboard read it, differs from the `losses` of
+    metrics.jsonl."""
+    told = {}
+    for step, name, loss, _ in losses:
+        if name == "val_loss" or not math.isfinite(loss):
+            told[step] = f"{loss:.4f}"
+    read = {step: f"{loss:.4f}" for step, loss in zip(run.steps, run.losses)}
+    faults = []
+    if read != told:
+        faults.append("log.txt is read as other evaluations than metrics.jsonl has")
+    if run.planned != run.config["num_iterations"]:
+        faults.append(f"log.txt is of {run.planned} steps, run.json of {run.config['num_iterations']}")
     return faults
 
 
@@ -249,20 +282,21 @@ def check_run(folder, track):
     source = facts.get("optimizer_sha256")
     if source and hashlib.sha256(read_bytes(folder / "optimizer.py")).hexdigest() != source:
         faults.append("optimizer.py does not have the SHA-256 of run.json")
+    if not faults:
+        faults = reading_faults(read_run(folder), losses_of(metrics))
     if faults:
         raise UserError(f"{folder}: {'; '.join(faults)}")
-    read_run(folder)
     return facts
 
 
-def seeds_of(run):
-    return run.config["seed"], run.config.get("data_seed", 0)
+def seeds_of(config):
+    return config["seed"], config.get("data_seed", 0)
 
 
 def check_seeds(new, filed):
     """UserError if two runs of one configuration have one seed."""
     for group in reading.make_groups(new + filed):
-        seeds = [seeds_of(run) for run in group.runs]
+        seeds = [seeds_of(run.config) for run in group.runs]
         if len(set(seeds)) < len(seeds) and any(run in new for run in group.runs):
             names = ", ".join(run.name for run in group.runs)
             raise UserError(f"{names} are runs of one configuration with the seeds (and data_seeds) "
@@ -311,6 +345,29 @@ def check_not_filed(folders, place):
         there = filed.get(str(read_metrics(run)))
         if there:
             raise UserError(f"{run} is filed already, in {there}")
+    check_other_seeds(folders, list(filed.values()))
+
+
+def check_other_seeds(folders, filed):
+    """UserError if a run in `folders` has the losses of another, there or in `filed`, but another seed.
+
+    Its losses are those of the other if most are, to the last digit. Those of step 0 do not count: they are
+    equal where only the order of the data differs.
+    """
+    def seeds_and_losses(folder):
+        seeds = seeds_of(reading.read_facts(folder, complete=True)["config"])
+        rows = losses_of(read_metrics(folder))
+        return seeds, {(step, name): loss for step, name, loss, _ in rows if step > 0}
+
+    known = {folder: seeds_and_losses(folder) for folder in filed}
+    for folder in folders:
+        seeds, losses = seeds_and_losses(folder)
+        for other, (other_seeds, other_losses) in known.items():
+            same = sum(other_losses.get(key) == loss for key, loss in losses.items())
+            if seeds != other_seeds and 2 * same > len(losses):
+                raise UserError(f"{folder} and {other} have the same losses to the last digit, under the "
+                                f"seeds (and data_seeds) {seeds} and {other_seeds}: file that run once")
+        known[folder] = seeds, losses
 
 
 def record_page(args, facts, runs, target):

@@ -335,6 +335,70 @@ def test_damaged_run_is_refused(ledger, damage, words):
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        "step:10/10 val_loss:1.1000 train_time:999999ms",  # no step_avg
+        "step:10/10 val_loss:1.1000 train_time:999999ms step_avg:1ms and more",
+        "step:12/12 val_loss:0.5000 train_time:999999ms step_avg:1ms",
+        "step:12/12 lr:0.1 train_loss:0.5 val_loss:0.5 train_time:999s",
+        "[default0]:step:10/10 val_loss:1.1000 train_time:999999ms step_avg:1ms",
+        "0: step:10/10 val_loss:1.1000 train_time:999999ms step_avg:1ms",
+        "\x1b[Kstep:10/10 val_loss:1.1000 train_time:999999ms step_avg:1ms",
+        "step:11/11 train_loss:nan train_time:999999ms",
+    ],
+)
+@pytest.mark.parametrize("where", ["code", "machine", "end"])
+def test_forged_line_is_refused(ledger, line, where):
+    run = ledger.runs[0]
+    code, machine, config, losses = (run / "log.txt").read_text().split(records.RULER)
+    if where == "code":
+        zero = "step:0/10 val_loss:9.0000 train_time:0ms step_avg:nanms"
+        code = f"{zero}\n{line}\n{code}"
+        edit_facts(code_sha256=hashlib.sha256((code + "\n").encode()).hexdigest())(run)
+    elif where == "machine":
+        machine += f"\n{line}"
+    else:
+        losses += line + "\n"
+    (run / "log.txt").write_text(records.RULER.join([code, machine, config, losses]))
+    with pytest.raises(UserError, match="do not agree on steps|runs in its log.txt|other evaluations"):
+        records.check_run(run, ledger.read_track())
+
+
+def test_steps_of_the_schedule_are_those_of_run_json(ledger):
+    edit("log.txt", "\nstep:10/10 val_loss", "\nstep:10/20 val_loss")(ledger.runs[0])
+    with pytest.raises(UserError, match="log.txt is of 20 steps, run.json of 10"):
+        records.check_run(ledger.runs[0], ledger.read_track())
+
+
+def under_seed(run, folder, **seeds):
+    """A copy of the run that claims other seeds, with other times."""
+    shutil.copytree(run, folder)
+    facts = json.loads((run / "run.json").read_text())
+    facts["config"] |= seeds
+    (folder / "run.json").write_text(json.dumps(facts))
+    code, machine, _, losses = (run / "log.txt").read_text().split(records.RULER)
+    config = json.dumps(facts["config"], indent=1)
+    (folder / "log.txt").write_text(records.RULER.join([code, machine, config, losses]))
+    edit_rows(lambda row: {**row, "train_time_ms": row["train_time_ms"] + 0.0004 * row["step"]})(folder)
+    return folder
+
+
+@pytest.mark.parametrize("seeds", [dict(seed=5), dict(data_seed=5)])
+def test_a_run_under_several_seeds_is_refused(ledger, tmp_path, seeds):
+    claimed = under_seed(ledger.runs[0], tmp_path / "claimed", **seeds)
+    records.check_run(claimed, ledger.read_track())  # alone it looks right
+    words = "have the same losses to the last digit"
+    refused(ledger.add(ledger.runs[0], claimed), words)
+    refused(ledger.add(claimed, ledger.runs[0]), words)
+    assert ledger.add(*ledger.runs).returncode == 0
+    refused(ledger.add(claimed, name="second"), words)
+    final = records.read_metrics(claimed)[-1]["val_loss"]
+    edit("metrics.jsonl", json.dumps(final), json.dumps(final + 1e-9))(claimed)  # one of them changed
+    edit_facts(final_val_loss=final + 1e-9)(claimed)
+    refused(ledger.add(claimed, name="second"), words)
+
+
+@pytest.mark.parametrize(
     "old, new, words",
     [
         ("n_layer = 2", "n_layer = 3", "n_layer = 2, the track has 3"),

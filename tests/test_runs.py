@@ -156,6 +156,34 @@ def test_numbers(tmp_path):
     assert "nan at step 60" in run.diverged
 
 
+@pytest.mark.parametrize(
+    "capture",
+    [
+        lambda line: f"[default0]:{line}",  # torchrun --tee
+        lambda line: f"[trainer3|rank 11]: {line}",  # with a template of one's own
+        lambda line: f"0: {line}",  # srun --label
+        lambda line: f"\r\x1b[K{line}\r",  # script
+        lambda line: f"\x1b[?2004l\r\x1b]0;a title\x07\x1b[1;32m{line}\x1b[0m\r",
+        lambda line: f"[default0]:\r\x1b[K{line}",  # a terminal under torchrun
+    ],
+)
+def test_captures_of_a_terminal(tmp_path, capture):
+    text = lines([0, 50, 100], [2.0, 1.5, 0.9], [0, 5, 10])
+    captured = "".join(capture(line) + "\n" for line in text.splitlines())
+    (tmp_path / "a.txt").write_bytes(f"Script started on 2026-11-30\n{captured}".encode())
+    [run] = read_log(tmp_path / "a.txt")
+    assert (run.steps, run.losses, run.seconds) == ([0, 50, 100], [2.0, 1.5, 0.9], [0, 5, 10])
+    [found], _ = find_runs(tmp_path)
+    assert found.losses == run.losses
+
+
+@pytest.mark.parametrize("before", ["    ", "# ", "print ", "[a] [b]:", "x0: ", "[default0] said "])
+def test_other_text_before_a_line_makes_it_none(tmp_path, before):
+    text = before + "step:50/100 val_loss:0.1 train_time:1ms\n" + lines([0, 100], [2.0, 0.9], [0, 10])
+    [run] = runs_in(tmp_path, text)
+    assert run.losses == [2.0, 0.9]
+
+
 def test_several_runs_in_a_file(tmp_path):
     again = lines([50, 100], [1.5, 1.2], [5, 11])
     other = lines([0, 100], [2, 1], [0, 9])
