@@ -311,13 +311,39 @@ def track(run):
     return facts
 
 
+def is_same_shard(a, b):
+    """Whether two shards in run.json are one file, whatever its name: by the hashes, without them by name."""
+    if a.get("tokens") != b.get("tokens"):
+        return False
+    content = "sha256_of_first_mebibyte"
+    if content in a and content in b:
+        return a[content] == b[content]
+    return "name" in a and a["name"] == b.get("name")
+
+
+def validation_fault(facts):
+    """A sentence, if a shard in run.json's `facts` is among those of training and of validation; else ""."""
+    for val in facts.get("val_shards", ()):
+        for train in facts.get("train_shards", ()):
+            if is_same_shard(val, train):
+                name = val.get("name")
+                alias = "" if train.get("name") == name else f", there as {train.get('name')}"
+                return (f"the validation shard {name} is among the training shards{alias}: "
+                        "its loss is not one of unseen data")
+    return ""
+
+
 def check_track(runs):
-    """UserError, naming the differences, if runs have different data, model, batch or validation.
+    """UserError, naming the differences, if runs have different data, model, batch or validation, or if one
+    could train on its validation data.
 
     What run.json lacks is not checked.
     """
     known = {}
     for run in runs:
+        fault = validation_fault(run.facts)
+        if fault:
+            raise UserError(printable(f"{run.name}: {fault}; leave this run out"))
         differences = []
         for name, value in track(run).items():
             first, expected = known.setdefault(name, (run.name, value))

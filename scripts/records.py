@@ -12,9 +12,10 @@ are pooled over all records of a track. A record whose NAME ends with `study` is
 but has no rows in it; the same goes for one that track.toml lists under [superseded], with the reason.
 
 Checked before a run is filed: data, model, batch and validation are the track's (records/TRACK/track.toml);
-the run came to its end; the code in log.txt has the SHA-256 of run.json, and the configuration there is the
-same; steps and times rise; every evaluation and training loss that the configuration asks for is there;
-metrics.jsonl and log.txt agree; no other run of the track has the same losses under another seed.
+no shard is one of training and of validation, by its content; the run came to its end; the code in log.txt
+has the SHA-256 of run.json, and the configuration there is the same; steps and times rise; every evaluation
+and training loss that the configuration asks for is there; metrics.jsonl and log.txt agree; no other run of
+the track has the same losses under another seed.
 """
 import argparse
 import hashlib
@@ -121,6 +122,9 @@ def track_faults(facts, track):
                 if other.get(key) != value:
                     faults.append(f"{kind}: {other['name']} has {key} {other.get(key)}, "
                                   f"the track's {mine['name']} has {value}")
+    fault = reading.validation_fault(facts)
+    if fault:
+        faults.append(fault)
     tokens = config["num_iterations"] * facts["tokens_per_step"]
     if tokens > sum(shard["tokens"] for shard in track["train_shards"]) and not config["allow_repeat"]:
         faults.append("it trained on more tokens than the track has")

@@ -18,11 +18,12 @@ CONFIG = dict(
     num_iterations=100,
 )
 SHARD = dict(
-    name="train_1.bin",
+    name="val_0.bin",
     tokens=10**6,
     sha256_of_header_and_size="aa",
     sha256_of_first_mebibyte="cc",
 )
+TRAIN_SHARD = {**SHARD, "name": "train_1.bin", "sha256_of_first_mebibyte": "ee"}
 
 
 def lines(steps, losses, seconds, unit="ms", total=None):
@@ -41,7 +42,7 @@ def facts(val=SHARD, **config):
     return dict(
         config={**CONFIG, **config},
         tokens_per_step=256,
-        train_shards=[SHARD],
+        train_shards=[TRAIN_SHARD],
         val_shards=[val],
         parameters=99,
         dtype="torch.float32",

@@ -440,6 +440,14 @@ def test_a_shuffled_order_needs_all_shards(ledger):
     assert records.track_faults(facts, track) == ["3 train_shards, the track has 2"]
 
 
+def test_validation_shard_in_training_is_refused(ledger):
+    facts = json.loads((ledger.runs[0] / "run.json").read_text())
+    copy = dict(facts["val_shards"][0], name="train_000003.bin")
+    edit_facts(train_shards=[*facts["train_shards"], copy])(ledger.runs[0])
+    words = "the validation shard val_000000.bin is among the training shards, there as train_000003.bin"
+    refused(ledger.add(ledger.runs[0]), words)
+
+
 def test_unknown_track():
     with pytest.raises(UserError, match="no track 'gpu'; the tracks are books, cpu, mini, speedrun"):
         records.read_track("gpu")

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from scripts import compare
 from scripts import records
 from harness import runs
-from conftest import ROOT
+from conftest import ROOT, refused
 from harness.runs import find_runs, make_groups, read_curve, read_log, without_copies
-from sample_runs import RULER, SHARD, facts, lines, run_of, write
+from sample_runs import RULER, SHARD, TRAIN_SHARD, facts, lines, run_of, write
 from train_gpt2 import UserError
 
 RECORD = ROOT / "records/cpu/2026-11-22_adamw_muon_newton_muon/muon_seed-0"
@@ -289,11 +289,11 @@ def test_runs_that_end_early():
         (dict(val_tokens=128), "val_tokens (r: 64, o: 128)"),
         (
             dict(val={**SHARD, "sha256_of_header_and_size": "bb"}),
-            "val shard 1 (r: train_1.bin aa cc, o: train_1.bin bb cc)",
+            "val shard 1 (r: val_0.bin aa cc, o: val_0.bin bb cc)",
         ),
         (
             dict(val={**SHARD, "sha256_of_first_mebibyte": "dd"}),
-            "val shard 1 (r: train_1.bin aa cc, o: train_1.bin aa dd)",
+            "val shard 1 (r: val_0.bin aa cc, o: val_0.bin aa dd)",
         ),
     ],
 )
@@ -303,10 +303,34 @@ def test_other_tracks_are_refused(other, words):
     assert words in str(error.value)
 
 
+WITHOUT_HASHES = dict(name="train_1.bin", tokens=10**6)
+
+
+@pytest.mark.parametrize(
+    "val, same",
+    [
+        (TRAIN_SHARD, True),
+        ({**TRAIN_SHARD, "name": "val_0.bin"}, True),  # a copy under another name
+        ({**TRAIN_SHARD, "sha256_of_first_mebibyte": "dd"}, False),  # the name and the size only
+        (SHARD, False),
+        (WITHOUT_HASHES, True),  # then the name must do
+        ({**WITHOUT_HASHES, "name": "val_0.bin"}, False),
+        ({**WITHOUT_HASHES, "tokens": 10**5}, False),
+    ],
+)
+def test_validation_shard_in_training(tmp_path, call, val, same):
+    write(tmp_path / "a", val=val)
+    done = call(compare, tmp_path)
+    if same:
+        refused(done, f"a: the validation shard {val['name']} is among the training shards")
+    else:
+        assert done.returncode == 0
+
+
 def test_unread_shards():
     same = [run_of(seed=seed) for seed in range(3)]
     for run, name in zip(same[1:], ("train_2.bin", "train_3.bin")):
-        run.facts["train_shards"] = [SHARD, {**SHARD, "name": name}]
+        run.facts["train_shards"] = [TRAIN_SHARD, {**TRAIN_SHARD, "name": name}]
     assert len(make_groups(same)) == 1
     for run in same:
         run.config["data_seed"] = run.config["seed"]  # 1 and 2 order the sequences of all shards
