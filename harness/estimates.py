@@ -108,7 +108,8 @@ def mean_interval(values):
     if np.ptp(values) == 0:
         return Estimate(mean)
     half = float(t_quantile(0.975, len(values) - 1) * stats.sem(values))
-    boot = stats.bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
+    batch = max(1, 10 ** 6 // len(values))  # resamples at a time, so that many values fit into memory
+    boot = stats.bootstrap((values,), np.mean, method="percentile", rng=0, batch=batch).confidence_interval
     return Estimate(mean, mean - half, mean + half, float(boot.low), float(boot.high))
 
 

@@ -8,11 +8,11 @@ import json
 import math
 import os
 import stat
-from pathlib import Path
 
 from train_gpt2 import UserError
 
 LARGEST_LOG = 2 ** 26  # bytes
+DEEPEST_JSON = 50  # lists and objects in one another: Python's own limit is met at a depth that varies
 
 COUNT = "a non-negative integer"
 COUNT_OR_NULL = "a non-negative integer or null"
@@ -166,7 +166,10 @@ def read_bytes(path):
             raise ValueError("it is not a regular file")
         if facts.st_size > LARGEST_LOG:
             raise ValueError(f"it has {facts.st_size:,} bytes, more than any log")
-        return Path(path).read_bytes()
+        if facts.st_size == 0:
+            return b""  # also what the kernel shows under /proc, where a read may wait for ever
+        with open(path, "rb") as file:
+            return file.read(LARGEST_LOG)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
@@ -180,12 +183,28 @@ def read_text(path):
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def is_deep(value):
+    """Whether lists and objects lie more than DEEPEST_JSON deep in one another."""
+    level = [value]
+    for _ in range(DEEPEST_JSON):
+        inner = []
+        for part in level:
+            if isinstance(part, dict):
+                inner += part.values()
+            elif isinstance(part, list):
+                inner += part
+        level = inner
+    return any(isinstance(part, (dict, list)) for part in level)
+
+
 def read_json(text, kind, name, complete=False):
     """The JSON value in `text`. UserError, which calls it `name`, unless it is of `kind`, see mismatch()."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name} cannot be read: it is not valid JSON ({str(error):.80})") from None
+    if is_deep(value):
+        raise UserError(f"{name} cannot be read: it is nested more than {DEEPEST_JSON} deep")
     difference = mismatch(value, kind, "it", complete)
     if difference:
         raise UserError(f"{name} cannot be read: {difference}")

@@ -15,6 +15,8 @@ LINE = re.compile(rf"^{PROCESS}step:(\d{{1,12}})/(\d{{1,12}}) (.*\btrain_time:.*
 # colours and cursor movements, titles of a window
 TERMINAL_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\))")
 NUMBER = r"([-+]?(?:nan|inf|infinity|\d+(?:\.\d*)?(?:e[-+]?\d+)?))"
+PLAIN = re.compile(NUMBER, re.IGNORECASE)
+SECONDS = re.compile(NUMBER + "(m?)s", re.IGNORECASE)
 RULER = re.compile(r"^={20,}$", re.MULTILINE)  # stands between the parts of a log: code, machine, evaluations
 
 
@@ -33,19 +35,18 @@ class Evaluation(NamedTuple):
     step_avg: float  # seconds; None if the log does not say
 
 
-def number(text, unit=""):
-    """The number in a field such as 3.2785 or, with the unit s, in 24564ms or 24.564s.
+def number(text):
+    """The number in a field such as 3.2785; None if there is none."""
+    found = PLAIN.fullmatch(text or "")
+    return float(found[1]) if found else None
 
-    None if there is none.
-    """
-    pattern = NUMBER
-    if unit:
-        pattern += f"(m?){unit}"
-    found = re.fullmatch(pattern, text or "", re.IGNORECASE)
+
+def seconds(text):
+    """The seconds in a field such as 24564ms or 24.564s; None if there are none."""
+    found = SECONDS.fullmatch(text or "")
     if not found:
         return None
-    value = float(found[1])
-    return value / 1000 if unit and found[2] else value
+    return float(found[1]) / 1000 if found[2] else float(found[1])
 
 
 def read_fields(text):
@@ -82,11 +83,10 @@ def read_evaluation(line, loss):
         value = training  # the last that a run says before it ends
     if value is None:
         return None
-    seconds = number(line.fields.get("train_time"), "s")
-    if seconds is None or not abs(seconds) < 1e12:
-        seconds = 0.0 if line.step <= 10 else math.nan
-    average = number(line.fields.get("step_avg"), "s")
-    return Evaluation(line.step, value, seconds, line.planned, average)
+    time = seconds(line.fields.get("train_time"))
+    if time is None or not abs(time) < 1e12:
+        time = 0.0 if line.step <= 10 else math.nan
+    return Evaluation(line.step, value, time, line.planned, seconds(line.fields.get("step_avg")))
 
 
 def evaluations(text, loss):

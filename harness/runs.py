@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from harness.command import ROOT, printable
-from harness.forms import RUN_JSON, SPEEDRUN, read_json, read_text
+from harness.forms import RUN_JSON, SPEEDRUN, read_bytes, read_json, read_text
 from harness.logs import evaluations, has_lines, logged_code, losses_in
 from train_gpt2 import UserError
 
 DIVERGED = 1e6  # a loss above it is as good as none
+MOST_LINKED = 10_000  # files and folders behind links to folders that are looked at
+MOST_SENTENCES = 20  # on single files that are left out
 # Settings in which the runs of a group may differ: the track's, the seeds, and those that change neither the
 # weights nor what is measured.
 FREE_SETTINGS = {
@@ -197,19 +199,35 @@ def read_curve(path=ROOT / "records/speedrun/record4.csv"):
 def find_logs(path, left_out):
     """Yields the files at or below the folder `path` that may be logs.
 
-    What cannot be read is said in the list `left_out`.
+    Links to folders are followed, but not up to a folder that holds `path`, and not to more than MOST_LINKED
+    files. What is left out is said in the list `left_out`.
     """
     def unreadable(error):
         left_out.append(printable(f"{error.filename} cannot be read: {error.strerror}; it is left out"))
 
+    top = Path(os.path.realpath(path))
+    linked = 0
     seen = set()
     for folder, folders, files in os.walk(path, onerror=unreadable, followlinks=True):
         folder = Path(folder)
-        real = os.path.realpath(folder)
+        real = Path(os.path.realpath(folder))
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
+        if real in top.parents:
+            left_out.append(printable(f"{folder} is a link to {real}, which holds {path}; it is left out"))
+            folders.clear()
+            continue
+        if top != real and top not in real.parents:
+            within_bound = linked <= MOST_LINKED
+            linked += 1 + len(files)
+            if linked > MOST_LINKED:
+                folders.clear()
+                if within_bound:
+                    left_out.append(printable(f"links lead to more than {MOST_LINKED} files; those in "
+                                              f"{folder} and what follows are left out"))
+                continue
         folders.sort()
         if "run.json" in files:  # all that lies in and below the folder of a run is that run's
             folders.clear()
@@ -218,17 +236,24 @@ def find_logs(path, left_out):
             yield folder / file
 
 
+def holds_runs(log):
+    """Whether a file has a line with the training time."""
+    if b"train_time:" not in read_bytes(log):  # the bytes first: to decode what is no text takes long
+        return False
+    return has_lines(read_text(log))
+
+
 def find_runs(path, loss="val_loss"):
     """(Runs at or below `path`, sentences on what was left out there). UserError if there is no run."""
     path = Path(path)
     if not path.is_dir() or (path / "run.json").exists():
         return read_log(path, loss), []
     runs = []
-    left_out = []
-    without = []
+    left_out = []  # sentences
+    without = []  # files
     for log in find_logs(path, left_out):
         try:
-            if log.name != "log.txt" and not has_lines(read_text(log)):
+            if log.name != "log.txt" and not holds_runs(log):
                 without.append(log)
                 continue
             found = read_log(log, loss)
@@ -242,6 +267,9 @@ def find_runs(path, loss="val_loss"):
     if not runs:
         reasons = "".join(f"; {sentence}" for sentence in left_out[:3])
         raise UserError(f"no log.txt and no published log in {path} or below it{reasons}")
+    if len(left_out) > MOST_SENTENCES:
+        more = len(left_out) - MOST_SENTENCES
+        left_out = [*left_out[:MOST_SENTENCES], f"{more} more files or folders are left out for such reasons"]
     if without:
         names = sorted(str(log.relative_to(path)) for log in without)
         more = ", ..." if len(names) > 5 else ""
@@ -264,13 +292,17 @@ def without_copies(runs):
         alone = in_folder[folder] == 1
         return not run.facts, -len(run.steps), alone, -folder.count(os.sep), -in_folder[folder]
 
-    kept = []
+    chosen = set()
+    having = defaultdict(list)  # {evaluation: the runs that have it, each with all of its evaluations}
     for run in sorted(runs, key=preference):
         # str, as nan is not equal to itself
         own = set(zip(run.steps, map(str, run.losses), map(str, run.seconds)))
-        if not any(own <= theirs and run.facts in ({}, other.facts) for other, theirs in kept):
-            kept.append((run, own))
-    chosen = {id(run) for run, _ in kept}
+        rarest = min(own, key=lambda evaluation: len(having[evaluation]))
+        if any(own <= theirs and run.facts in ({}, other.facts) for other, theirs in having[rarest]):
+            continue
+        chosen.add(id(run))
+        for evaluation in own:
+            having[evaluation].append((run, own))
     return [run for run in runs if id(run) in chosen]
 
 
@@ -439,19 +471,24 @@ def members_by_settings(runs, group_by):
     return sorted(members.values(), key=lambda member: mean_loss(member[1]))
 
 
-def group_label(own, runs, all_settings, group_by):
-    """The optimizer or the log's folder, code or file, and the settings in which groups of it differ."""
+def family_of(own):
+    """Which of a group's settings names it, and its value."""
     family = "optimizer" if "optimizer" in own else "log"
-    others = [other for other in all_settings if other.get(family) == own.get(family)]
+    return family, own.get(family)
+
+
+def group_label(own, runs, others, group_by):
+    """The optimizer or the log's folder, code or file, and the settings in which it differs from `others`."""
+    family, _ = family_of(own)
     first = runs[0]
     if family == "log" and group_by != "folder":
         title = first.name
         if group_by == "code" and len(runs) > 1:
             title += f" and {len(runs) - 1} more"
-    elif family == "log":
+    elif "log" in own:
         title = first.origin.get("title") or Path(own["log"]).name
     else:
-        title = own["optimizer"]
+        title = own.get("optimizer") or first.name
     words = [title]
     for name, value in own.items():
         if any(value != other.get(name) for other in others):
@@ -469,10 +506,12 @@ def make_groups(runs, group_by="folder", at_step={}):
     """
     check_track(runs)
     members = members_by_settings(runs, group_by)
-    all_settings = [own for own, _ in members]
+    families = defaultdict(list)
+    for own, _ in members:
+        families[family_of(own)].append(own)
     found = {}
     for own, same in members:
-        label = group_label(own, same, all_settings, group_by)
+        label = group_label(own, same, families[family_of(own)], group_by)
         while label in found:
             label += "'"
         found[label] = same

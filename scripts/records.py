@@ -35,7 +35,7 @@ from harness.command import ROOT, command, printable
 from harness import forms
 from harness import runs as reading
 from harness.forms import read_bytes, read_json, read_text
-from harness.logs import number, read_lines
+from harness.logs import read_lines, seconds
 from harness.runs import read_run
 from scripts import compare
 from train_gpt2 import UserError
@@ -154,8 +154,8 @@ def logged_losses(text):
     """The same from the lines of log.txt, each loss as text; a time that is not a number is NaN."""
     losses = []
     for line in read_lines(text):
-        seconds = number(line.fields.get("train_time"), "s")
-        time = math.nan if seconds is None else 1000 * seconds
+        time = seconds(line.fields.get("train_time"))
+        time = math.nan if time is None else 1000 * time
         for name in LOSSES:
             if name in line.fields:
                 losses.append((line.step, name, line.fields[name], time))

@@ -1,5 +1,6 @@
 """The statistics of harness/estimates.py, against scipy's tests inverted on a grid, and by simulation."""
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -37,6 +38,15 @@ def arms(saving, n, rho=0.0, sd=0.0013, slope=0.0045 * 62, rng=np.random.default
     ]
 
 
+def tracemalloc_peak(work):
+    """The most bytes that Python and numpy held while `work` was done."""
+    tracemalloc.start()
+    work()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
 def apart(arms):
     """The same arms without common seeds."""
     return [{(i, seed): loss for seed, loss in arm.items()} for i, arm in enumerate(arms)]
@@ -52,6 +62,18 @@ def test_mean_interval():
     means = np.random.default_rng(1).choice(values, (100000, 4)).mean(1)
     assert found[3:] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.02)
     assert mean_interval([2.0]) == mean_interval([2.0, 2.0]) == Estimate(2.0)
+
+
+def test_half_width():
+    found = mean_interval(np.array([3.1, 3.3, 3.2, 3.6]))
+    low, high = stats.t.interval(0.95, 3, 3.3, np.std([3.1, 3.3, 3.2, 3.6], ddof=1) / 2)
+    assert found.half_width == pytest.approx((high - low) / 2)
+    assert mean_interval([2.0]).half_width == math.inf
+
+
+def test_bootstrap_of_many_values_fits_into_memory():
+    values = np.random.default_rng(0).normal(size=2000)
+    assert tracemalloc_peak(lambda: mean_interval(values)) < 1e8  # all at once: more than 1.6e8 bytes
 
 
 def test_ratio_change():

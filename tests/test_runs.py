@@ -7,7 +7,9 @@ found in them.
 import csv
 import json
 import os
+import shutil
 import tarfile
+import time
 from random import Random
 
 import numpy as np
@@ -245,6 +247,65 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
             find_runs(path)
 
 
+@pytest.mark.parametrize(
+    "word", ["x", "a:", ":", "train_time:", "1", "\x1b[", "\x1b]0;", "[", "val_loss:1", "é"]
+)
+def test_long_word(tmp_path, word):
+    long = word * 200_000
+    text = f"{long}\nstep:1/9 {long} train_time:1s\nstep:2/9 val_loss:{long} train_time:{long}s\n"
+    (tmp_path / "a.txt").write_text(text + lines([0, 9], [2.0, 0.9], [0, 10]))
+    start = time.process_time()
+    found, _ = find_runs(tmp_path)
+    assert found[-1].losses == [2.0, 0.9]
+    assert time.process_time() - start < 10  # a search that goes back takes minutes
+
+
+def test_many_runs_in_a_file(tmp_path):
+    text = "".join(lines([0, 100], [2.0, 1 + i / 1e6], [0, 10]) for i in range(10_000))
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(text)
+    start = time.process_time()
+    found, _ = find_runs(tmp_path)
+    assert len(found) == 20_000
+    [group] = make_groups(without_copies(found))
+    assert len(group.runs) == 10_000
+    assert time.process_time() - start < 30  # each with each takes minutes
+
+
+def test_links_are_bounded(tmp_path, monkeypatch):
+    write_log(tmp_path / "far/runs/a.txt", 0.9)
+    for i in range(20):
+        write_log(tmp_path / f"many/{i:02}/a.txt", 0.8 + i / 100)
+    mine = tmp_path / "mine"
+    write_log(mine / "b.txt", 0.7)
+    write_log(mine / "z/c.txt", 0.6)
+    (mine / "good").symlink_to(tmp_path / "far")
+    (mine / "up").symlink_to("/")
+    (mine / "above").symlink_to(tmp_path)
+    (mine / "zero.txt").symlink_to("/dev/zero")
+    found, left_out = find_runs(mine)
+    assert sorted(run.name for run in found) == ["a", "b", "c"]
+    assert len(left_out) == 3
+    for words in (f"up is a link to /, which holds {mine}", f"above is a link to {tmp_path}", "zero.txt"):
+        assert any(words in sentence for sentence in left_out)
+
+    monkeypatch.setattr(runs, "MOST_LINKED", 13)
+    (mine / "many").symlink_to(tmp_path / "many")
+    found, left_out = find_runs(mine)
+    # 3 folders and a file lie behind `good` and `many`, and then 4 more pairs of a folder and its file
+    assert len([run for run in found if "many" in run.origin["folder"]]) == 4
+    assert {"b", "c"} < {run.name for run in found}  # what is no link is read all the same
+    assert sum("links lead to more than 13 files" in sentence for sentence in left_out) == 1
+
+
+def test_many_sentences_are_cut_short(tmp_path):
+    write_log(tmp_path / "a.txt", 0.9)
+    for i in range(30):
+        (tmp_path / f"{i}.txt").symlink_to("/dev/zero")
+    _, left_out = find_runs(tmp_path)
+    assert left_out[20:] == ["10 more files or folders are left out for such reasons"]
+
+
 # groups
 
 
@@ -345,6 +406,13 @@ def test_unread_shards():
 # damage
 
 
+def nested(depth):
+    value = 0
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -359,6 +427,8 @@ def test_unread_shards():
             "it.train_shards[0].tokens is -1, not a non-negative integer",
         ),
         ("[" * 10**5, "not valid JSON"),
+        ({"more": nested(60)}, "it is nested more than 50 deep"),
+        ({"resumed": [{"more": {"a": nested(900)}}]}, "it is nested more than 50 deep"),
     ],
 )
 def test_wrong_types_in_run_json(tmp_path, change, words):
@@ -369,6 +439,19 @@ def test_wrong_types_in_run_json(tmp_path, change, words):
         runs.read_facts(run)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_run_json_without_resumed(tmp_path, call):
+    assert "resumed" not in facts()
+    done = call(compare, write(tmp_path / "a"))
+    assert done.returncode == 0
+    run = tmp_path / "filed"
+    shutil.copytree(RECORD, run)
+    without = json.loads((run / "run.json").read_text())
+    del without["resumed"]
+    (run / "run.json").write_text(json.dumps(without))
+    with pytest.raises(UserError, match="run.json cannot be read: it lacks resumed"):
+        records.check_run(run, records.read_track("cpu"))
 
 
 NUMBERS = [0, -1, 5, 10**400, 1e308, float("nan"), float("inf")]
