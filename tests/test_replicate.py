@@ -185,14 +185,16 @@ def test_the_verdict_in_words():
     lines = replicate.conclude(*losses(0, saving * slope, (saving - 0.06) * slope), 0.06, Estimate(0.01, 0.01, 0.01))
     steps, time = (float(line.split()[2].rstrip("%")) / 100 for line in lines[:2])
     assert steps == pytest.approx(saving, abs=0.007) and time == pytest.approx(1 - (1 - steps) * 1.01, abs=0.001)
-    assert lines[2:] == ["fewer steps than Muon? yes", "as many fewer as claimed? no", "verdict: partly"]
+    assert lines[2:] == ["Does Newton-Muon need fewer steps than Muon? yes",
+                         "Does it save 6% of the steps, as claimed? no", "verdict: partly"]
 
 
 def test_undecided_names_a_number_of_runs():
     arms = {0: 3.281, 1: 3.279}, {0: 3.275, 1: 3.277}, {0: 3.281, 1: 3.283}  # 4 %, on two seeds
     lines = replicate.conclude(*arms, 0.06, Estimate(0.01))
     assert lines[0].startswith("steps saved: 4.0% (95 %: ") and "time saved: unknown" in lines[1]  # without an interval for the overhead
-    assert lines[3].startswith("as many fewer as claimed? undecided: about ") and lines[-1] == "verdict: undecided"
+    assert lines[3].startswith("Does it save 6% of the steps, as claimed? undecided: about ")
+    assert lines[-1] == "verdict: undecided"
 
 
 def test_one_seed_says_what_difference_means_nothing():
