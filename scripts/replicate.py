@@ -31,6 +31,11 @@ and is one of
   partly            yes and no
   not reproduced    the second answer is no, and the first is not yes
   undecided         otherwise; it says how many runs of each arm would decide it
+Looking again: to add seeds until a question is decided makes wrong answers more likely. So the largest number
+of seeds is fixed before the first run, by --planned_seeds (10 if nothing is said), and kept in plan.json in
+--log_dir with the looks so far. Each look has a wider interval, so that all together are right in 95 % of
+comparisons (harness/sequential.py). records/power/README.md says how many seeds tell how small a saving.
+
 One seed gives no verdict: the shorter arm and the overhead wait for a second. A run that diverges counts: its
 arm has no result. On the speedrun track every evaluation is shown beside that of record 4, as published, so
 that a wrong set-up shows after 125 steps.
@@ -50,7 +55,7 @@ from harness.command import command, locked
 import numpy as np
 import torch
 
-from harness import estimates, jobs, runs
+from harness import estimates, jobs, runs, sequential
 from scripts import compare
 from train_gpt2 import GPT, Config, UserError, code_sha256, load_config
 
@@ -185,25 +190,35 @@ def filed_spread(track, configs):
 # the verdict
 
 
-def conclude(baseline, candidate, shorter, fraction, overhead, spread=None):
+def conclude(baseline, candidate, shorter, fraction, overhead, spread=None, level=0.95, planned=None):
     """The lines of the verdict on three arms {seed: final loss}, nan for a run that diverged.
 
-    `spread` is what filed_spread() returns.
+    `spread` is what filed_spread() returns, `level` the confidence of this look among those of the
+    comparison, `planned` its number of seeds, None if there is no plan.
     """
-    if len(baseline) == 1:
+    seeds = len(baseline)
+    if seeds == 1:
         return ["one seed gives no verdict; --seeds 5 adds runs and gives one", noise_of_one_seed(spread)]
     saved = estimates.steps_saved(baseline, candidate, shorter, fraction)
+    saved = sequential.at_level(saved, fraction, seeds, level)
     found = estimates.verdict(saved, CLAIM["steps"])
     time = estimates.time_saved(saved, overhead)
-    lines = [f"steps saved: {estimates.saved_text(saved)}; {CLAIM['steps']:.0%} claimed",
-             f"time saved: {estimates.saved_text(time)}; about {CLAIM['time']:.0%} claimed"]
+    lines = []
+    if planned and level > 0.9501:  # not if it is the only look
+        lines.append(f"look at {seeds} of {planned} planned seeds: its intervals are of {level:.1%}, "
+                     "so that all looks together are right in 95 %")
+    lines += [f"steps saved: {estimates.saved_text(saved)}; {CLAIM['steps']:.0%} claimed",
+              f"time saved: {estimates.saved_text(time)}; about {CLAIM['time']:.0%} claimed"]
     questions = {"Does Newton-Muon need fewer steps than Muon?": found.fewer,
                  f"Does it save {CLAIM['steps']:.0%} of the steps, as claimed?": found.as_claimed}
     for question, answer in questions.items():
         line = f"{question} {answer.word}"
         if answer.runs:
-            line += (f": about {answer.runs:,} runs of each arm in all would decide it, "
+            needed = sequential.runs_at_level(answer.runs, level)
+            line += (f": about {needed:,} runs of each arm in all would decide it, "
                      "with the same means and spread")
+            if planned and needed > planned:
+                line += f"; {planned} are planned, and a larger plan needs another --log_dir"
         lines.append(line)
     return [*lines, f"verdict: {found.word}"]
 
@@ -218,7 +233,18 @@ def noise_of_one_seed(spread):
             f"standard deviation {spread[0]:.4f}): a smaller difference means nothing")
 
 
-def print_claim(plan, track, overhead):
+def print_expectation(track, seeds, plan_file):
+    """Says how small a saving so many seeds can show, with the noise of the track's filed runs."""
+    noise = sequential.read_noise(track)
+    if noise is None:
+        return
+    level, planned = sequential.level_of_look(plan_file, seeds)
+    smallest = sequential.detectable(noise, seeds, level)
+    print(f"\n{seeds} of {planned} planned seeds: a true saving of {smallest:.1%} of the steps would be told "
+          "from none in 80 % of comparisons, with the noise of this track (records/power/README.md)")
+
+
+def print_claim(plan, track, overhead, plan_file):
     """Prints the final losses, the overhead (an Estimate, or None) and the verdict."""
     print("\nThe claim" + ("" if track == "speedrun" else f", made for the speedrun, on the {track} track"))
     arms = {}
@@ -245,8 +271,14 @@ def print_claim(plan, track, overhead):
     lengths = [steps for optimizer, steps in arms if optimizer == "newton_muon"]
     N = max(lengths)
     short = min(lengths)
+    seeds = len(arms["muon", N])
+    level = 0.95
+    planned = None
+    if seeds > 1:
+        sequential.note_look(plan_file, seeds)
+        level, planned = sequential.level_of_look(plan_file, seeds)
     lines = conclude(arms["muon", N], arms["newton_muon", N], arms["newton_muon", short], 1 - short / N,
-                     overhead, spread)
+                     overhead, spread, level, planned)
     for line in lines:
         print(textwrap.fill(line, 128, subsequent_indent="    "))
 
@@ -266,6 +298,9 @@ def parse():
         allow_abbrev=False, usage="%(prog)s [options] [--field value ...]")
     parser.add_argument("--track", choices=("cpu", "mini", "speedrun"), default="cpu", help="(default: cpu)")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each arm (default: 1)")
+    parser.add_argument("--planned_seeds", type=int, metavar="N",
+                        help="the largest number of seeds that this comparison may get, fixed before the "
+                             f"first run (default: {sequential.PLANNED_SEEDS}, or --seeds if that is more)")
     parser.add_argument("--optimizers", default="muon,newton_muon,adamw", metavar="NAME,...",
                         help="of the configurations TRACK_NAME.toml in --configs "
                              "(default: muon,newton_muon,adamw)")
@@ -302,6 +337,9 @@ def check(args, fields, processes):
     if args.seeds < 1 or len(set(args.optimizers)) < len(args.optimizers):
         raise UserError(f"--seeds {args.seeds} --optimizers {','.join(args.optimizers)}: "
                         "seeds must be at least 1, each optimizer named once")
+    if args.planned_seeds is not None and args.planned_seeds < max(2, args.seeds):
+        raise UserError(f"--planned_seeds {args.planned_seeds}: "
+                        f"must be 2 or more, and at least --seeds {args.seeds}")
     for field in fields:
         if field.startswith("--") and field[2:].split("=")[0] in jobs.PLANNED_FIELDS:
             raise UserError(f"{field}: every run here has its own, and goes to its end; "
@@ -333,7 +371,11 @@ def main():
     if args.overhead and claim:
         read_overhead(overhead)  # refuses another file before the first run
 
+    plan_file = args.log_dir / "plan.json"
     with locked(args.log_dir, "--log_dir", wait=False):  # two would disturb each other's benchmark
+        if claim and args.seeds > 1:
+            sequential.make_plan(plan_file, args.seeds, args.planned_seeds)
+            print_expectation(args.track, args.seeds, plan_file)
         missing = [run for run in planned if not jobs.ended(run.folder, run.config)]
         if missing:
             jobs.fetch_data(args.track, fields)
@@ -355,7 +397,7 @@ def main():
     baseline = next((group.label for group in groups if group.optimizer == "muon"), None)
     compare.report(groups, baseline, targets.pop(), png=args.png)
     if claim:
-        print_claim(plan, args.track, read_overhead(overhead) if timed else None)
+        print_claim(plan, args.track, read_overhead(overhead) if timed else None, plan_file)
 
 
 if __name__ == "__main__":

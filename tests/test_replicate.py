@@ -1,6 +1,7 @@
 """scripts/replicate.py: the arms that it trains, and what it makes of them."""
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,7 @@ def test_configurations_of_ones_own(tmp_path):
     ("--seeds 0", "seeds must be at least 1"),
     ("--optimizers muon,muon", "each optimizer named once"),
     ("--optimizers muon,lion", "cpu_lion.toml"),
+    ("--seeds 5 --planned_seeds 3", "--planned_seeds 3: must be 2 or more, and at least --seeds 5"),
     ("--gpus 0", "--gpus 0"),
     ("--png plot.xyz", "must end in .png"),
     ("--val_tokens 100", "val_tokens = 100"),
@@ -155,6 +157,20 @@ def test_trains_judges_and_repeats_nothing(replicated, tmp_path):
     assert replicated.started == [] and "first 5.2: step" in text  # another target needs no other runs
 
 
+def test_the_number_of_seeds_is_planned(replicated, tmp_path):
+    replicated("--seeds", 2, "--planned_seeds", 3)
+    plan = tmp_path / "runs/plan.json"
+    assert json.loads(plan.read_text()) == {"planned_seeds": 3, "looks": [2]}
+    replicated("--seeds", 4)
+    refused(replicated.done, "--seeds 4, but 3 were planned", "another --log_dir")
+    replicated("--seeds", 3, "--planned_seeds", 5)
+    refused(replicated.done, "--planned_seeds 5, but", "plan.json says 3")
+    assert replicated.started == []
+    text = replicated("--seeds", 3)
+    assert json.loads(plan.read_text())["looks"] == [2, 3]
+    assert "look at 3 of 3 planned seeds" in text
+
+
 def test_paths_are_those_of_the_caller(replicated, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -221,6 +237,21 @@ def test_the_verdict_in_words():
                          "Does it save 6% of the steps, as claimed? no", "verdict: partly"]
 
 
+def test_an_early_look_is_more_careful():
+    arms = losses(0, 0.0040, 0.0040 - 0.06 * 0.279, n=3)
+    overhead = Estimate(0.01)
+    only = replicate.conclude(*arms, 0.06, overhead, None, 0.95, 3)
+    early = replicate.conclude(*arms, 0.06, overhead, None, 0.995, 30)
+    assert early[0].startswith("look at 3 of 30 planned seeds: its intervals are of 99.5%")
+    assert not any("look at" in line for line in only)
+
+    def width(line):
+        low, high = re.search(r"95 %: (\S+)% to (\S+)%", line).groups()
+        return float(high) - float(low)
+
+    assert width(early[1]) > 1.5 * width(only[0])
+
+
 def test_undecided_names_a_number_of_runs():
     arms = {0: 3.281, 1: 3.279}, {0: 3.275, 1: 3.277}, {0: 3.281, 1: 3.283}  # 4 %, on two seeds
     lines = replicate.conclude(*arms, 0.06, Estimate(0.01))
@@ -234,8 +265,8 @@ def test_one_seed_says_what_difference_means_nothing():
     arms = losses(0, 0.01, 0.02, n=1)
     text = "\n".join(replicate.conclude(*arms, 0.06, Estimate(0.01), (0.0013, math.inf)))
     assert "verdict:" not in text and "saved" not in text
-    assert ("two runs of Muon, or of Newton-Muon, that differ only in the seed have final losses within 0.0036 "
-            "of each other") in text
+    assert ("two runs of Muon, or of Newton-Muon, that differ only in the seed have final losses "
+            "within 0.0036 of each other") in text
 
 
 def test_spread_of_filed_runs(tmp_path, monkeypatch):
