@@ -1,7 +1,7 @@
 """Write records/power/README.md: how many seeds the verdict of scripts/replicate.py takes.
 
-    python scripts/power.py                 a few minutes
-    python scripts/power.py --trials 100    coarser, in a minute
+    python scripts/power.py                 two minutes
+    python scripts/power.py --trials 100    coarser, in half a minute
 
 Final losses are simulated with the noise of the tracks, and judged as replicate.py judges them. The noise of
 the CPU track comes from its filed records, that of the speedrun from its published rules. It is written to
@@ -181,8 +181,8 @@ def page(tracks, trials):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=1000,
-                        help="simulated comparisons for each figure (default: 1000)")
+    parser.add_argument("--trials", type=int, default=400,
+                        help="simulated comparisons for each figure (default: 400)")
     parser.add_argument("--out", type=Path, default=RECORDS,
                         help="folder of the page (default: records/power)")
     args = parser.parse_args()
