@@ -22,9 +22,11 @@ PLANNED_FIELDS = ("seed", "data_seed", "run_name", "resume", "optimizer", "stop_
 
 
 def finished(folder, config):
-    """Whether `folder` holds the finished run of `config` by this code. UserError if it holds one of another code or configuration."""
+    """Whether `folder` holds the finished run of `config` by this code.
+
+    UserError if it holds a run of another code or configuration.
+    """
     facts = read_facts(folder)
-    config_there = facts.get("config", {})
     if not facts:
         return False
 
@@ -33,13 +35,18 @@ def finished(folder, config):
 
     if facts.get("code_sha256") != code_sha256():
         refuse("is from another version of train_gpt2.py")
+    config_there = facts.get("config", {})
     for name, value in dataclasses.asdict(config).items():
-        if name not in MAY_CHANGE_ON_RESUME - {"stop_at_target"} and config_there.get(name) != value:
+        if name in MAY_CHANGE_ON_RESUME and name != "stop_at_target":
+            continue
+        if config_there.get(name) != value:
             refuse(f"has {name} = {config_there.get(name)!r}, this run {value!r}")
     if ":" in config.optimizer:
         module = importlib.util.find_spec(config.optimizer.split(":")[0])
-        if module and hashlib.sha256(Path(module.origin).read_bytes()).hexdigest() != facts.get("optimizer_sha256", ""):
-            refuse(f"is from another version of {module.origin}")
+        if module:
+            sha256 = hashlib.sha256(Path(module.origin).read_bytes()).hexdigest()
+            if sha256 != facts.get("optimizer_sha256", ""):
+                refuse(f"is from another version of {module.origin}")
     return "end" in facts
 
 
@@ -49,23 +56,34 @@ def ended(folder, config):
 
 
 class Jobs:
-    """Runs of train_gpt2.py, `number` at a time, each started by a thread of its own, until one thread says stop()."""
+    """Runs of train_gpt2.py, `number` at a time, each started by a thread of its own.
+
+    After stop() none is started.
+    """
 
     def __init__(self, number):
-        self.threads = max(1, (os.cpu_count() or 1) // number)  # of the CPU, for each run
-        self.processes, self.stopped, self.lock = [], False, threading.Lock()
+        self.threads = threads_for(number)
+        self.processes = []
+        self.stopped = False
+        self.lock = threading.Lock()
 
     def train(self, arguments, folder):
-        """Runs train_gpt2.py with `arguments`, into `folder`; returns the final validation loss, None if the run failed or was stopped."""
-        with self.lock:  # a process that is being started is not missed by stop()
+        """Runs train_gpt2.py with `arguments`, into `folder`.
+
+        Returns the final validation loss, None if the run failed or was stopped.
+        """
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        command = [sys.executable, str(ROOT / "train_gpt2.py"), *arguments]
+        with self.lock:  # so that stop() does not miss a process that is being started
             if self.stopped:
                 return None
-            process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt2.py"), *arguments], text=True, stdout=subprocess.DEVNULL,
-                                       stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": str(self.threads)})
+            process = subprocess.Popen(command, text=True, env=environment,
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             self.processes.append(process)
-        errors = process.communicate()[1]
+        _, errors = process.communicate()
         if process.returncode:
-            print(f"{folder.name}: {errors.strip() or f'ended with code {process.returncode}'}", file=sys.stderr, flush=True)
+            reason = errors.strip() or f"ended with code {process.returncode}"
+            print(f"{folder.name}: {reason}", file=sys.stderr, flush=True)
             return None
         return read_facts(folder).get("final_val_loss")
 
@@ -74,11 +92,22 @@ class Jobs:
         with self.lock:
             self.stopped = True
             for process in self.processes:
-                process.terminate()  # of one that has ended it does nothing
+                process.terminate()  # does nothing to one that has ended
+
+
+def threads_for(number):
+    """CPU threads for each of so many runs at a time."""
+    return max(1, (os.cpu_count() or 1) // number)
+
+
+# running commands, and showing what they print
 
 
 def echo(output, published):
-    """Copies what train_gpt2.py prints to the terminal, its evaluations with the `published` loss {step: loss} beside them."""
+    """Copies what one run of train_gpt2.py prints to the terminal, as it comes.
+
+    `published` is {step: loss}: evaluations at these steps get the published loss beside them.
+    """
     line = b""
     with open(output, "rb", buffering=0) as output:
         while True:
@@ -87,10 +116,8 @@ def echo(output, published):
             except OSError:  # a pseudo-terminal ends like this
                 return
             for part in complete:
-                found = re.search(rb"step:(\d+)/\d+ val_loss:(\S+)", line + part)
-                theirs = published.get(int(found[1])) if found else None
-                text = f"  published: {theirs:.4f} ({float(found[2]) - theirs:+.4f})" if theirs else ""
-                sys.stdout.write(f"{part.decode(errors='replace').rstrip()}{text}\n")
+                comparison = beside(line + part, published)
+                sys.stdout.write(f"{part.decode(errors='replace').rstrip()}{comparison}\n")
                 line = b""
             if not complete and not rest:
                 return
@@ -99,27 +126,46 @@ def echo(output, published):
             sys.stdout.flush()
 
 
+def beside(line, published):
+    """What to write after a line of a log: the published loss of its step, and the difference to it."""
+    found = re.search(rb"step:(\d+)/\d+ val_loss:(\S+)", line)
+    if not found:
+        return ""
+    theirs = published.get(int(found[1]))
+    if theirs is None:
+        return ""
+    return f"  published: {theirs:.4f} ({float(found[2]) - theirs:+.4f})"
+
+
 def label(output, name):
     """Copies lines to the terminal, with `name` in front."""
     with open(output, encoding="utf-8", errors="replace") as output:
         for line in output:
-            with contextlib.suppress(OSError, UnicodeError):  # a terminal that is gone, or knows few letters, ends no run
+            # a terminal that is gone, or knows few letters, ends no run
+            with contextlib.suppress(OSError, UnicodeError):
                 sys.stdout.write(f"{name}  {line.rstrip()}\n")  # in one piece: several do this at once
                 sys.stdout.flush()
 
 
 def launch(commands, published=None):
-    """Runs `python ARGUMENTS` for each of `commands`, {name: arguments}, all at once; returns their exit codes.
+    """Runs `python ARGUMENTS` for each of `commands`, {name: arguments}, all at once.
 
-    Several share the CPU's cores, and what they print goes through label(). What one prints goes through echo(), if there is a `published`
-    curve. Raises KeyboardInterrupt if Ctrl-C or SIGTERM stopped them.
+    Returns their exit codes. Several share the CPU's cores, and label() shows what they print. echo() shows
+    what one prints, if there is a `published` curve. Raises KeyboardInterrupt if Ctrl-C or SIGTERM stopped
+    them.
     """
-    several, processes, copies, stops = len(commands) > 1, [], [], []
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(commands)))} if several else None
+    several = len(commands) > 1
+    environment = None
+    if several:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads_for(len(commands)))}
+    processes = []
+    copies = []
+    stops = []
 
-    def stop(number, frame):  # a run ends after its step and writes a checkpoint; a terminal has told it of Ctrl-C already
+    def stop(number, frame):
+        """Passes the signal on: a run ends after its step and writes a checkpoint."""
         stops.append(number)
-        if number == signal.SIGTERM or not os.isatty(0):
+        if number == signal.SIGTERM or not os.isatty(0):  # a terminal has told it of Ctrl-C already
             for process in processes:
                 process.send_signal(number)
 
@@ -127,15 +173,14 @@ def launch(commands, published=None):
     try:
         for name, arguments in commands.items():
             print(f"\n$ {shlex.join(['python', *arguments])}", flush=True)
-            output, end = (pty.openpty() if published and sys.stdout.isatty() else os.pipe()) if published or several else (None, None)
-            processes.append(subprocess.Popen([sys.executable, *arguments], stdout=end, stderr=end if several else None, env=environment))
-            if end:
-                os.close(end)
-                copy = (label, (output, name)) if several else (echo, (output, published))
-                copies.append(threading.Thread(target=copy[0], args=copy[1], daemon=True))
+            process, output = open_process(arguments, environment, several, published)
+            processes.append(process)
+            if output is not None:
+                show, what = (label, name) if several else (echo, published)
+                copies.append(threading.Thread(target=show, args=(output, what), daemon=True))
                 copies[-1].start()
             if stops:  # it came before this process was there
-                processes[-1].terminate()
+                process.terminate()
                 break
         codes = [process.wait() for process in processes]
         for copy in copies:
@@ -153,6 +198,23 @@ def launch(commands, published=None):
     return codes
 
 
+def open_process(arguments, environment, several, published):
+    """(process, descriptor from which to read what it prints) of `python ARGUMENTS`.
+
+    The descriptor is None if it prints to the terminal itself.
+    """
+    command = [sys.executable, *arguments]
+    if not several and not published:
+        return subprocess.Popen(command), None
+    if published and sys.stdout.isatty():
+        output, end = pty.openpty()  # so that the run sees a terminal too
+    else:
+        output, end = os.pipe()
+    process = subprocess.Popen(command, stdout=end, stderr=end if several else None, env=environment)
+    os.close(end)
+    return process, output
+
+
 def start(arguments, otherwise):
     """Runs `python ARGUMENTS`, as launch() does. Raises UserError with `otherwise` if that fails."""
     code, = launch({"": arguments})
@@ -162,6 +224,9 @@ def start(arguments, otherwise):
 
 def fetch_data(track, fields):
     """Makes or downloads the track's shards, unless the `fields` from the command line name others."""
-    if not any(field.startswith("--input_bin") for field in fields):
-        start(["data/shakespeare.py"] if track == "cpu" else ["data/fineweb.py", f"configs/{track}_muon.toml"],
-              "the data are not there; run the same command again to continue")
+    if any(field.startswith("--input_bin") for field in fields):
+        return
+    command = ["data/fineweb.py", f"configs/{track}_muon.toml"]
+    if track == "cpu":
+        command = ["data/shakespeare.py"]
+    start(command, "the data are not there; run the same command again to continue")

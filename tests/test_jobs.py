@@ -22,7 +22,9 @@ def test_a_run_of_several_is_a_run(shards, tmp_path):
 
 def test_stop_includes_a_starting_run(monkeypatch, tmp_path):
     (tmp_path / "train_gpt2.py").write_text("import signal; signal.alarm(30); signal.pause()")
-    training, processes, popen = jobs.Jobs(1), [], subprocess.Popen
+    training = jobs.Jobs(1)
+    processes = []
+    popen = subprocess.Popen
 
     def stop_while_it_starts(command, **options):
         processes.append(popen(command, **options))
@@ -42,17 +44,20 @@ def test_the_published_loss_stands_beside_ours(open_ends, monkeypatch):
     thread = threading.Thread(target=jobs.echo, args=(reader, {125: 5.2017, 6200: 3.2785}))
     thread.start()
     try:
-        for piece in ("Muon\nstep:0/6200 val_loss:10.9", "3 train_time:0ms\n\r\033[Kstep:125/6200 val_loss:5.2117 tr",
+        for piece in ("Muon\nstep:0/6200 val_loss:10.9",
+                      "3 train_time:0ms\n\r\033[Kstep:125/6200 val_loss:5.2117 tr",
                       "ain_time:9ms\nstep:126/6200 val_loss:5.1 x\nstep:6200/6200 val_loss:nan\nend"):
             os.write(writer, piece.encode())
-            while not sys.stdout.getvalue().endswith(piece.rpartition("\n")[2]):  # shown at once, although its line has no end
+            # shown at once, although its line has no end
+            while not sys.stdout.getvalue().endswith(piece.rpartition("\n")[2]):
                 assert thread.is_alive()
     finally:
         os.close(writer)
         thread.join(30)
-    assert sys.stdout.getvalue() == ("Muon\nstep:0/6200 val_loss:10.93 train_time:0ms\n"
-                                     "\r\033[Kstep:125/6200 val_loss:5.2117 train_time:9ms  published: 5.2017 (+0.0100)\n"
-                                     "step:126/6200 val_loss:5.1 x\nstep:6200/6200 val_loss:nan  published: 3.2785 (+nan)\nend")
+    assert sys.stdout.getvalue() == (
+        "Muon\nstep:0/6200 val_loss:10.93 train_time:0ms\n"
+        "\r\033[Kstep:125/6200 val_loss:5.2117 train_time:9ms  published: 5.2017 (+0.0100)\n"
+        "step:126/6200 val_loss:5.1 x\nstep:6200/6200 val_loss:nan  published: 3.2785 (+nan)\nend")
 
 
 def test_stopped_runs_end_by_themselves(tmp_path):
@@ -60,7 +65,8 @@ def test_stopped_runs_end_by_themselves(tmp_path):
     code = """
 import os, pathlib, signal, sys
 folder, name, other = pathlib.Path(sys.argv[1]), *sys.argv[2:]
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until it is waited for: a signal just before signal.pause() would be lost
+# blocked until it is waited for: a signal just before signal.pause() would be lost
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 (folder / name).touch()
 while not (folder / other).exists():
     pass
@@ -82,7 +88,8 @@ sys.exit(143)
 @pytest.mark.parametrize("failing", [2, None])
 def test_no_run_is_left_behind(monkeypatch, failing):
     """Where the second cannot be started, or SIGINT reaches this process alone."""
-    processes, popen = [], jobs.subprocess.Popen
+    processes = []
+    popen = jobs.subprocess.Popen
 
     def start(command, **options):
         if len(processes) + 1 == failing:
@@ -90,7 +97,8 @@ def test_no_run_is_left_behind(monkeypatch, failing):
         processes.append(popen(command, **options))
         return processes[-1]
 
-    code = "import os, signal; print('x', flush=True); " + ("" if failing else "os.kill(os.getppid(), signal.SIGINT); ") + "signal.pause()"
+    interrupt = "" if failing else "os.kill(os.getppid(), signal.SIGINT); "
+    code = f"import os, signal; print('x', flush=True); {interrupt}signal.pause()"
     monkeypatch.setattr(jobs.subprocess, "Popen", start)
     monkeypatch.setattr(os, "isatty", lambda number: False)
     with pytest.raises(BlockingIOError if failing else KeyboardInterrupt):
@@ -100,7 +108,8 @@ def test_no_run_is_left_behind(monkeypatch, failing):
 
 def test_runs_side_by_side_are_told_apart(capsys, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    code = "import os, sys; print(os.environ['OMP_NUM_THREADS']); print('and this', file=sys.stderr); sys.exit(int(sys.argv[1]))"
+    code = ("import os, sys; print(os.environ['OMP_NUM_THREADS']); print('and this', file=sys.stderr); "
+            "sys.exit(int(sys.argv[1]))")
     assert jobs.launch({"one": ["-c", code, "0"], "two": ["-c", code, "3"]}) == [0, 3]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("one ", "two "))]
     assert sorted(lines) == ["one  3", "one  and this", "two  3", "two  and this"]

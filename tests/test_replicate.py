@@ -1,23 +1,24 @@
 """scripts/replicate.py: the arms that it trains, and what it makes of them."""
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from scripts import bench
-from harness import jobs
-from scripts import replicate
 import train_gpt2
 from conftest import ROOT, refused
+from harness import jobs
 from harness.command import locked
 from harness.estimates import Estimate
+from scripts import bench, replicate
 from train_gpt2 import UserError, load_config
 
-TINY = ["--n_layer", "1", "--n_embd", "16", "--batch_size", "2", "--sequence_length", "32", "--num_iterations", "20",
-        "--warmdown_iters", "6", "--val_loss_every", "10", "--val_tokens", "64", "--target_val_loss", "5", "--log_every", "1"]
+TINY = ["--n_layer", "1", "--n_embd", "16", "--batch_size", "2", "--sequence_length", "32",
+        "--num_iterations", "20", "--warmdown_iters", "6", "--val_loss_every", "10", "--val_tokens", "64",
+        "--target_val_loss", "5", "--log_every", "1"]
 
 
 def losses(*gains, n=5):
@@ -29,27 +30,34 @@ def losses(*gains, n=5):
 # the arms
 
 
-@pytest.mark.parametrize("track, steps, warmdown, first", [("cpu", {600, 564}, 169, 1), ("speedrun", {6200, 5828}, 1692, 0)])
+@pytest.mark.parametrize("track, steps, warmdown, first", [
+    ("cpu", {600, 564}, 169, 1),
+    ("speedrun", {6200, 5828}, 1692, 0)])
 def test_arms(track, steps, warmdown, first, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     plan = replicate.plan_runs(track, Path("configs"), ["newton_muon", "adamw", "muon"], 3, tmp_path, [])
-    N, short = max(steps), min(steps)
+    N = max(steps)
+    short = min(steps)
     assert set(plan) == {("muon", N), ("newton_muon", N), ("newton_muon", short), ("adamw", N)}
     for (optimizer, length), seeds in plan.items():
         assert list(seeds) == [first, first + 1, first + 2]
         for seed, (folder, arguments, config) in seeds.items():
             asked = vars(load_config([f"configs/{track}_{optimizer}.toml"]))
-            assert (config.seed, config.data_seed, config.num_iterations, config.run_name) == (seed, seed, length, folder.name)
-            changed = {"seed", "data_seed"} if seed else set()
-            changed |= {"num_iterations", "warmdown_iters"} if length == short else set()
-            changed |= {"run_name", "log_dir", "resume", "save_every"}
+            assert (config.seed, config.data_seed) == (seed, seed)
+            assert (config.num_iterations, config.run_name) == (length, folder.name)
+            changed = {"run_name", "log_dir", "resume", "save_every"}
+            if seed:
+                changed |= {"seed", "data_seed"}
+            if length == short:
+                changed |= {"num_iterations", "warmdown_iters"}
             assert {name for name, value in vars(config).items() if value != asked[name]} == changed
     assert plan["newton_muon", short][2][2].warmdown_iters == warmdown
     assert len({folder for seeds in plan.values() for folder, _, _ in seeds.values()}) == 12
 
 
 def test_without_muon_there_is_no_shorter_arm(tmp_path):
-    plan = replicate.plan_runs("cpu", ROOT / "configs", ["newton_muon"], 1, tmp_path, ["--num_iterations", "450"])
+    fields = ["--num_iterations", "450"]
+    plan = replicate.plan_runs("cpu", ROOT / "configs", ["newton_muon"], 1, tmp_path, fields)
     assert set(plan) == {("newton_muon", 450)}
 
 
@@ -57,15 +65,25 @@ def test_configurations_of_ones_own(tmp_path):
     for name, rate in (("muon", 0.5), ("newton_muon", 0.25)):
         (tmp_path / f"cpu_{name}.toml").write_text(f'optimizer = "{name}"\nlearning_rate = {rate}\n')
     plan = replicate.plan_runs("cpu", tmp_path, ["muon", "newton_muon"], 2, tmp_path, [])
-    rates = {name: config.learning_rate for (name, _), seeds in plan.items() for _, _, config in seeds.values()}
+    rates = {}
+    for (name, _), seeds in plan.items():
+        for run in seeds.values():
+            rates[name] = run.config.learning_rate
     assert rates == {"muon": 0.5, "newton_muon": 0.25}
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("--seed 3", "--seed: every run here has its own"), ("--optimizer=adamw", "--seeds and --optimizers say"),
-    ("--data_seed 3", "--data_seed: every run"), ("--stop_at_target true", "to its end"), ("--seeds 0", "seeds must be at least 1"),
-    ("--optimizers muon,muon", "each optimizer named once"), ("--optimizers muon,lion", "cpu_lion.toml"), ("--gpus 0", "--gpus 0"),
-    ("--png plot.xyz", "must end in .png"), ("--val_tokens 100", "val_tokens = 100"),
+    ("--seed 3", "--seed: every run here has its own"),
+    ("--optimizer=adamw", "--seeds and --optimizers say"),
+    ("--data_seed 3", "--data_seed: every run"),
+    ("--stop_at_target true", "to its end"),
+    ("--seeds 0", "seeds must be at least 1"),
+    ("--optimizers muon,muon", "each optimizer named once"),
+    ("--optimizers muon,lion", "cpu_lion.toml"),
+    ("--seeds 5 --planned_seeds 3", "--planned_seeds 3: must be 2 or more, and at least --seeds 5"),
+    ("--gpus 0", "--gpus 0"),
+    ("--png plot.xyz", "must end in .png"),
+    ("--val_tokens 100", "val_tokens = 100"),
     ("--track mini", "needs a GPU and torch finds none; --track cpu does"),
     ("--configs nowhere", "nowhere/cpu_muon.toml"),
     ("--num_iterations 8 --warmdown_iters 2", "num_iterations = 8 of Newton-Muon"),
@@ -87,7 +105,10 @@ def test_refused_before_the_first_run(call, tmp_path, arguments, words, monkeypa
 
 @pytest.fixture
 def replicated(call, tmp_path, monkeypatch):
-    """replicated(*arguments) runs it with a tiny model, its commands in this process; .started lists them, those of one time as a list."""
+    """replicated(*arguments) runs it with a tiny model, its commands in this process.
+
+    .started lists them, those of one time as a list.
+    """
     def launch(commands, published=None):
         replicated.started.append([arguments[0] for arguments in commands.values()])
         return [run(arguments) for arguments in commands.values()]
@@ -107,8 +128,8 @@ def replicated(call, tmp_path, monkeypatch):
 
     def replicated(*arguments):
         replicated.started = []
-        replicated.done = call(replicate, "--log_dir", tmp_path / "runs", "--optimizers", "muon,newton_muon", *TINY,
-                               *arguments)
+        replicated.done = call(replicate, "--log_dir", tmp_path / "runs",
+                               "--optimizers", "muon,newton_muon", *TINY, *arguments)
         return replicated.done.stdout
     monkeypatch.setattr(jobs, "launch", launch)
     monkeypatch.chdir(ROOT)
@@ -118,22 +139,43 @@ def replicated(call, tmp_path, monkeypatch):
 def test_trains_judges_and_repeats_nothing(replicated, tmp_path):
     text = replicated()
     assert replicated.started == [["data/shakespeare.py"], ["train_gpt2.py"] * 2]  # two at once
-    assert "one seed gives no verdict" in text and "not known for this configuration" in text and (tmp_path / "runs.png").exists()
+    assert "one seed gives no verdict" in text and "not known for this configuration" in text
+    assert (tmp_path / "runs.png").exists()
     assert "overhead" not in text and "verdict:" not in text
     text = replicated("--seeds", 2)
-    assert replicated.started == [["data/shakespeare.py"], ["scripts/bench.py"], ["train_gpt2.py"], ["train_gpt2.py"] * 3]
+    trained = [["train_gpt2.py"], ["train_gpt2.py"] * 3]
+    assert replicated.started == [["data/shakespeare.py"], ["scripts/bench.py"], *trained]
     assert "2 of 6 runs" in text
-    assert "overhead of Newton-Muon's step: +2.0% (95 %: +1.0% to +3.0%)" in text and text.splitlines()[-1].startswith("verdict: ")
-    finals = [json.loads((tmp_path / f"runs/newton_muon_19_seed-{seed}/run.json").read_text())["final_val_loss"] for seed in (1, 2)]
+    assert "overhead of Newton-Muon's step: +2.0% (95 %: +1.0% to +3.0%)" in text
+    assert text.splitlines()[-1].startswith("verdict: ")
+    finals = []
+    for seed in (1, 2):
+        facts = json.loads((tmp_path / f"runs/newton_muon_19_seed-{seed}/run.json").read_text())
+        finals.append(facts["final_val_loss"])
     assert f"final loss of newton_muon after 19 steps: {np.mean(finals):.4f}" in text
     text = replicated("--seeds", 2, "--target_val_loss", "5.2")
     assert replicated.started == [] and "first 5.2: step" in text  # another target needs no other runs
 
 
+def test_the_number_of_seeds_is_planned(replicated, tmp_path):
+    replicated("--seeds", 2, "--planned_seeds", 3)
+    plan = tmp_path / "runs/plan.json"
+    assert json.loads(plan.read_text()) == {"planned_seeds": 3, "looks": [2]}
+    replicated("--seeds", 4)
+    refused(replicated.done, "--seeds 4, but 3 were planned", "another --log_dir")
+    replicated("--seeds", 3, "--planned_seeds", 5)
+    refused(replicated.done, "--planned_seeds 5, but", "plan.json says 3")
+    assert replicated.started == []
+    text = replicated("--seeds", 3)
+    assert json.loads(plan.read_text())["looks"] == [2, 3]
+    assert "look at 3 of 3 planned seeds" in text
+
+
 def test_paths_are_those_of_the_caller(replicated, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    Path("mine.json").write_text(json.dumps(dict(ratios={"newton_muon/muon": dict(mean_step=1.5, low=None, high=None)})))
+    ratio = dict(mean_step=1.5, low=None, high=None)
+    Path("mine.json").write_text(json.dumps(dict(ratios={"newton_muon/muon": ratio})))
     text = replicated("--png", "mine.png", "--overhead", "mine.json")
     assert "overhead of Newton-Muon's step: +50.0%" in text and (tmp_path / "elsewhere/mine.png").exists()
 
@@ -149,7 +191,8 @@ def test_overhead_of_another_model_is_measured_again(replicated, tmp_path):
     replicated("--seeds", 2)
     file = tmp_path / "runs/overhead.json"
     measured = json.loads(file.read_text())
-    for changed, started in (({}, []), ({"parameters": 1}, [["scripts/bench.py"]]), ({"processes": 2}, [["scripts/bench.py"]])):
+    again = [["scripts/bench.py"]]
+    for changed, started in (({}, []), ({"parameters": 1}, again), ({"processes": 2}, again)):
         file.write_text(json.dumps({**measured, **changed}))
         replicated("--seeds", 2)
         assert replicated.started == started and json.loads(file.read_text()) == measured
@@ -157,7 +200,8 @@ def test_overhead_of_another_model_is_measured_again(replicated, tmp_path):
 
 def test_diverged_run_is_not_repeated(replicated):
     text = replicated("--seeds", 2, "--hidden_learning_rate", "1e30")
-    assert sum(replicated.started, []).count("train_gpt2.py") == 6 and "muon_20_seed-1 diverged: its arm has no result" in text
+    assert sum(replicated.started, []).count("train_gpt2.py") == 6
+    assert "muon_20_seed-1 diverged: its arm has no result" in text
     assert "6 of 6 runs diverged" in text and text.splitlines()[-1] == "verdict: undecided"
     replicated("--seeds", 2, "--hidden_learning_rate", "1e30")
     assert replicated.started == []
@@ -166,10 +210,11 @@ def test_diverged_run_is_not_repeated(replicated):
 def test_the_overhead_is_what_bench_writes(tmp_path, call, monkeypatch):
     file = tmp_path / "overhead.json"
     monkeypatch.chdir(ROOT)
-    done = call(bench, "configs/cpu_newton_muon.toml", "--sides", "muon,newton_muon", "--rounds", 6, "--steps", 1, "--n_layer", 1,
-                "--n_embd", 16, "--batch_size", 2, "--json", file)
+    done = call(bench, "configs/cpu_newton_muon.toml", "--sides", "muon,newton_muon", "--rounds", 6,
+                "--steps", 1, "--n_layer", 1, "--n_embd", 16, "--batch_size", 2, "--json", file)
     assert done.returncode == 0, done.stderr
-    rounds = np.array(json.loads(file.read_text())["ratios"]["newton_muon/muon"]["rounds"]) - 1
+    ratio = json.loads(file.read_text())["ratios"]["newton_muon/muon"]
+    rounds = np.array(ratio["rounds"]) - 1
     found = replicate.read_overhead(file)
     assert found[:3] == pytest.approx((np.median(rounds), rounds.min(), rounds.max()))
     file.write_text("[]")
@@ -181,25 +226,47 @@ def test_the_overhead_is_what_bench_writes(tmp_path, call, monkeypatch):
 
 
 def test_the_verdict_in_words():
-    saving, slope = 0.03, 0.0045 * 62
-    lines = replicate.conclude(*losses(0, saving * slope, (saving - 0.06) * slope), 0.06, Estimate(0.01, 0.01, 0.01))
+    saving = 0.03
+    slope = 0.0045 * 62
+    arms = losses(0, saving * slope, (saving - 0.06) * slope)
+    lines = replicate.conclude(*arms, 0.06, Estimate(0.01, 0.01, 0.01))
     steps, time = (float(line.split()[2].rstrip("%")) / 100 for line in lines[:2])
-    assert steps == pytest.approx(saving, abs=0.007) and time == pytest.approx(1 - (1 - steps) * 1.01, abs=0.001)
-    assert lines[2:] == ["fewer steps than Muon? yes", "as many fewer as claimed? no", "verdict: partly"]
+    assert steps == pytest.approx(saving, abs=0.007)
+    assert time == pytest.approx(1 - (1 - steps) * 1.01, abs=0.001)
+    assert lines[2:] == ["Does Newton-Muon need fewer steps than Muon? yes",
+                         "Does it save 6% of the steps, as claimed? no", "verdict: partly"]
+
+
+def test_an_early_look_is_more_careful():
+    arms = losses(0, 0.0040, 0.0040 - 0.06 * 0.279, n=3)
+    overhead = Estimate(0.01)
+    only = replicate.conclude(*arms, 0.06, overhead, None, 0.95, 3)
+    early = replicate.conclude(*arms, 0.06, overhead, None, 0.995, 30)
+    assert early[0].startswith("look at 3 of 30 planned seeds: its intervals are of 99.5%")
+    assert not any("look at" in line for line in only)
+
+    def width(line):
+        low, high = re.search(r"95 %: (\S+)% to (\S+)%", line).groups()
+        return float(high) - float(low)
+
+    assert width(early[1]) > 1.5 * width(only[0])
 
 
 def test_undecided_names_a_number_of_runs():
     arms = {0: 3.281, 1: 3.279}, {0: 3.275, 1: 3.277}, {0: 3.281, 1: 3.283}  # 4 %, on two seeds
     lines = replicate.conclude(*arms, 0.06, Estimate(0.01))
-    assert lines[0].startswith("steps saved: 4.0% (95 %: ") and "time saved: unknown" in lines[1]  # without an interval for the overhead
-    assert lines[3].startswith("as many fewer as claimed? undecided: about ") and lines[-1] == "verdict: undecided"
+    assert lines[0].startswith("steps saved: 4.0% (95 %: ")
+    assert "time saved: unknown" in lines[1]  # without an interval for the overhead
+    assert lines[3].startswith("Does it save 6% of the steps, as claimed? undecided: about ")
+    assert lines[-1] == "verdict: undecided"
 
 
 def test_one_seed_says_what_difference_means_nothing():
     arms = losses(0, 0.01, 0.02, n=1)
     text = "\n".join(replicate.conclude(*arms, 0.06, Estimate(0.01), (0.0013, math.inf)))
     assert "verdict:" not in text and "saved" not in text
-    assert "two runs of Muon, or of Newton-Muon, that differ only in the seed have final losses within 0.0036 of each other" in text
+    assert ("two runs of Muon, or of Newton-Muon, that differ only in the seed have final losses "
+            "within 0.0036 of each other") in text
 
 
 def test_spread_of_filed_runs(tmp_path, monkeypatch):
@@ -207,7 +274,8 @@ def test_spread_of_filed_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config(["configs/cpu_muon.toml"])
     other = {"learning_rate": 0.1}
-    for i, (loss, changed) in enumerate([(1.60, {}), (1.64, {"device": "cuda"}), (1.62, {}), (9.0, other), (8.0, other)]):
+    filed = [(1.60, {}), (1.64, {"device": "cuda"}), (1.62, {}), (9.0, other), (8.0, other)]
+    for i, (loss, changed) in enumerate(filed):
         folder = tmp_path / f"records/cpu/{'.adding' if changed == other else 'first'}/run_{i}"
         folder.mkdir(parents=True)
         facts = dict(config={**vars(config), **changed, "seed": i}, final_val_loss=loss)

@@ -1,0 +1,328 @@
+"""The page of the comparison, records/zoo/README.md, and its picture."""
+import ast
+import importlib
+import inspect
+import json
+import math
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from harness import estimates
+from harness.command import ROOT
+from harness.estimates import Estimate
+from harness.pictures import COLORS
+from harness.tuning import RATES
+from harness.zoo.optimizers import ZOO
+from harness.zoo.table import SEEDS, TUNING_SEEDS, Table, read_overhead
+from harness.zoo.training import LENGTHS
+from scripts.records import markdown
+from train_gpt2 import UserError
+
+RECORDS = ROOT / "records" / "zoo"
+PICTURE = "differences.png"
+
+HEAD = """# The optimizers people ask about
+
+`python scripts/zoo.py` tunes each optimizer with the same effort, runs it with six other seeds, and
+writes this page. `--help` says how. Every run behind the table is a line of `runs.csv`.
+
+How to read the table:
+
+- **Against Muon**: the difference of the final losses, seed by seed, with its 95 % interval. All
+  optimizers share the seeds. **=** means that the interval contains 0: the optimizer cannot be told
+  from Muon. Of those that equal Muon, one in twenty will look different.
+- **Steps saved**: Muon would need more steps, or fewer, to reach the same loss; this is the share
+  that the optimizer does without. Muon's loss at other lengths comes from its runs at 0.5 to 1.5 of
+  the steps, interpolated linearly in the logarithm of the steps. The interval is that of the
+  difference in loss, converted the same way.
+- **Time of a step**: relative to Muon's. The two take turns in one process, on the machine that
+  `overhead.json` names.
+- **State**: bytes per hidden parameter (fp32), without the buffer through which Muon and its
+  relatives share updates.
+- **Lines**: lines of code in the optimizer's file, without what it imports from others.
+- **Rates, setting**: the tuned values. Which setting is tuned was our choice: one of the
+  optimizer's own where it has any, else the momentum.
+"""
+
+
+class Result(NamedTuple):
+    """What the page says of an optimizer."""
+    name: str
+    loss: Estimate  # of the mean final loss; nan if a run diverged
+    gap: Estimate  # of the difference to Muon; None for Muon itself and where a run diverged
+    cells: tuple  # of the table
+
+
+# the numbers
+
+
+def mean_loss(finals):
+    """Estimate of the mean of {seed: final loss}; nan if one diverged."""
+    values = list(finals.values())
+    if not np.isfinite(values).all():
+        return Estimate(math.nan)
+    return estimates.mean_interval(values)
+
+
+def steps_saved(gap, curve, steps):
+    """Text: 1 - steps / s with its interval, where Muon takes s steps to a loss that is `gap` above its own.
+
+    `gap` is an Estimate at `steps` steps. `curve` is {steps: mean final loss} of Muon: between its points
+    the loss is linear in the logarithm of the steps.
+    """
+    lengths, losses = zip(*sorted(curve.items(), reverse=True))  # rising losses
+
+    def share(change):
+        loss = curve[steps] + change
+        if loss < losses[0]:
+            return f"above {1 - steps / lengths[0]:.0%}"
+        if loss > losses[-1]:
+            return f"below {1 - steps / lengths[-1]:.0%}"
+        needed = math.exp(np.interp(loss, losses, np.log(lengths)))
+        return f"{1 - steps / needed:z.1%}"
+
+    middle = share(gap.mean)
+    ends = [share(change) for change in (gap.high, gap.low) if change is not None]
+    if all(end == middle for end in ends):
+        return middle
+    return f"{middle} ({' to '.join(ends)})"
+
+
+def at_ends(table, point):
+    """Names of the rates and of the setting whose value in `point` is the smallest or largest tried.
+
+    `point` is the optimizer's best one.
+    """
+    tried = []
+    for other in table.losses:
+        if (other.optimizer, other.steps) == (point.optimizer, point.steps) and other.seed in TUNING_SEEDS:
+            tried.append(other)
+    found = []
+    for rate in RATES:
+        values = [getattr(other, rate) for other in tried]
+        if values and getattr(point, rate) in (min(values), max(values)):
+            found.append(rate)
+    if point.setting:  # the default lies between the others
+        values = [json.loads(other.setting) for other in (*tried, point) if other.setting]
+        if json.loads(point.setting) in (min(values), max(values)):
+            found.append(ZOO[point.optimizer].setting)
+    return found
+
+
+def lines_of_code(entry):
+    """Lines of the optimizer's module that are neither empty, comments nor its docstring.
+
+    None for an optimizer of torch's.
+    """
+    module = entry.optimizer.partition(":")[0]
+    if not module.startswith("optimizers."):
+        return None
+    source = inspect.getsource(importlib.import_module(module))
+    docstring = ast.parse(source).body[0].end_lineno
+    lines = [line.strip() for line in source.splitlines()[docstring:]]
+    return sum(1 for line in lines if line and not line.startswith("#"))
+
+
+# the table
+
+
+def interval(estimate, form):
+    """'mean (low to high)', each written in the format `form`; the mean alone if there is no interval."""
+    text = format(estimate.mean, form)
+    if estimate.low is not None:
+        text += f" ({estimate.low:{form}} to {estimate.high:{form}})"
+    return text
+
+
+def is_equal(gap):
+    """Whether the optimizer cannot be told from Muon: the interval of the difference contains 0."""
+    return gap.low is not None and gap.low * gap.high <= 0
+
+
+def result(table, name, point, costs, muon, curve):
+    """The Result of an optimizer whose best point is `point`; `muon` is {seed: Muon's final loss}."""
+    entry = ZOO[name]
+    finals = table.results(name, point.steps)
+    loss = mean_loss(finals)
+    gap = None
+    against = ""
+    saved = ""
+    if name != "muon" and math.isfinite(loss.mean):
+        gap = estimates.mean_interval([finals[seed] - muon[seed] for seed in finals])
+        against = interval(gap, "+.4f")
+        if is_equal(gap):
+            against += " ="
+        saved = steps_saved(gap, curve, point.steps)
+    time = ""
+    if "mean_step" in costs:
+        time = f"{costs['mean_step']:.2f} ({costs['low']:.2f} to {costs['high']:.2f})"
+    rates = f"{point.learning_rate:g}, {point.hidden_learning_rate:g}"
+    if point.setting:
+        rates += f", {entry.setting} {point.setting}"
+    lines = str(lines_of_code(entry) or "")
+    cells = (f"`{name}`", interval(loss, ".4f"), against, saved, time, f"{costs['state_bytes']:.1f}",
+             lines, rates, entry.source)
+    return Result(name, loss, gap, cells)
+
+
+def section(folder):
+    """The part of the page on the track in `folder`: (text, [Result, ...] by final loss)."""
+    table = Table(folder / "runs.csv")
+    costs = read_overhead(folder / "overhead.json")
+    steps = max((point.steps for point in table.losses if point.seed in TUNING_SEEDS), default=0)
+    curve = {}  # of Muon: steps -> mean final loss
+    for length in LENGTHS:
+        finals = table.results("muon", round(length * steps))
+        if set(finals) == set(SEEDS):
+            curve[round(length * steps)] = float(np.mean(list(finals.values())))
+
+    results = []
+    waiting = []
+    ends = []
+    for name in ZOO:
+        has_run = set(table.results(name, steps)) == set(SEEDS)
+        if not (has_run and name in costs and len(curve) == len(LENGTHS)):
+            waiting.append(f"`{name}`")
+            continue
+        best = next(point for point in table.losses
+                    if point.optimizer == name and point.steps == steps and point.seed in SEEDS)
+        results.append(result(table, name, best, costs[name], table.results("muon", steps), curve))
+        names = at_ends(table, best)
+        if names:
+            ends.append(f"`{name}` ({', '.join(names)})")
+    results.sort(key=lambda found: math.inf if math.isnan(found.loss.mean) else found.loss.mean)
+
+    head = ("optimizer", "final loss (95 %)", "against Muon, by pairs", "steps saved", "time of a step",
+            "state, bytes", "lines", "rates, setting", "source")
+    text = [f"## {folder.name}\n",
+            f"{steps} steps, {len(SEEDS)} seeds; {len(results)} of {len(ZOO)} optimizers.\n",
+            f"![difference of the final loss to Muon's]({folder.name}/{PICTURE})\n",
+            markdown([head, *(found.cells for found in results)])]
+    if ends:
+        text.append(f"Best at an end of the values tried, so perhaps better beyond it: {', '.join(ends)}.\n")
+    if waiting:
+        text.append(f"Not run yet, or not to the end: {', '.join(waiting)}.\n")
+    return "\n".join(text), results
+
+
+# the picture
+
+
+def in_groups(results):
+    """{heading: [Result, ...]} of the optimizers that are better than Muon, equal to it, and worse."""
+    groups = {"better than Muon": [], "cannot be told from Muon": [], "worse than Muon": [], "diverged": []}
+    for found in results:
+        if found.name == "muon":
+            continue
+        if found.gap is None:
+            groups["diverged"].append(found)
+        elif found.gap.low is None or is_equal(found.gap):
+            groups["cannot be told from Muon"].append(found)
+        elif found.gap.mean < 0:
+            groups["better than Muon"].append(found)
+        else:
+            groups["worse than Muon"].append(found)
+    return {heading: found for heading, found in groups.items() if found}
+
+
+def scale(results):
+    """(left, right) of the axis.
+
+    It ends at twice the median distance from Muon: what lies further does not set the scale.
+    """
+    gaps = [found.gap for found in results if found.gap]
+    if not gaps:
+        return -0.01, 0.01
+    bound = 2 * float(np.median([abs(gap.mean) for gap in gaps])) or 0.01
+    lows = [gap.low if gap.low is not None else gap.mean for gap in gaps]
+    highs = [gap.high if gap.high is not None else gap.mean for gap in gaps]
+    left = max(min(lows), -bound)
+    right = min(max(highs), bound)
+    left = min(left, 0)
+    right = max(right, 0)
+    margin = 0.04 * (right - left) or 0.001
+    return left - margin, right + margin
+
+
+def plot(results):
+    """A forest plot: the difference of each optimizer's final loss to Muon's, with its 95 % interval."""
+    groups = in_groups(results)
+    rows = sum(1 + len(found) for found in groups.values())
+    figure = Figure(figsize=(8.3, 1.2 + 0.225 * max(rows, 4)), layout="constrained")
+    axes = figure.subplots()
+    left, right = scale(results)
+    axes.axvline(0, color=COLORS["muon"], linewidth=1.2)
+    axes.text(0, -0.75, "Muon", color=COLORS["muon"], ha="center", va="bottom", fontsize=9)
+    labels = {}  # height -> name
+    y = 0
+    for heading, found in groups.items():
+        axes.axhspan(y - 0.5, y + 0.5, color="0.92", linewidth=0)
+        labels[y] = heading
+        y += 1
+        for each in found:
+            labels[y] = ZOO[each.name].label
+            draw_row(axes, y, each, left, right)
+            y += 1
+    axes.set_xlim(left, right)
+    axes.set_ylim(y - 0.4, -0.6)  # the best is on top
+    axes.set_yticks(list(labels), list(labels.values()), fontsize=9)
+    for label in axes.get_yticklabels():
+        if label.get_text() in groups:
+            label.set_weight("bold")
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=9)
+    axes.grid(axis="x", color="0.85", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    axes.set_xlabel("final loss minus Muon's, mean and 95 % interval (left is better, arrow: off the scale)",
+                    fontsize=9)
+    return figure
+
+
+def draw_row(axes, y, found, left, right):
+    """A mark with its interval, an arrow at the edge if it lies beyond, and the numbers at the right."""
+    color = COLORS.get(found.name, "0.2")
+    edge = axes.get_yaxis_transform()  # x from 0 to 1
+    if found.gap is None:
+        axes.text(1.03, y, "diverged", transform=edge, va="center", fontsize=8)
+        return
+    gap = found.gap
+    if gap.mean > right:
+        axes.plot(right, y, marker=">", color=color, markersize=7, clip_on=False)
+    elif gap.mean < left:
+        axes.plot(left, y, marker="<", color=color, markersize=7, clip_on=False)
+    else:
+        if gap.low is not None:
+            axes.plot([max(gap.low, left), min(gap.high, right)], [y, y], color=color, linewidth=1.6)
+        equal = gap.low is None or is_equal(gap)
+        inside = "white" if equal else color
+        axes.plot(gap.mean, y, marker="o", color=color, markersize=5.5, markerfacecolor=inside)
+    axes.text(1.03, y, interval(gap, "+.4f"), transform=edge, va="center", fontsize=8)
+
+
+# the page
+
+
+def write_page(records, check=False):
+    """Writes README.md in `records`, and the pictures.
+
+    `check` only compares the page. UserError if it is stale.
+    """
+    path = records / "README.md"
+    sections = {file.parent.name: section(file.parent) for file in sorted(records.glob("*/runs.csv"))}
+    parts = [HEAD, *(text for text, _ in sections.values())]
+    notes = records / "notes.md"
+    if notes.exists():
+        parts.append(notes.read_text(encoding="utf-8"))
+    page = "\n".join(parts)
+    if check:
+        if not path.exists() or path.read_text(encoding="utf-8") != page:
+            raise UserError(f"{path} is stale; run `python scripts/zoo.py --page`")
+        return
+    path.write_text(page, encoding="utf-8")
+    for track, (_, results) in sections.items():
+        plot(results).savefig(records / track / PICTURE, dpi=200)
+    counts = [f"{track} {len(results)}" for track, (_, results) in sections.items()]
+    print(f"{path}: {', '.join(counts) or 'no'} optimizers")
