@@ -1,0 +1,40 @@
+"""README.md: its code is the trainer's, its example works, and its links lead somewhere."""
+import re
+import tomllib
+
+import pytest
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+
+
+def block(language, start):
+    """The one block of that language that has this text."""
+    found, = [text for kind, text in BLOCKS if kind == language and start in text]
+    return found
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_step_is_the_trainers():
+    assert block("python", "gather_rows") in (ROOT / "train_gpt2.py").read_text(encoding="utf-8")
+
+
+def test_an_optimizer_of_ones_own(start, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(block("python", "class SignDescent"))
+    monkeypatch.syspath_prepend(tmp_path)
+    fields = tomllib.loads(block("toml", "SignDescent"))
+    fields["optimizer"] = fields["optimizer"].removeprefix("optimizers.")
+    done = start(run_name="a", **fields)
+    assert done.returncode == 0, done.stderr
+    losses = [float(loss) for loss in re.findall(r"val_loss:(\S+)", done.stdout)]
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)]+)\)", README))))
+def test_links_lead_somewhere(path):
+    assert path.startswith("https://") or (ROOT / path).exists()
