@@ -17,9 +17,10 @@ GROUPS = ("matrix products", "attention", "loss", "norms and elementwise", "opti
           "communication")
 COMMUNICATION = re.compile("nccl|gloo|c10d", re.IGNORECASE)
 ATTENTION = re.compile("flash|fmha|attention|sdpa", re.IGNORECASE)
-PRODUCT = re.compile(r"gemm|gemv|nvjet|cutlass|xmma|splitk|triton_tem|^aten::(add|b|baddb)?mm$", re.IGNORECASE)
+PRODUCT = re.compile(r"gemm|gemv|nvjet|cutlass|xmma|splitk|triton_tem|^aten::(add|b|baddb)?mm$",
+                     re.IGNORECASE)
 LOSS = re.compile("loss|softmax|logsumexp|entropy", re.IGNORECASE)
-GENERATED = re.compile("triton_(poi|per|red|for)_")  # Inductor puts the operations around a kernel into its name
+GENERATED = re.compile("triton_(poi|per|red|for)_")  # Inductor's names also hold the operations nearby
 
 
 def group(name, operations, phase):
@@ -41,7 +42,8 @@ def group(name, operations, phase):
 
 
 def nest(calls):
-    """Adds to each event of a thread: `own`, its time without the events inside it, and `operations` around it."""
+    """Adds to each event of a thread `own`, its time without the events inside it, and `operations`, those
+    around it."""
     stack = []
     for event in sorted(calls, key=lambda event: (event["ts"], -event["dur"])):
         while stack and stack[-1]["ts"] + stack[-1]["dur"] <= event["ts"]:
@@ -63,7 +65,7 @@ def covered(spans):
 
 
 def executed(events):
-    """[(event, call that launched it), ...]: the kernels of a GPU, or without any the operations of the CPU."""
+    """[(event, call that launched it), ...]: a GPU's kernels or, without any, the operations of the CPU."""
     threads = defaultdict(list)
     for event in events:
         if event.get("cat") in ("cpu_op", "cuda_runtime", "cuda_driver"):
@@ -84,9 +86,9 @@ def executed(events):
 def where_it_goes(events):
     """The mean step in the events of a Chrome trace.
 
-    Returns {groups: {group: ms}, with idle and wall; kernels: [{group, kernel, launches, ms}, ...], the longest
-    first}. Steps and phases are the ranges bench:step, bench:optimizer and bench:statistics; a kernel belongs to
-    those in which it was launched.
+    Returns {groups: {group: ms}, with idle and wall; kernels: [{group, kernel, launches, ms}, ...], the
+    longest first}. Steps and phases are the ranges bench:step, bench:optimizer and bench:statistics; a kernel
+    belongs to those in which it was launched.
     """
     steps, phases = [], []
     for event in events:

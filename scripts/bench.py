@@ -366,7 +366,7 @@ def measure(sides, configs, facts, args, device, dtype, idx):
         side = build(name, config, device, dtype, idx)
         side.first_step_ms = timed(side, device)
         sides[name] = side
-        publish(sides, facts, args, table=len(sides) < len(configs))
+        publish(sides, facts, args)
     for i in range(args.rounds):
         take_turns(sides, args.steps, device, backwards=i % 2 == 0)
         publish(sides, facts, args)
