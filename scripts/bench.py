@@ -350,14 +350,14 @@ def write_json(path, result):
 
 
 def publish(sides, facts, args, table=True):
-    """Process 0 shows the table and writes --json."""
+    """Process 0 writes --json and shows the table."""
     if rank() != 0:
         return
     result = report(sides, facts)
-    if table:
-        show(result)
     if args.json:
         write_json(args.json, result)
+    if table:
+        show(result)
 
 
 def measure(sides, configs, facts, args, device, dtype, idx):
@@ -447,6 +447,8 @@ def main():
     try:
         measure(sides, configs, facts, args, device, dtype, idx)
     except KeyboardInterrupt:
+        if sides:
+            publish(sides, facts, args)
         if len(sides) < len(configs) or not all(side.rounds_ms for side in sides.values()):
             raise
         print("interrupted: the table has all complete rounds", file=sys.stderr)

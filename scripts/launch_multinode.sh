@@ -4,10 +4,10 @@
 #   scripts/launch_multinode.sh NODES HEAD CONFIG.toml [--field value ...]
 #   scripts/launch_multinode.sh 2 node1 configs/speedrun_newton_muon.toml
 #
-# HEAD is the name or address of one of the nodes, at which they find each other (HEAD:PORT if 29400 is taken).
-# When a process or a node dies, the others stop, wait until all NODES are there again, and resume from the last
-# checkpoint in log_dir, up to MAX_RESTARTS times. Start the command again on the node that died. All nodes must
-# share log_dir. Without --save_every there is no checkpoint before the end.
+# HEAD is the name or address of one of the nodes, at which they find each other (HEAD:PORT if 29400 is
+# taken). When a process or a node dies, the others stop, wait until all NODES are there again, and resume
+# from the last checkpoint in log_dir, up to MAX_RESTARTS times. Start the command again on the node that
+# died. All nodes must share log_dir. Without --save_every there is no checkpoint before the end.
 #
 # Environment:
 #   NPROC         processes on this node (default: one for each GPU; 1 without GPUs)
