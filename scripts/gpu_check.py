@@ -164,8 +164,8 @@ class Report:
         self.failed |= result.startswith("FAILED")
         self.say(f"\n== {name}: {result}, {time.monotonic() - start:.0f} s")
         text = output.read_text(errors="replace")
-        if result.startswith("FAILED"):
-            self.say(last_lines(text, 25))
+        if result != "done":
+            self.say(last_lines(text, 25 if result.startswith("FAILED") else 5))
         return text
 
     def archive(self):

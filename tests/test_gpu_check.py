@@ -6,11 +6,14 @@ import re
 import signal
 import sys
 import tarfile
+import time
 
+import numpy as np
 import pytest
 
 from conftest import ROOT, refused, run
-from scripts import gpu_check
+from scripts import bench, gpu_check
+from train_gpt2 import Shards, load_config, open_shard, sequences_per_process
 
 
 def check(*arguments, **env):
@@ -28,6 +31,17 @@ def test_gpu_check_with_wrong_shards_says_so(tmp_path):
     done = check("--cpu", "--shards", tmp_path / "mine", OUT=str(tmp_path / "out"))
     refused(done, "mine_train_*.bin and ", "mine_val_*.bin")
     assert not (tmp_path / "out").exists()
+
+
+def test_without_shards_tokens_are_made(tmp_path):
+    size = dict(gpu_check.TOY, shards="data/none/none")
+    shards, source = gpu_check.find_shards(None, size, tmp_path)
+    assert source == "made here, since there are no shards data/none/none_*.bin"
+    for kind in ("train", "val"):
+        path, = tmp_path.glob(f"{shards.name}_{kind}_*.bin")
+        tokens = open_shard(path).astype(int)
+        assert len(tokens) > size["val_tokens"] and tokens.max() < size["vocab_size"]
+        assert set(np.diff(tokens) % size["vocab_size"]) == {1, 2, 3}
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +94,7 @@ def test_gpu_check_ends_what_it_runs_and_keeps_what_it_found(tmp_path, launch):
         assert script.poll() is None
     while not (running := gpu_check.descendants(script.pid)):
         assert script.poll() is None
+        time.sleep(0.01)
     script.terminate()
     script.stdout.read()
     assert script.wait() == 130
@@ -139,3 +154,54 @@ def test_losses_beside_the_published_ones():
     other = gpu_check.loss_table(runs, comparable=False)
     assert "not comparable" in other[1]
     assert other[2:] == [line.rpartition(", ")[0] for line in expected]
+
+
+class Recorder:
+    """In the place of gpu_check.Report: keeps the commands instead of running them."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.temporary = folder
+        self.commands = []
+
+    def part(self, name, limit, arguments, **options):
+        self.commands.append([str(argument) for argument in arguments][1:])
+        return ""
+
+    def say(self, text):
+        pass
+
+    def archive(self):
+        pass
+
+
+def test_the_commands_for_a_gpu_are_valid(tmp_path, monkeypatch):
+    """Their configurations can be read, and the tokens that are made suffice for them."""
+    monkeypatch.chdir(ROOT)
+    report = Recorder(tmp_path)
+    size = dict(gpu_check.GPU, shards="data/none/none")
+    shards, _ = gpu_check.find_shards(None, size, tmp_path)
+    gpu_check.first_steps(report, size, shards)
+    gpu_check.long_runs(report, size, shards, micro_batch=128)
+    assert [command[0] for command in report.commands] == ["train_gpt2.py"] * 5
+    for _, *arguments in report.commands:
+        config = load_config(arguments)
+        assert sequences_per_process(config, world=1) == config.batch_size
+        T = config.sequence_length
+        training = Shards(config.input_bin, T, config.vocab_size, config.allow_repeat)
+        training.require(config.num_iterations * config.batch_size, "training")
+        Shards(config.input_val_bin, T, config.vocab_size).require(config.val_tokens // T, "validation")
+
+    gpu_check.bench(report, size)
+    script, *arguments = report.commands[-1]
+    assert script == "scripts/bench.py"
+    monkeypatch.setattr(sys, "argv", report.commands[-1])
+    args, configs = bench.parse_arguments()
+    assert args.profile and list(configs) == ["muon", "newton_muon", "adamw"]
+    assert all(config.compile and config.device == "cuda" for config in configs.values())
+
+    gpu_check.tests(report)
+    chosen = [argument for argument in report.commands[-1] if "::" in argument]
+    assert len(chosen) == len(set(chosen)) > len(gpu_check.FIRST_TESTS)
+    done = run(sys.executable, "-m", "pytest", "-o", "addopts=", "--collect-only", "-q", *chosen, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
