@@ -48,16 +48,29 @@ from harness.command import command
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports that it starts and stops
 
 import train_gpt2  # before torch: it says how CPU threads wait
-from train_gpt2 import (GPT, PEAK_FLOPS, UserError, accumulate, build_optimizers, choose_micro_batch,
-                        fast_dtype, load_config, rank, start_processes, synchronized_time, wrapped,
+from train_gpt2 import (GPT, UserError, accumulate, autocast, build_optimizers, choose_micro_batch,
+                        load_config, rank, start_processes, synchronized_time, training_dtype, wrapped,
                         write_atomically)
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend
 from torch.profiler import record_function
 
 from harness import kernels
+
+# dense bf16 matrix products, FLOP/s, from NVIDIA's data sheets; the first that is part of the device's name
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
 
 
 class PlainBlock(nn.Module):
@@ -136,7 +149,7 @@ def plain_step(config, device, dtype):
 
     def step(batches, refresh):
         for idx, targets in batches:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with autocast(device, dtype):
                 loss = model(idx, targets)
             (loss / len(batches)).backward()
         with record_function("bench:optimizer"):
@@ -151,7 +164,7 @@ def trainer_step(config, device, dtype):
     model, _ = wrapped(raw, config, device)
     optimizers = build_optimizers(raw, config)
     hidden = optimizers[1]
-    refresh_interval = hidden.defaults.get("refresh_interval", 0) if hasattr(hidden, "refresh") else 0
+    refresh_interval = train_gpt2.refresh_interval(hidden)
 
     def step(batches, refresh):
         _, grams = accumulate(model, batches, refresh, dtype)
@@ -162,7 +175,7 @@ def trainer_step(config, device, dtype):
             for optimizer in optimizers:
                 optimizer.step()
             raw.zero_grad(set_to_none=True)
-    return step, refresh_interval
+    return step, 0 if refresh_interval == math.inf else refresh_interval
 
 
 def allocated(device):
@@ -218,9 +231,17 @@ def take_turns(sides, steps, device, backwards):
         side.rounds_ms.append(times)
 
 
+def attention_kernel(config, device, dtype):
+    """The name of the attention that torch takes for this model."""
+    shape = (1, config.n_head, config.sequence_length, config.n_embd // config.n_head)
+    q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
+    return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name.lower()
+
+
 def describe(args, config, device, dtype):
     """What is measured, and on what: the part of the result that does not change from round to round."""
-    model = GPT(config)
+    parameters = GPT(config).num_parameters()
+    attention_flops = 12 * config.n_layer * config.n_embd * config.sequence_length
     machine = train_gpt2.describe_machine(device)
     peak = None
     if device.type == "cuda":
@@ -233,8 +254,8 @@ def describe(args, config, device, dtype):
                 torch=torch.__version__, dtype=str(dtype), compile=config.compile,
                 batch_size=config.batch_size, sequence_length=config.sequence_length,
                 refresh_interval=config.refresh_interval, code_sha256=train_gpt2.code_sha256(),
-                parameters=model.num_parameters(), flops_per_token=model.flops_per_token(),
-                peak_flops=peak, steps=args.steps)
+                parameters=parameters, flops_per_token=6 * parameters + attention_flops,
+                peak_flops=peak, attention=attention_kernel(config, device, dtype), steps=args.steps)
 
 
 def interval(values):
@@ -318,7 +339,7 @@ COLUMNS = {  # heading: (width, key of a side, format)
 
 def show_facts(facts):
     print("{config}: {parameters:,} parameters, {batch_size} x {sequence_length} tokens a step\n"
-          "{processes} x {machine}, {dtype}, compile = {compile}, torch {torch}\n"
+          "{processes} x {machine}, {dtype}, {attention}, compile = {compile}, torch {torch}\n"
           "model FLOPs of a token: 6 N + 12 L C T = {flops_per_token:,}; "
           "known peak of the device: {peak_flops}"
           .format(**facts))
@@ -435,7 +456,7 @@ def main():
     config = next(iter(configs.values()))
     per_process = train_gpt2.sequences_per_process(config, int(os.environ.get("WORLD_SIZE") or 1))
     device = start_processes(config)
-    dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = training_dtype(config, device)
     torch.set_float32_matmul_precision("high")
     generator = torch.Generator().manual_seed(rank())
     shape = (per_process, config.sequence_length)

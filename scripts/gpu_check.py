@@ -221,7 +221,7 @@ def train(report, size, shards, optimizer, name, limit, fields):
                  "--input_bin", f"{shards}_train_*.bin", "--input_val_bin", f"{shards}_val_*.bin",
                  "--allow_repeat", "true", "--val_tokens", size["val_tokens"], *fields]
     text = report.part(name.replace("_", " "), limit, arguments)
-    ending = re.findall(r"^(?:final loss|training|memory|utilisation) .*", text, re.MULTILINE)
+    ending = re.findall(r"^(?:final loss|training|memory) .*", text, re.MULTILINE)
     report.say("\n".join(ending))
     folder = report.temporary / "runs" / name
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
