@@ -189,8 +189,9 @@ def test_the_commands_for_a_gpu_are_valid(tmp_path, monkeypatch):
         assert sequences_per_process(config, world=1) == config.batch_size
         T = config.sequence_length
         training = Shards(config.input_bin, T, config.vocab_size, config.allow_repeat)
-        training.require(config.num_iterations * config.batch_size, "training")
-        Shards(config.input_val_bin, T, config.vocab_size).require(config.val_tokens // T, "validation")
+        training.require(config.num_iterations * config.batch_size, "training", less="steps")
+        validation = Shards(config.input_val_bin, T, config.vocab_size)
+        validation.require(config.val_tokens // T, "validation", less="val_tokens")
 
     gpu_check.bench(report, size)
     script, *arguments = report.commands[-1]
