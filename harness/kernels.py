@@ -1,4 +1,7 @@
-"""Where a training step goes: the events of a torch.profiler trace, added up by groups of kernels. bench.py --profile shows it."""
+"""Where a training step goes: the events of a torch.profiler trace, added up by groups of kernels.
+
+bench.py --profile shows it.
+"""
 import json
 import re
 import tempfile
@@ -10,66 +13,118 @@ from torch.profiler import record_function
 
 from train_gpt2 import synchronized_time
 
-GROUPS = ("matrix products", "attention", "loss", "norms and elementwise", "optimizer", "statistics", "communication")
+GROUPS = ("matrix products", "attention", "loss", "norms and elementwise", "optimizer", "statistics",
+          "communication")
+COMMUNICATION = re.compile("nccl|gloo|c10d", re.IGNORECASE)
+ATTENTION = re.compile("flash|fmha|attention|sdpa", re.IGNORECASE)
+PRODUCT = re.compile(r"gemm|gemv|nvjet|cutlass|xmma|splitk|triton_tem|^aten::(add|b|baddb)?mm$",
+                     re.IGNORECASE)
+LOSS = re.compile("loss|softmax|logsumexp|entropy", re.IGNORECASE)
+GENERATED = re.compile("triton_(poi|per|red|for)_")  # Inductor's names also hold the operations nearby
 
 
 def group(name, operations, phase):
-    """The one of GROUPS in which a kernel counts, by its name, the operations that launched it and the phase of the step."""
-    if re.search("nccl|gloo|c10d", name, re.IGNORECASE):
+    """The one of GROUPS in which a kernel counts.
+
+    name: the kernel's. operations: those that launched it, from the outermost on. phase: of the step.
+    """
+    if COMMUNICATION.search(name):
         return "communication"
     if phase in GROUPS:
         return phase
-    if not re.match("triton_(poi|per|red|for)_", name):  # Inductor names what it generates after the operations around it, too
-        if re.search("flash|fmha|attention|sdpa", f"{name} {operations}", re.IGNORECASE):
-            return "attention"
-        if re.search(r"gemm|gemv|nvjet|cutlass|xmma|splitk|triton_tem|^aten::(add|b|baddb)?mm$", name, re.IGNORECASE):
-            return "matrix products"
-        name = f"{name} {operations}"
-    return "loss" if re.search("loss|softmax|logsumexp|entropy", name, re.IGNORECASE) else "norms and elementwise"
+    if GENERATED.match(name):
+        return "loss" if LOSS.search(name) else "norms and elementwise"
+    if ATTENTION.search(f"{name} {operations}"):
+        return "attention"
+    if PRODUCT.search(name):
+        return "matrix products"
+    return "loss" if LOSS.search(f"{name} {operations}") else "norms and elementwise"
+
+
+def nest(calls):
+    """Adds to each event of a thread `own`, its time without the events inside it, and `operations`, those
+    around it."""
+    stack = []
+    for event in sorted(calls, key=lambda event: (event["ts"], -event["dur"])):
+        while stack and stack[-1]["ts"] + stack[-1]["dur"] <= event["ts"]:
+            stack.pop()
+        event["own"] = event["dur"]
+        event["operations"] = " ".join(outer["name"] for outer in stack)
+        if stack:
+            stack[-1]["own"] -= event["dur"]
+        stack.append(event)
+
+
+def covered(spans):
+    """The length of the union of [(start, end), ...]."""
+    total = until = 0.0
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def executed(events):
+    """[(event, call that launched it), ...]: a GPU's kernels or, without any, the operations of the CPU."""
+    threads = defaultdict(list)
+    for event in events:
+        if event.get("cat") in ("cpu_op", "cuda_runtime", "cuda_driver"):
+            threads[event["pid"], event["tid"]].append(event)
+    for calls in threads.values():
+        nest(calls)
+    calls = [call for thread in threads.values() for call in thread]
+    kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    if not kernels:
+        return [(call, call) for call in calls]
+
+    def correlation(event):
+        return event.get("args", {}).get("correlation")
+    launches = {correlation(call): call for call in calls if call["cat"] != "cpu_op"}
+    return [(kernel, launches.get(correlation(kernel), kernel)) for kernel in kernels]
 
 
 def where_it_goes(events):
-    """The mean step in the events of a Chrome trace: `groups`, {group: ms} with idle and wall, and `kernels`, the longest first.
+    """The mean step in the events of a Chrome trace.
 
-    Steps and phases are the ranges bench:step, bench:optimizer and bench:statistics; a kernel belongs to those in which it was launched.
+    Returns {groups: {group: ms}, with idle and wall; kernels: [{group, kernel, launches, ms}, ...], the
+    longest first}. Steps and phases are the ranges bench:step, bench:optimizer and bench:statistics; a kernel
+    belongs to those in which it was launched.
     """
-    ranges = [e for e in events if e.get("cat") == "user_annotation" and e["name"].startswith("bench:")]
-    spans = [(e["name"][6:], e["ts"], e["ts"] + e["dur"]) for e in ranges]
-    steps = [(start, end) for name, start, end in spans if name == "step"]
-    threads, launched, work, rows = defaultdict(list), {}, [], defaultdict(lambda: [0, 0.0])
-    for e in events:
-        if e.get("cat") in ("cpu_op", "cuda_runtime", "cuda_driver"):
-            threads[e["pid"], e["tid"]].append(e)
-    for calls in threads.values():
-        stack = []
-        for e in sorted(calls, key=lambda e: (e["ts"], -e["dur"])):
-            while stack and stack[-1]["ts"] + stack[-1]["dur"] <= e["ts"]:
-                stack.pop()
-            e["own"], e["operations"] = e["dur"], " ".join(outer["name"] for outer in stack)
-            if stack:
-                stack[-1]["own"] -= e["dur"]
-            stack.append(e)
-            if e["cat"] != "cpu_op":
-                launched[e.get("args", {}).get("correlation")] = e
-    kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    for e in kernels or [e for calls in threads.values() for e in calls]:
-        call = launched.get(e.get("args", {}).get("correlation"), e) if kernels else e
+    steps, phases = [], []
+    for event in events:
+        if event.get("cat") == "user_annotation" and event["name"].startswith("bench:"):
+            name = event["name"].removeprefix("bench:")
+            span = (event["ts"], event["ts"] + event["dur"])
+            if name == "step":
+                steps.append(span)
+            else:
+                phases.append((name, *span))
+
+    launches = defaultdict(int)  # by (group, kernel)
+    microseconds = defaultdict(float)
+    spans = []
+    for event, call in executed(events):
         if not any(start <= call["ts"] < end for start, end in steps):
             continue
-        phase = next((name for name, start, end in spans if name != "step" and start <= call["ts"] < end), "")
-        row = rows[group(e["name"], call.get("operations", ""), phase), e["name"]]
-        row[0] += 1 / len(steps)
-        row[1] += e.get("own", e["dur"]) / 1000 / len(steps)
-        work.append((e["ts"], e["ts"] + e["dur"]))
-    busy, until = 0.0, 0.0
-    for start, end in sorted(work):
-        busy += max(0.0, end - max(start, until))
-        until = max(until, end)
+        phase = next((name for name, start, end in phases if start <= call["ts"] < end), "")
+        key = group(event["name"], call.get("operations", ""), phase), event["name"]
+        launches[key] += 1
+        microseconds[key] += event.get("own", event["dur"])
+        spans.append((event["ts"], event["ts"] + event["dur"]))
+
+    def ms_a_step(microseconds):
+        return round(microseconds / 1000 / len(steps), 4)
+    groups = dict.fromkeys(GROUPS, 0.0)
+    for (name, _), time in microseconds.items():
+        groups[name] += time
     wall = sum(end - start for start, end in steps)
-    groups = {name: sum(ms for key, (_, ms) in rows.items() if key[0] == name) for name in GROUPS}
-    groups.update(idle=(wall - busy) / 1000 / len(steps), wall=wall / 1000 / len(steps))
-    kernels = [dict(group=group, kernel=name, launches=launches, ms=round(ms, 4)) for (group, name), (launches, ms) in rows.items()]
-    return dict(groups={name: round(ms, 4) for name, ms in groups.items()}, kernels=sorted(kernels, key=lambda kernel: -kernel["ms"]))
+    groups.update(idle=wall - covered(spans), wall=wall)
+    kernels = []
+    for (name, kernel), count in launches.items():
+        time = ms_a_step(microseconds[name, kernel])
+        kernels.append(dict(group=name, kernel=kernel, launches=count / len(steps), ms=time))
+    kernels.sort(key=lambda kernel: -kernel["ms"])
+    return dict(groups={name: ms_a_step(time) for name, time in groups.items()}, kernels=kernels)
 
 
 def profiled(step, device, steps=2):
@@ -83,7 +138,8 @@ def profiled(step, device, steps=2):
                 synchronized_time(device)
     with tempfile.TemporaryDirectory() as folder:
         profiler.export_chrome_trace(f"{folder}/trace.json")
-        return where_it_goes(json.loads(Path(folder, "trace.json").read_text())["traceEvents"])
+        trace = json.loads(Path(folder, "trace.json").read_text())
+    return where_it_goes(trace["traceEvents"])
 
 
 def show(columns):
@@ -91,5 +147,5 @@ def show(columns):
     width = max(map(len, columns)) + 2
     print("where a step goes, in ms")
     print(" " * 21 + "".join(f"{name:>{width}}" for name in columns))
-    for group in next(iter(columns.values())):
-        print(f"{group:21}" + "".join(f"{totals[group]:{width}.2f}" for totals in columns.values()))
+    for name in next(iter(columns.values())):
+        print(f"{name:21}" + "".join(f"{groups[name]:{width}.2f}" for groups in columns.values()))
