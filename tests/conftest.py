@@ -21,7 +21,8 @@ from data.shards import write_shard
 from train_gpt2 import Config
 
 ROOT = Path(__file__).resolve().parents[1]
-PATHS = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}  # to import the trainer or a module of tests/ in a new process
+# to import the trainer or a module of tests/ in a new process
+PATHS = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
 # Seconds. Only ends a test that hangs: on a busy machine everything may take ten times as long.
 HANGS = 1800
@@ -112,7 +113,7 @@ def logged(folder):
 
 
 def same_weights(a, b):
-    """Whether the newest checkpoints of the runs in the folders a and b have the same weights, bit for bit."""
+    """Whether the newest checkpoints of the runs in folders a and b have the same weights, bit for bit."""
     weights = []
     for folder in (a, b):
         newest = max((folder / "checkpoints").glob("step_*.pt"))

@@ -2,14 +2,14 @@
 
     python tests/golden.py FILE.npz ...
 
-A file has four matrices: qkv (3d x d), o (d x d), c_fc (4d x d) and c_proj (d x 4d). For each of them it holds
+A file has four matrices: qkv (3d x d), o (d x d), c_fc (4d x d) and c_proj (d x 4d). For each of them:
 
     w0_NAME     initial weights
     wT_NAME     weights after T steps, T = 1, 2, ...
     G_NAME      gradients       (steps, m, n)
     Z_NAME      layer inputs    (steps, micro-batches, tokens, n)
 
-and for all of them `lr` and `meta`: seed, d, steps, refresh interval, tokens, micro-batches. A file whose
+and for all of them: `lr` and `meta`: seed, d, steps, refresh interval, tokens, micro-batches. A file whose
 name starts with newton_muon is for Newton-Muon, any other for Muon. Both have momentum 0.95, Nesterov and
 5 Newton-Schulz steps; Newton-Muon has ewma 0.95 and ridge 0.2.
 
