@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train_gpt2
-from conftest import (HANGS, PATHS, ROOT, logged, refused, run, same_weights, sequence, torchrun,
+from conftest import (HANGS, PATHS, ROOT, arguments, logged, refused, run, same_weights, sequence, torchrun,
                       write_config)
 from faults import full_disk
 from train_gpt2 import GPT, Config, NewtonMuon, assign_owners
@@ -147,6 +147,31 @@ def test_memory_of_each_owner_of_the_speedruns_matrices(node, processes):
         expected[owner] += 4 * 2 * blocks * width ** 2  # K and P
     assert [report["state"] for report in reports[processes, str(processes)]] == expected
     assert min(expected) > 0
+
+
+# compiled
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_processes(start, tmp_path, backend):
+    """With DDP's buckets, accumulation, the statistics of Newton-Muon and evaluations (which keep
+    gradients): the losses are those of one process without torch.compile."""
+    fields = dict(optimizer="newton_muon", refresh_interval=2, num_iterations=4, warmdown_iters=2,
+                  val_loss_every=2, device_batch_size=2,
+                  val_tokens=16 * 22)  # 22 sequences: the last batch of an evaluation is not full
+    assert start(run_name="eager", **fields).returncode == 0
+    words = [tmp_path / "config.toml", "--run_name", "compiled", "--compile", "true", *arguments(fields)]
+    env = {**PATHS, "BACKEND": backend}
+    done = run(*torchrun(2), ROOT / "tests/compiled_ddp.py", *words, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "logs/compiled/run.json").read_text())
+    assert facts["compiled"] and facts["world_size"] == 2
+    parts = re.findall(r"GRAPH OF (\d+) PARTS", done.stdout)
+    assert len(parts) == 2 * 2, done.stdout  # in each process with and without the statistics
+    assert min(int(count) for count in parts) > 2
+    compiled = logged(tmp_path / "logs/compiled")
+    eager = logged(tmp_path / "logs/eager")
+    assert compiled == pytest.approx(eager, rel=1e-4)
 
 
 # killed, stopped, resumed
