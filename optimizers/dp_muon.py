@@ -1,24 +1,31 @@
-"""DPMuon: Muon on clipped gradients with Gaussian noise, after differentially private Muon (DP-Muon, arXiv:2605.12994).
+"""DPMuon: Muon on clipped gradients with Gaussian noise, after differentially private Muon
+(DP-Muon, arXiv:2605.12994).
 
     H = G / max(1, ||G||_F / clip)
-    G <- H + noise_multiplier clip Z,   Z Gaussian, of variance 1
-    the rest is Muon with that G; q, k and v are clipped apart
+    G <- H + noise_multiplier clip Z,   Z standard Gaussian
+    the rest is Muon with that G; q, k and v are clipped separately
 
-The paper clips the gradient of every example before it averages them. The trainer has only the mean gradient of a batch, and that is
-what is clipped here: the unit of privacy is the whole batch. What that gives: each step is a Gaussian mechanism for the presence of its
-batch, in each matrix with noise_multiplier; all L matrices together (3 for a fused q, k, v) have the effective multiplier
-noise_multiplier / sqrt(L), which is the number to give to an accountant, one release for each step that uses the batch. With one
-example in a batch the unit is the example, and the rule the paper's. What it does not give:
-- example-level privacy as the paper accounts for it: one of B examples can change H by as much as the whole batch, not by 1 / B of it, so
-  the same epsilon takes B times the paper's noise; and none of its amplification by sampling, as the order of the data is fixed;
-- privacy of the model: the trainer's AdamW updates the table, which is also the head, without noise, and the losses are logged;
-- anything at the default multiplier, which is for comparing optimizers under noise: epsilon is astronomical;
-- anything against someone who knows `seed`: Z comes from it, the matrix and the step number, so that all processes and resumed runs agree.
+The paper clips the gradient of each example before it averages them. Here the mean gradient of a batch
+is clipped, because that is all a trainer has. So the unit of privacy is the whole batch: a step is a
+Gaussian mechanism for the presence of its batch, with multiplier noise_multiplier in each matrix. For L
+matrices together (a fused q, k, v counts as 3) the multiplier is noise_multiplier / sqrt(L). Give that
+number to an accountant, with one release for each step that uses the batch. With one example in a batch,
+the unit is the example and the rule is the paper's.
 
-Momentum and newton_schulz come after the noise and cost no privacy. Left out: the paper's correction of the bias that noise has on
-newton_schulz (DP-MuonBC), and its own coefficients. lr means what it means in Muon.
+There is no privacy
+- for one example, as the paper accounts for it: one of B examples can change H as much as the whole
+  batch can. The same epsilon takes B times the paper's noise, and the fixed order of the data gives no
+  amplification by sampling;
+- for the whole model: the trainer's AdamW updates the embedding and head without noise, and losses are
+  logged;
+- at the default multiplier, which is for comparing optimizers under noise: epsilon is astronomical;
+- against someone who knows `seed`: Z is a function of seed, matrix and step, so that all processes and
+  resumed runs agree.
 
-    python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.dp_muon:DPMuon --optimizer_args '{"clip": 1}'
+Momentum and Newton-Schulz come after the noise and cost no privacy. lr means what it means in Muon.
+
+    python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.dp_muon:DPMuon \\
+        --optimizer_args '{"clip": 1}'
 """
 import math
 
@@ -36,21 +43,30 @@ class DPMuon(Muon):
         if not clip > 0 or (noise_multiplier and clip == math.inf):
             raise ValueError(f"clip = {clip}: must be above 0, and finite unless noise_multiplier is 0")
         check(lr=lr, seed=seed, **settings)
-        super().__init__(params, lr, more=dict(noise_multiplier=noise_multiplier, clip=clip, seed=seed, steps=0), **settings)
+        more = dict(noise_multiplier=noise_multiplier, clip=clip, seed=seed, steps=0)
+        super().__init__(params, lr, more=more, **settings)
         self.number = {p: i for i, p in enumerate(self.matrices)}
 
     def step(self):
+        self.group = {}
         for group in self.param_groups:
             group["steps"] += 1
-        self.group = {p: group for group in self.param_groups for p in group["params"]}
+            for p in group["params"]:
+                self.group[p] = group
         super().step()
 
     def precondition(self, p, G):
-        group, G = self.group[p], as_blocks(G)
-        H = G / (G.norm(dim=(-2, -1), keepdim=True) / group["clip"]).clamp(min=1)
+        group = self.group[p]
+        G = as_blocks(G)
+        norms = G.norm(dim=(-2, -1), keepdim=True)
+        H = G / (norms / group["clip"]).clamp(min=1)
         if group["noise_multiplier"]:
-            entropy = np.random.SeedSequence((group["seed"], self.number[p], group["steps"])).generate_state(1, np.uint64)
-            generator = torch.Generator(p.device).manual_seed(int(entropy[0] >> 1))
-            Z = torch.randn(G.shape, generator=generator, dtype=G.dtype, device=G.device)
-            H = H + group["noise_multiplier"] * group["clip"] * Z
+            H = H + group["noise_multiplier"] * group["clip"] * self.noise(p, G, group)
         return H.view_as(p)
+
+    def noise(self, p, G, group):
+        """Z, of the shape of G. The same in every process, and different in every step."""
+        entropy = (group["seed"], self.number[p], group["steps"])
+        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+        generator = torch.Generator(p.device).manual_seed(seed)
+        return torch.randn(G.shape, generator=generator, dtype=G.dtype, device=G.device)

@@ -1,15 +1,15 @@
-"""LowRankMuon: Muon that orthogonalizes the momentum within the range of a random sketch ("Low-rank Orthogonalization", arXiv:2509.11983).
+"""LowRankMuon: Muon that orthogonalizes the momentum within the range of a random sketch
+("Low-rank Orthogonalization", arXiv:2509.11983).
 
     M, U as in Muon
     k = rank_fraction min(m, n), rounded, at least 1
-    Q = orthonormal columns of U U^T U Z by QR, Z (n, k) Gaussian       (m, k)
+    Q = orthonormal columns of U U^T U Z, by QR                 (m, k); Z (n, k) is Gaussian
     O = Q newton_schulz(Q^T U)
     W <- (1 - lr weight_decay) W - lr sqrt(m n / k) O
 
-lr is the root-mean-square of an element's update at every k, as in Muon, since ||O||_F = sqrt(k). With k = min(m, n), Q Q^T U = U
-and O = newton_schulz(U), whatever Q is, so the rule is Muon and draws nothing. Chosen here: one power step U U^T, where the paper allows
-none or several (its code takes k columns of U instead of U Z), and a fraction of the rank, where its code has k = 200 and Muon for
-matrices below 500: 0.25 is about that for GPT-2's 768. Z comes from `seed` and the number of the step, the same for all matrices.
+lr is the root mean square of an element's update for every k, as in Muon, because ||O||_F = sqrt(k).
+With k = min(m, n), the rule is Muon and draws no numbers: Q Q^T U = U whatever Q is. Z is a function of
+`seed` and the step, and is the same for all matrices.
 
     python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.low_rank_muon:LowRankMuon
 """
@@ -40,6 +40,8 @@ class LowRankMuon(Muon):
             return super().orthogonalize(matrices, U, group)
         generator = torch.Generator(U.device).manual_seed(10 ** 6 * group["seed"] + group["steps"])
         Z = torch.randn(n, k, generator=generator, dtype=U.dtype, device=U.device)
-        X = U / U.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(U.dtype).tiny)  # its cube neither overflows nor vanishes
-        Q = torch.linalg.qr(X @ (X.mT @ (X @ Z)))[0]
-        return Q @ newton_schulz(Q.mT @ U, group["ns_steps"]).to(Q.dtype) * math.sqrt(m * n / k)
+        largest = U.abs().amax((-2, -1), keepdim=True)
+        X = U / largest.clamp(min=torch.finfo(U.dtype).tiny)  # so that its cube stays in range
+        Q, _ = torch.linalg.qr(X @ (X.mT @ (X @ Z)))
+        O = Q @ newton_schulz(Q.mT @ U, group["ns_steps"]).to(Q.dtype)
+        return O * math.sqrt(m * n / k)

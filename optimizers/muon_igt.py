@@ -1,15 +1,18 @@
-"""MuonIGT: Muon with implicit gradient transport: gradients at an extrapolated point (arXiv:2605.05577, arXiv:2605.18528).
+"""MuonIGT: Muon with implicit gradient transport: gradients are taken at an extrapolated point
+(arXiv:2605.05577, arXiv:2605.18528).
 
-    G at Y = W + momentum / (1 - momentum) (W - V),   V the W of the previous step; at first Y = V = W
+    G at Y = W + momentum / (1 - momentum) (W - V)      V is the W of the previous step; at first Y = V = W
     M <- momentum M + (1 - momentum) G
     V <- W
     W <- (1 - lr weight_decay) W - lr sqrt(max(m, n)) newton_schulz(M)
 
-An average of old gradients lags behind W by momentum / (1 - momentum) steps; where the gradient is linear and the steps are equal,
-gradients at Y make M the gradient at W (up to the start). lr means what it means in Muon. weight_decay is not in the papers.
+An average of old gradients lags behind W by momentum / (1 - momentum) steps. Gradients at Y undo this:
+where the gradient is linear and all steps are equal, M is the gradient at W, apart from the first steps.
+lr means what it means in Muon. weight_decay is not in the papers.
 
-After train(), which is the mode at first, the parameters hold Y; after eval(), W: call eval() before an evaluation, and train() before the
-next gradient. The state has W and V themselves, so the calls can be repeated, and a run continues from a checkpoint of either mode.
+In train mode, which is the initial mode, the parameters hold Y; in eval mode, W. Call eval() before an
+evaluation and train() before the next gradient. The state has W and V, so a run continues from a
+checkpoint of either mode.
 
     python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.muon_igt:MuonIGT
 """
@@ -29,10 +32,15 @@ class MuonIGT(TwoPointOptimizer):
         M = average(state, "momentum_buffer", G, group["momentum"])
         W = state["W"] if "W" in state else Y.clone()
         D = newton_schulz(M, group["ns_steps"]) * math.sqrt(max(W.shape[-2:]))
-        state["V"], state["W"] = W, W * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * D
+        state["V"] = W
+        state["W"] = W * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * D
         self.load(Y, state, group)
 
     def load(self, p, state, group):
-        """p <- Y or W, by the mode."""
-        W, momentum = state["W"], group["momentum"]
-        p.copy_(torch.add(W, W - state["V"], alpha=momentum / (1 - momentum)) if group["training"] else W)
+        """p <- Y in train mode, W in eval mode."""
+        W = state["W"]
+        momentum = group["momentum"]
+        if group["training"]:
+            p.copy_(torch.add(W, W - state["V"], alpha=momentum / (1 - momentum)))
+        else:
+            p.copy_(W)

@@ -1,10 +1,12 @@
-"""Newton-Muon with a fractional power of the preconditioner, a variant of arXiv:2604.01472 (whose power is 1).
+"""PowerNewtonMuon: Newton-Muon with a fractional power of its preconditioner, a variant of
+arXiv:2604.01472 (where the power is 1).
 
-    P = (K + (ridge tr(K) / n + 1e-8) I)^-power,  0 < power <= 1, by eigenvalues; power -> 0 would be Muon
+    P = (K + (ridge tr(K) / n + 1e-8) I)^-power,    0 < power <= 1, by eigenvalues
 
-K, the momentum of G P, the step and what lr means are Newton-Muon's.
+The rest is Newton-Muon, lr included. power -> 0 would be Muon.
 
-    python train_gpt2.py configs/cpu_newton_muon.toml --optimizer optimizers.power_newton_muon:PowerNewtonMuon
+    python train_gpt2.py configs/cpu_newton_muon.toml \\
+        --optimizer optimizers.power_newton_muon:PowerNewtonMuon
 """
 import math
 
@@ -23,11 +25,13 @@ class PowerNewtonMuon(NewtonMuon):
         super().__init__(params, lr, **settings)
 
     def invert(self, A):
-        good = A.isfinite().all(-1).all(-1)
+        """A^-power of each A (blocks, n, n), and whether it is right (blocks,)."""
+        finite = A.isfinite().all(-1).all(-1)
         eye = torch.eye(A.size(-1), dtype=A.dtype, device=A.device)
         try:
-            values, V = torch.linalg.eigh(torch.where(good[:, None, None], A, eye))
-        except torch.linalg.LinAlgError:  # no convergence
-            values, V = A.new_full(A.shape[:-1], math.nan), A
+            values, V = torch.linalg.eigh(torch.where(finite[:, None, None], A, eye))
+        except torch.linalg.LinAlgError:  # eigh does not converge
+            values = A.new_full(A.shape[:-1], math.nan)
+            V = A
         P = V * values[:, None, :].pow(-self.power) @ V.mT  # NaN where an eigenvalue is negative
-        return P, good & P.isfinite().all(-1).all(-1)
+        return P, finite & P.isfinite().all(-1).all(-1)

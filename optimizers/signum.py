@@ -1,14 +1,15 @@
-"""Signum: sign of the momentum (Bernstein, Wang, Azizzadenesheli, Anandkumar, "signSGD", ICML 2018).
+"""Signum: the sign of the momentum (Bernstein, Wang, Azizzadenesheli, Anandkumar, "signSGD", ICML 2018).
 
-    M <- momentum M + (1 - momentum) G
+    M <- momentum M + (1 - momentum) G              M = 0 at first
     U =  momentum M + (1 - momentum) G  (Nesterov), or M
     W <- (1 - lr weight_decay) W - lr sign(U)
 
-nesterov, the default, is not in the paper.
+nesterov, which is the default here, is not in the paper.
 
-    python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.signum:Signum --hidden_learning_rate 0.002
+    python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.signum:Signum \\
+        --hidden_learning_rate 0.002
 """
-from optimizers import MatrixOptimizer, average, sign
+from optimizers import MatrixOptimizer, apply_update, average, sign
 
 
 class Signum(MatrixOptimizer):
@@ -18,4 +19,4 @@ class Signum(MatrixOptimizer):
     def update(self, W, G, state, group):
         M = average(state, "momentum_buffer", G, group["momentum"])
         U = G.lerp(M, group["momentum"]) if group["nesterov"] else M
-        W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(sign(U), alpha=group["lr"])
+        apply_update(W, sign(U), group)

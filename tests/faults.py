@@ -1,19 +1,26 @@
-"""Faults on purpose: a full disk, and optimizers (--optimizer faults:Dies ...) that fail in step 5 of process 1 (of 0 if it is alone)."""
+"""Faults on purpose: a full disk, and optimizers (--optimizer faults:Dies ...) that fail in a training run.
+
+The optimizers fail in step 5. If there are several processes, process 1 has the fault.
+"""
 import contextlib
 import os
 import resource
 import signal
 import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from train_gpt2 import Muon
+from train_gpt2 import Muon, NewtonMuon, rank, world_size
 
 
 @contextlib.contextmanager
 def full_disk(limit):
-    """In this process no file can grow beyond `limit` bytes: writes fail as on a full disk, with another errno."""
+    """In this process no file can grow beyond `limit` bytes: writes fail as on a full disk, but with
+    another errno."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
@@ -22,14 +29,24 @@ def full_disk(limit):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def has_the_fault():
+    return rank() == min(1, world_size() - 1)
+
+
 class Faulty(Muon):
     steps = 0
 
     def step(self):
         super().step()
         self.steps += 1
-        if self.steps == 5 and os.environ.get("RANK", "0") == ("1" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "0"):
-            self.fault()
+        if self.steps == 5:
+            if has_the_fault():
+                self.fault()
+            else:
+                self.elsewhere()
+
+    def elsewhere(self):
+        pass
 
 
 class Dies(Faulty):
@@ -46,8 +63,12 @@ class DiesOnce(Dies):
 
 class Hangs(Faulty):
     def fault(self):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # so that torchrun need not wait 30 s before it kills
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # so that torchrun need not wait 30 s to kill it
         threading.Event().wait()
+
+    def elsewhere(self):
+        # The other process hangs from here on, so a second is as good as collective_timeout.
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
 
 
 class TurnsNaN(Faulty):
@@ -56,7 +77,46 @@ class TurnsNaN(Faulty):
 
 
 class FillsDisk(Faulty):
-    """From here on as in full_disk(FAULT_BYTES), to the end of the process."""
+    """As in full_disk(FAULT_BYTES), from step 5 until the process ends."""
 
     def fault(self):
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["FAULT_BYTES"]), resource.RLIM_INFINITY))
+
+
+class WaitsForSIGTERM(NewtonMuon):
+    """If FAULT_WAITS is set, process 1 does not end step 5 before the trainer has caught a SIGTERM."""
+
+    steps = 0
+
+    def step(self):
+        super().step()
+        self.steps += 1
+        if "FAULT_WAITS" not in os.environ or not has_the_fault():
+            return
+        if self.steps == 1:
+            self.listen()
+        if self.steps == 5:
+            self.caught.wait()
+
+    def listen(self):
+        self.caught = threading.Event()
+        trainers = signal.getsignal(signal.SIGTERM)  # not its handler yet during the warm-up
+
+        def handler(number, frame):
+            trainers(number, frame)
+            self.caught.set()
+
+        if callable(trainers):
+            signal.signal(signal.SIGTERM, handler)
+
+
+class WaitsForFile(NewtonMuon):
+    """Does not end step 11 before there is a file FAULT_MARKER."""
+
+    steps = 0
+
+    def step(self):
+        super().step()
+        self.steps += 1
+        while self.steps == 11 and not os.path.exists(os.environ["FAULT_MARKER"]):
+            time.sleep(0.05)

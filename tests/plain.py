@@ -1,15 +1,16 @@
-"""What the tests of optimizers/ compare in float64: matrices, gradients, and the weights that an optimizer makes of them."""
+"""What the tests of optimizers/ share: matrices and gradients in float64, and training on them."""
 import torch
 
-CLOSE = dict(rtol=0, atol=1e-9)  # of updates of about 0.1: rounding in float64, magnified by inverse roots
+CLOSE = dict(rtol=0, atol=1e-9)  # for updates of about 0.1: rounding in float64, magnified by inverse roots
 
 
 def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def gradients(count, *shape):
-    """Random, with singular values and rows of different sizes, as in training."""
+    """Random, with rows and singular values of different sizes, as in training."""
     scales = torch.logspace(0, -1, shape[0], dtype=torch.float64)[:, None]
     return [scales * normal(*shape, seed=seed + 1) for seed in range(count)]
 
@@ -19,7 +20,7 @@ def rotation(n, seed):
 
 
 def trained(optimizer, start, grads, **settings):
-    """Weights after a step with each gradient."""
+    """The weights after one step with each of the gradients."""
     W = torch.nn.Parameter(start.clone())
     optimizer = optimizer([W], **settings)
     for G in grads:
@@ -29,7 +30,7 @@ def trained(optimizer, start, grads, **settings):
 
 
 def momenta(grads, mu):
-    """U of Muon with Nesterov momentum in each step."""
+    """Muon's U in each step, with Nesterov momentum."""
     M = torch.zeros_like(grads[0])
     for G in grads:
         M = mu * M + G

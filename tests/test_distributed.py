@@ -1,149 +1,258 @@
 """Several processes, and runs that are stopped, killed and resumed."""
 import json
+import os
 import re
 import resource
 import shutil
 import signal
 import sys
-import time
-from itertools import takewhile
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train_gpt2
-from conftest import PATHS, ROOT, logged, refused, run, same_weights, sequence, torchrun, write_config
+from conftest import (HANGS, PATHS, ROOT, arguments, logged, refused, run, same_weights, sequence, torchrun,
+                      write_config)
 from faults import full_disk
+from train_gpt2 import GPT, Config, NewtonMuon, assign_owners
 
 OPTIMIZERS = ("adamw", "muon", "newton_muon")
-STEPS, REFRESH = 40, 10
+STEPS = 40
+REFRESH = 10
 
 
-# the same result, and the work and memory divided
+# the same result, with the work and the memory divided
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory, shards):
-    """(folders of the logs by number of processes, reports) of 40 steps with each optimizer, with micro-batches of other sizes."""
-    folders, groups = {}, []
+    """40 steps of each optimizer on 1 to 4 processes, with micro-batches of different sizes:
+    ({processes: folder of the logs}, reports of sequence())."""
+    folders = {}
+    groups = []
     for processes, size in ((1, 12), (2, 2), (3, 4), (4, 3)):
         folder = tmp_path_factory.mktemp(f"world{processes}")
-        config = write_config(folder / "config.toml", shards, num_iterations=STEPS, warmdown_iters=20, refresh_interval=REFRESH,
-                              data_seed=1, save_every=20, device_batch_size=size, val_tokens=16 * 23)  # 23 sequences: no count divides them
-        groups.append((processes, [[str(config), "--optimizer", name, "--run_name", name] for name in OPTIMIZERS]))
+        config = write_config(
+            folder / "config.toml", shards, num_iterations=STEPS, warmdown_iters=20, refresh_interval=REFRESH,
+            data_seed=1, save_every=20, device_batch_size=size,
+            val_tokens=16 * 23)  # 23 sequences: no number of processes divides them
+        runs = [[str(config), "--optimizer", name, "--run_name", name] for name in OPTIMIZERS]
+        groups.append((processes, runs))
         folders[processes] = folder / "logs"
-    return folders, sequence(*groups)[1]
+    _, reports = sequence(*groups)
+    return folders, reports
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_losses_on_any_number_of_processes(worlds, optimizer, processes):
-    one, many = (logged(worlds[0][count] / optimizer) for count in (1, processes))
-    assert many == pytest.approx(one, rel=2e-4) and len(one) == STEPS + STEPS // 5 + 1
+    folders, _ = worlds
+    one = logged(folders[1] / optimizer)
+    many = logged(folders[processes] / optimizer)
+    assert many == pytest.approx(one, rel=2e-4)
+    assert len(one) == STEPS + STEPS // 5 + 1
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "newton_muon"])
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_optimizer_state_is_divided_among_the_processes(worlds, optimizer, processes):
-    whole, parts = ([report["state"] for report in worlds[1][count, optimizer]] for count in (1, processes))
-    largest = 4 * 16 * 64 * (1 if optimizer == "muon" else 3)  # bytes of the largest matrix's state: momentum, and K and P of the same size
-    assert [sum(parts)] == whole and len(parts) == processes
-    assert max(parts) <= whole[0] / processes + largest
+    _, reports = worlds
+    whole, = [report["state"] for report in reports[1, optimizer]]
+    parts = [report["state"] for report in reports[processes, optimizer]]
+    largest = 4 * 16 * 64  # bytes of the momentum of the largest matrix
+    if optimizer == "newton_muon":
+        largest *= 3  # and of its K and P, which have the same size
+    assert len(parts) == processes
+    assert sum(parts) == whole
+    assert max(parts) <= whole / processes + largest
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "newton_muon"])
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_traffic_between_processes(worlds, optimizer, processes):
-    weights, largest = 4 * 2 * 12 * 16 ** 2, 4 * 16 * 64
-    grams = 4 * 2 * 7 * 16 ** 2  # bytes of all second moments: 1 + 1 + 1 + 4 blocks a layer
-    warm_up = 3 if optimizer == "newton_muon" else 2
-    for report in worlds[1][processes, optimizer]:
-        # each must send its share of the updates; the largest share, to which the others are padded, is at most one matrix above the mean
-        assert report["all_gather"] <= (STEPS + warm_up) * (weights / processes + largest)
-        assert report.get("reduce", 0) == ((STEPS // REFRESH + 1) * grams if optimizer == "newton_muon" else 0)
+    _, reports = worlds
+    weights = 4 * 2 * 12 * 16 ** 2  # bytes of all hidden matrices
+    largest = 4 * 16 * 64
+    # Each process must send its share of the updates. All shares are padded to the largest one, which is
+    # at most one matrix above the mean.
+    share = weights / processes + largest
+    if optimizer == "muon":
+        steps = STEPS + 2  # with the warm-up's
+        grams = 0
+    else:
+        steps = STEPS + 3
+        all_grams = 4 * 2 * 7 * 16 ** 2  # bytes: 1 + 1 + 1 + 4 blocks in each layer
+        grams = (STEPS // REFRESH + 1) * all_grams
+    for report in reports[processes, optimizer]:
+        assert report["all_gather"] <= steps * share
+        assert report.get("reduce", 0) == grams
         assert "all_reduce" not in report
 
 
 def test_resume_on_three_processes(worlds, tmp_path):
-    before = worlds[0][2] / "newton_muon"
-    shutil.copytree(before, tmp_path / "logs/newton_muon")
-    (tmp_path / "logs/newton_muon/checkpoints/step_000040.pt").unlink()
-    output, _ = sequence((3, [[str(before.parents[1] / "config.toml"), "--optimizer", "newton_muon", "--run_name", "newton_muon",
-                               "--resume", "auto", "--device_batch_size", "0", "--log_dir", str(tmp_path / "logs")]]))
+    folders, _ = worlds
+    before = folders[2] / "newton_muon"
+    after = tmp_path / "logs/newton_muon"
+    shutil.copytree(before, after)
+    (after / "checkpoints/step_000040.pt").unlink()
+    words = [str(before.parents[1] / "config.toml"), "--optimizer", "newton_muon",
+             "--run_name", "newton_muon", "--resume", "auto",
+             "--device_batch_size", "0", "--log_dir", str(tmp_path / "logs")]
+    output, _ = sequence((3, [words]))
     assert "resumed at step 20" in output
-    assert logged(tmp_path / "logs/newton_muon") == pytest.approx(logged(before), rel=2e-4)
+    assert logged(after) == pytest.approx(logged(before), rel=2e-4)
+
+
+# The speedrun's 48 matrices, on the numbers of processes of a node
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory, shards):
+    """(folder of the logs, reports) of Newton-Muon with 12 layers, on 1, 2, 4 and 8 processes."""
+    folder = tmp_path_factory.mktemp("node")
+    config = write_config(
+        folder / "config.toml", shards, n_layer=12, n_head=2, optimizer="newton_muon", refresh_interval=3,
+        batch_size=16, num_iterations=6, warmdown_iters=2, val_loss_every=3, save_every=0)
+    groups = [(processes, [[str(config), "--run_name", str(processes)]]) for processes in (1, 2, 4, 8)]
+    _, reports = sequence(*groups)
+    return folder / "logs", reports
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_losses_with_the_speedruns_matrices(node, processes):
+    folder, _ = node
+    one = logged(folder / "1")
+    assert len(one) == 6 + 3
+    assert logged(folder / str(processes)) == pytest.approx(one, rel=2e-4)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_memory_of_each_owner_of_the_speedruns_matrices(node, processes):
+    """Bytes of momentum, K and P of a process's matrices. Their owners are those of the speedrun's model,
+    because the costs of the matrices are as in a model 48 times as wide."""
+    _, reports = node
+    with torch.device("meta"):
+        speedrun = list(GPT(Config()).hidden_matrices().values())
+    optimizer = NewtonMuon(speedrun)
+    owners = assign_owners([optimizer.flops(p) for p in speedrun], processes)
+    assert len(owners) == 48
+    expected = [0] * processes
+    for p, owner in zip(speedrun, owners):
+        rows, columns = (size // 48 for size in p.shape)
+        blocks = max(1, columns // rows)
+        width = min(rows, columns)
+        expected[owner] += 4 * rows * columns  # momentum
+        expected[owner] += 4 * 2 * blocks * width ** 2  # K and P
+    assert [report["state"] for report in reports[processes, str(processes)]] == expected
+    assert min(expected) > 0
+
+
+# compiled
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_processes(start, tmp_path, backend):
+    """With DDP's buckets, accumulation, the statistics of Newton-Muon and evaluations (which keep
+    gradients): the losses are those of one process without torch.compile."""
+    fields = dict(optimizer="newton_muon", refresh_interval=2, num_iterations=4, warmdown_iters=2,
+                  val_loss_every=2, device_batch_size=2,
+                  val_tokens=16 * 22)  # 22 sequences: the last batch of an evaluation is not full
+    assert start(run_name="eager", **fields).returncode == 0
+    words = [tmp_path / "config.toml", "--run_name", "compiled", "--compile", "true", *arguments(fields)]
+    env = {**PATHS, "BACKEND": backend}
+    done = run(*torchrun(2), ROOT / "tests/compiled_ddp.py", *words, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "logs/compiled/run.json").read_text())
+    assert facts["compiled"] and facts["world_size"] == 2
+    parts = re.findall(r"GRAPH OF (\d+) PARTS", done.stdout)
+    assert len(parts) == 2 * 2, done.stdout  # in each process with and without the statistics
+    assert min(int(count) for count in parts) > 2
+    compiled = logged(tmp_path / "logs/compiled")
+    eager = logged(tmp_path / "logs/eager")
+    assert compiled == pytest.approx(eager, rel=1e-4)
 
 
 # killed, stopped, resumed
 
 
 def test_twenty_kills(shards, tmp_path):
-    """The runs are forks of one process that has torch imported, so that the kills fall into training and checkpoints, not imports."""
-    config = write_config(tmp_path / "config.toml", shards, num_iterations=60, warmdown_iters=20, save_every=1, val_loss_every=10,
-                          optimizer="newton_muon", refresh_interval=4)
-    code = """
-import json, multiprocessing, random, sys, time
-import torch, torch._dynamo, train_gpt2  # an optimizer imports the second
-torch.set_num_threads(1)
-def attempt(seconds, *arguments):
-    sys.argv = ["train_gpt2.py", config, *arguments]
-    fork = multiprocessing.get_context("fork").Process(target=train_gpt2.main)
-    fork.start()
-    fork.join(seconds)
-    fork.kill()
-    fork.join()
-    return fork.exitcode
-config, rng, start = sys.argv[1], random.Random(0), time.perf_counter()
-assert attempt(None, "--run_name", "whole") == 0
-duration = time.perf_counter() - start
-kills = [attempt(rng.uniform(0.05, duration / 10), "--run_name", "killed", "--resume", "auto") for _ in range(20)]
-print(json.dumps([*kills, attempt(None, "--run_name", "killed", "--resume", "auto")]))
-"""
-    result = run(sys.executable, "-c", code, config, env=PATHS, timeout=240)
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1]) == [-9] * 20 + [0], result.stdout + result.stderr
-    assert same_weights(tmp_path / "logs/whole", tmp_path / "logs/killed")
-    assert logged(tmp_path / "logs/whole") == logged(tmp_path / "logs/killed")
-    steps = [json.loads(line)["step"] for line in (tmp_path / "logs/killed/metrics.jsonl").read_text().splitlines()]
+    config = write_config(
+        tmp_path / "config.toml", shards, num_iterations=60, warmdown_iters=20, save_every=1,
+        val_loss_every=10, optimizer="newton_muon", refresh_interval=4)
+    done = run(sys.executable, ROOT / "tests/kills.py", config, env=PATHS)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [-9] * 20 + [0], done.stdout + done.stderr
+    whole = tmp_path / "logs/whole"
+    killed = tmp_path / "logs/killed"
+    resumed = [int(step) for step in re.findall(r"resumed at step (\d+)", done.stdout)]
+    assert resumed == sorted(resumed) and len(set(resumed)) > 5  # the kills fell into training
+    assert same_weights(whole, killed)
+    assert logged(whole) == logged(killed)
+    lines = (killed / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
     assert steps == sorted(steps)
 
 
-def stop_in_the_middle(process, number):
-    """Sends it the signal once step 5 is evaluated; returns exit code, seconds until the end, and all output."""
-    before = "".join(takewhile(lambda line: not line.startswith("step:5/"), process.stdout))
-    process.send_signal(number)
-    sent = time.monotonic()
-    after = process.communicate(timeout=60)
-    return process.returncode, time.monotonic() - sent, "".join((before, *after))
+def output_until(process, start):
+    """What the process prints until a line begins with `start`."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(start):
+            return "".join(lines)
+    raise AssertionError(f"no line begins with {start}: {''.join(lines)}{process.stderr.read()}")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_saves_a_checkpoint(launch, shards, tmp_path, number, code):
-    config = write_config(tmp_path / "config.toml", shards, num_iterations=1000, val_loss_every=1)
-    returned, seconds, output = stop_in_the_middle(launch(sys.executable, ROOT / "train_gpt2.py", config, "--run_name", "a"), number)
-    assert returned == code and seconds < 10 and f"stopped by {number.name}" in output and "Traceback" not in output
-    step = int(re.search(r"stopped by \w+ after step (\d+)", output)[1])
-    assert 5 <= step < 1000 and (tmp_path / f"logs/a/checkpoints/step_{step:06d}.pt").exists()
-    assert [key for key in logged(tmp_path / "logs/a") if key[1] == "train_loss"][-1] == (step, "train_loss")
+    config = write_config(tmp_path / "config.toml", shards, num_iterations=10 ** 6, val_loss_every=1)
+    process = launch(sys.executable, ROOT / "train_gpt2.py", config, "--run_name", "a")
+    output = output_until(process, "step:5/")
+    process.send_signal(signal.SIGSTOP)  # so that it does not go on while we look at its log
+    os.waitpid(process.pid, os.WUNTRACED)
+    before, _ = max(logged(tmp_path / "logs/a"))
+    process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
+    more, errors = process.communicate(timeout=HANGS)
+    output += more + errors
+    assert process.returncode == code, output
+    assert "Traceback" not in output
+    step = int(re.search(rf"stopped by {number.name} after step (\d+)", output)[1])
+    assert before <= step <= before + 1  # it ends the step that it is in
+    assert (tmp_path / f"logs/a/checkpoints/step_{step:06d}.pt").exists()
+    trained = [key for key in logged(tmp_path / "logs/a") if key[1] == "train_loss"]
+    assert trained[-1] == (step, "train_loss")
 
 
 def test_stopped_processes_resume_exactly(launch, shards, tmp_path):
-    config = write_config(tmp_path / "c.toml", shards, num_iterations=40, val_loss_every=1, optimizer="newton_muon", refresh_interval=3)
-    two = launch(*torchrun(2), ROOT / "train_gpt2.py", config, "--run_name", "stopped")
-    code, seconds, output = stop_in_the_middle(two, signal.SIGTERM)
-    assert code != 0 and seconds < 10 and "stopped by SIGTERM" in output, output
-    output, _ = sequence((2, [[str(config), "--run_name", name, "--resume", "auto"] for name in ("stopped", "whole")]))
-    assert output.count("resumed at step") == 1
-    assert same_weights(tmp_path / "logs/stopped", tmp_path / "logs/whole")
-    assert logged(tmp_path / "logs/stopped") == logged(tmp_path / "logs/whole")
+    """Process 1 gets torchrun's SIGTERM in step 5, and process 0 at any time before that step's end."""
+    config = write_config(
+        tmp_path / "config.toml", shards, num_iterations=40, val_loss_every=1,
+        optimizer="faults:WaitsForSIGTERM", optimizer_args='{"refresh_interval": 3}')
+    command = [*torchrun(2), ROOT / "train_gpt2.py", config, "--run_name", "stopped"]
+    process = launch(*command, env={**PATHS, "FAULT_WAITS": "1"})
+    output = output_until(process, "step:4/")
+    process.send_signal(signal.SIGTERM)
+    more, errors = process.communicate(timeout=HANGS)
+    output += more + errors
+    assert process.returncode != 0
+    assert "stopped by SIGTERM after step 5" in output, output
+    runs = [[str(config), "--run_name", name, "--resume", "auto"] for name in ("stopped", "whole")]
+    output, _ = sequence((2, runs))
+    assert re.findall(r"resumed at step \d+", output) == ["resumed at step 5"]
+    stopped = tmp_path / "logs/stopped"
+    whole = tmp_path / "logs/whole"
+    assert same_weights(stopped, whole)
+    assert logged(stopped) == logged(whole)
 
 
 # faults
 
 
 FAULTY = dict(num_iterations=20, save_every=2, run_name="a")
-OF_TWO = dict(FAULTY, processes=2, env=PATHS, timeout=120, collective_timeout=5, resume="auto")  # the second process has the fault
+OF_TWO = dict(FAULTY, processes=2, env=PATHS, resume="auto")  # process 1 has the fault
 
 
 def checkpoints(tmp_path):
@@ -152,21 +261,34 @@ def checkpoints(tmp_path):
 
 @pytest.mark.parametrize("fault", ["Dies", "Hangs"])
 def test_lost_process_is_named(start, tmp_path, fault):
-    began = time.monotonic()
     done = start(optimizer=f"faults:{fault}", **OF_TWO)
-    assert done.returncode == 1 and time.monotonic() - began < 60
-    assert re.findall(r"^error:[^(]*", done.stderr, re.MULTILINE) == ["error: process 0: process 1 does not answer any more "], done.stderr
+    assert done.returncode == 1
+    errors = re.findall(r"^error:[^(]*", done.stderr, re.MULTILINE)
+    assert errors == ["error: process 0: process 1 does not answer any more "], done.stderr
     assert checkpoints(tmp_path) == ["step_000002.pt", "step_000004.pt"]
 
 
+def test_collectives_have_the_timeout_of_the_configuration(monkeypatch):
+    given = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train_gpt2.dist, "rendezvous", lambda *_, **__: iter([("store", 0, 2)]))
+    monkeypatch.setattr(train_gpt2.dist, "init_process_group", lambda *_, **more: given.append(more))
+    train_gpt2.start_processes(Config(device="cpu", collective_timeout=7))
+    assert [more["timeout"] for more in given] == [timedelta(seconds=7)]
+
+
 def test_no_process_calls_itself_lost(monkeypatch):
-    """Without torchrun the store is in process 0: when that is gone, nobody answers, and nobody knows who else is there."""
+    """Without torchrun the store is in process 0. When that is gone, nobody answers, and nobody knows who
+    else is there."""
     def gone(*args):
         raise RuntimeError("Broken pipe")
+    store = SimpleNamespace(set=gone)
+    world = SimpleNamespace(get_group_store=lambda: store)
     monkeypatch.setattr(train_gpt2, "rank", lambda: 1)
     monkeypatch.setattr(train_gpt2, "world_size", lambda: 2)
-    monkeypatch.setattr(train_gpt2.dist, "group", SimpleNamespace(WORLD=SimpleNamespace(get_group_store=lambda: SimpleNamespace(set=gone))))
-    assert "process 1: processes lost each other (Connection reset)" in train_gpt2.lost_processes(RuntimeError("Connection reset"))
+    monkeypatch.setattr(train_gpt2.dist, "group", SimpleNamespace(WORLD=world))
+    sentence = train_gpt2.lost_processes(RuntimeError("Connection reset"))
+    assert "process 1: processes lost each other (Connection reset)" in sentence
 
 
 def test_nan_loss_ends_all_processes(start, tmp_path):
@@ -180,14 +302,16 @@ def test_nan_loss_ends_all_processes(start, tmp_path):
 def test_torchrun_restarts_from_a_checkpoint(start, tmp_path):
     env = {**PATHS, "FAULT_MARKER": str(tmp_path / "died"), "PET_MAX_RESTARTS": "1"}  # as --max_restarts 1
     done = start(optimizer="faults:DiesOnce", **dict(OF_TWO, env=env))
-    assert done.returncode == 0 and "resumed at step 4" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step 4" in done.stdout
     assert list(logged(tmp_path / "logs/a"))[-1] == (20, "val_loss")
 
 
 @pytest.mark.parametrize("limit, name", [(20_000, "log.txt"), (200_000, "step_000006.pt")])
 def test_full_disk_keeps_the_last_checkpoint(start, tmp_path, limit, name):
+    env = {"FAULT_BYTES": str(limit)}
     with full_disk(resource.RLIM_INFINITY):  # restores the limit that the fault sets
-        done = start(optimizer="faults:FillsDisk", n_embd=64, env={"FAULT_BYTES": str(limit)}, **FAULTY)
+        done = start(optimizer="faults:FillsDisk", n_embd=64, env=env, **FAULTY)
     refused(done, name, "File too large")
     assert checkpoints(tmp_path) == ["step_000002.pt", "step_000004.pt"]
     for checkpoint in checkpoints(tmp_path):
@@ -195,6 +319,7 @@ def test_full_disk_keeps_the_last_checkpoint(start, tmp_path, limit, name):
 
 
 def test_nan_weights_are_never_saved(start, tmp_path):
-    done = start(optimizer="faults:TurnsNaN", val_loss_every=0, log_every=100, **FAULTY)  # nothing else looks at the weights before
+    fields = dict(FAULTY, val_loss_every=0, log_every=100)  # nothing else looks at the weights before
+    done = start(optimizer="faults:TurnsNaN", **fields)
     refused(done, "not finite after step 6")
     assert checkpoints(tmp_path) == ["step_000002.pt", "step_000004.pt"]

@@ -1,4 +1,5 @@
-"""The loss on a GPU, without one: its kernel by Triton's interpreter, and compiled for three generations of GPUs."""
+"""The loss on a GPU. Without a GPU: its kernel by Triton's interpreter, and compiled for three generations
+of GPUs."""
 import sys
 
 import pytest
@@ -9,74 +10,94 @@ import train_gpt2
 from conftest import ROOT, run
 from train_gpt2 import GPT, Config, head_loss
 
-triton = pytest.importorskip("triton", reason="triton is not installed; there are versions for Linux only")
+pytest.importorskip("triton", reason="triton is not installed; there are versions for Linux only")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU by Triton's interpreter (conftest.py)
 
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Takes the way of the GPU on the CPU, too."""
+    """The GPU's code path, on the CPU, too. Without TF32, which an earlier run in this process leaves on."""
     monkeypatch.setattr(train_gpt2, "on_gpu", lambda x: True)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.mark.parametrize("vocab_size, rows", [(5000, 5120), (4096, 4096), (100, 128)])
 def test_head_loss_is_cross_entropy(fused, monkeypatch, vocab_size, rows):
     monkeypatch.setattr(train_gpt2, "CHUNK", 7)  # of 20 tokens
     torch.manual_seed(0)
-    x, weight = (torch.randn(n, 16).to(DEVICE).requires_grad_() for n in (20, rows))
+    x = torch.randn(20, 16).to(DEVICE).requires_grad_()
+    weight = torch.randn(rows, 16).to(DEVICE).requires_grad_()
     targets = torch.randint(vocab_size, (20,))
-    targets[[3, 19]], targets[[0, 1]] = -1, torch.tensor([0, vocab_size - 1])
+    targets[[3, 19]] = -1
+    targets[[0, 1]] = torch.tensor([0, vocab_size - 1])
     targets = targets.to(DEVICE)
-    x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
-    expected = F.cross_entropy((x64 @ weight64.T)[:, :vocab_size], targets, ignore_index=-1)
     loss = head_loss(x, weight, targets, vocab_size)[0]
     (3 * loss).backward()
+
+    x64 = x.detach().double().requires_grad_()
+    weight64 = weight.detach().double().requires_grad_()
+    logits = (x64 @ weight64.T)[:, :vocab_size]
+    expected = F.cross_entropy(logits, targets, ignore_index=-1)
     (3 * expected).backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    for got, wanted in ((x.grad, x64.grad), (weight.grad, weight64.grad)):
-        assert (got - wanted).norm() < 1e-5 * wanted.norm()
+    assert (x.grad - x64.grad).norm() < 1e-5 * x64.grad.norm()
+    assert (weight.grad - weight64.grad).norm() < 1e-5 * weight64.grad.norm()
     assert weight.grad[vocab_size:].count_nonzero() == 0
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # of the padding, which is masked afterwards
 def test_kernel_with_huge_logits(fused):
     logits = torch.tensor([[1e4, -1e4, 0.0, 9e3], [5.0, 5.0, 5.0, 9e3]], device=DEVICE).bfloat16()
-    targets, losses, scale = torch.tensor([1, 2], device=DEVICE), torch.empty(2, device=DEVICE), torch.tensor(0.5, device=DEVICE)
+    targets = torch.tensor([1, 2], device=DEVICE)
+    losses = torch.empty(2, device=DEVICE)
+    scale = torch.tensor(0.5, device=DEVICE)
     expected = logits[:, :3].double().log_softmax(1)
     train_gpt2.cross_entropy_kernel[(2,)](logits, targets, losses, scale, 3, 4, BLOCK=4)
     torch.testing.assert_close(losses, -expected[[0, 1], [1, 2]].float())
     gradient = 0.5 * (expected.exp() - F.one_hot(targets, 3))
-    torch.testing.assert_close(logits[:, :3].double(), gradient, rtol=2 ** -7, atol=0)  # the interpreter cuts bf16 off, GPUs round
+    # the interpreter truncates to bf16, GPUs round
+    torch.testing.assert_close(logits[:, :3].double(), gradient, rtol=2 ** -7, atol=0)
     assert logits[:, 3].tolist() == [0, 0]
 
 
 def test_both_losses_agree_in_the_model(fused, monkeypatch):
+    config = Config(n_layer=1, n_head=2, n_embd=32, vocab_size=300, sequence_length=16)
     torch.manual_seed(0)
-    model = GPT(Config(n_layer=1, n_head=2, n_embd=32, vocab_size=300, sequence_length=16)).to(DEVICE)
+    model = GPT(config).to(DEVICE)
     idx = torch.randint(300, (2, 16), device=DEVICE)
 
-    def losses():
+    def results():
+        """The loss, the gradients and the grams."""
         loss, grams = model(idx, idx.roll(-1, 1), True)
         loss.backward()
         gradients = [p.grad.clone() for p in model.parameters()]
         model.zero_grad()
         return [loss.detach(), *gradients, *grams]
-    found = losses()
+
+    fused_results = results()
     monkeypatch.setattr(train_gpt2, "on_gpu", lambda x: False)
-    for a, b in zip(found, losses(), strict=True):
+    for a, b in zip(fused_results, results(), strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
 def test_head_loss_passes_opcheck(fused):
-    x, weight = (torch.randn(n, 16, device=DEVICE, requires_grad=True) for n in (5, 128))
-    torch.library.opcheck(head_loss, (x, weight, torch.randint(100, (5,), device=DEVICE), 100))
+    x = torch.randn(5, 16, device=DEVICE, requires_grad=True)
+    weight = torch.randn(128, 16, device=DEVICE, requires_grad=True)
+    targets = torch.randint(100, (5,), device=DEVICE)
+    torch.library.opcheck(head_loss, (x, weight, targets, 100))
 
 
 COMPILE = """
 import sys, train_gpt2, triton
-types = dict(logits="*bf16", targets="*i64", losses="*fp32", scale="*fp32", vocab_size="constexpr", stride="constexpr", BLOCK="constexpr")
-sizes, aligned = {(4,): 50257, (5,): 50304, (6,): 4096}, {(i,): [["tt.divisibility", 16]] for i in range(4)}
-source = triton.compiler.ASTSource(fn=train_gpt2.cross_entropy_kernel, signature=types, constexprs=sizes, attrs=aligned)
+types = dict(logits="*bf16", targets="*i64", losses="*fp32", scale="*fp32",
+             vocab_size="constexpr", stride="constexpr", BLOCK="constexpr")
+sizes = {(4,): 50257, (5,): 50304, (6,): 4096}
+aligned = {(i,): [["tt.divisibility", 16]] for i in range(4)}
+source = triton.compiler.ASTSource(fn=train_gpt2.cross_entropy_kernel, signature=types, constexprs=sizes,
+                                   attrs=aligned)
 target = triton.backends.compiler.GPUTarget("cuda", int(sys.argv[1]), 32)
 code = triton.compile(source, target=target, options=dict(num_warps=8)).asm
 print(len(code["cubin"]), code["ptx"])

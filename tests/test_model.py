@@ -1,3 +1,4 @@
+"""The model against its equations, written plainly in float64."""
 import copy
 import dataclasses
 import math
@@ -14,32 +15,47 @@ def norm64(x):
     return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
+def rotate64(row, t):
+    """Rotary embedding of one head's vector (d,) at position t."""
+    half = len(row) // 2
+    out = row.clone()
+    for i in range(half):
+        angle = t * 10000.0 ** (-i / half)
+        a = row[i].item()
+        b = row[i + half].item()
+        out[i] = a * math.cos(angle) + b * math.sin(angle)
+        out[i + half] = b * math.cos(angle) - a * math.sin(angle)
+    return out
+
+
+def attention64(q, k, v):
+    """Causal attention of one head, position by position: (T, d)."""
+    T, d = q.shape
+    q = torch.stack([rotate64(row, t) for t, row in enumerate(q)])
+    k = torch.stack([rotate64(row, t) for t, row in enumerate(k)])
+    y = torch.zeros_like(v)
+    for t in range(T):
+        weights = torch.softmax(k[:t + 1] @ q[t] / math.sqrt(d), 0)
+        y[t] = weights @ v[:t + 1]
+    return y
+
+
 def block64(block, x, n_head, n_layer):
-    """A block from its equations, token by token and head by head, in float64."""
+    """(output of a block, inputs of its four matrices) for one sequence x (T, C)."""
     T, C = x.shape
     d = C // n_head
     weights = {name: p.detach().double() for name, p in block.named_parameters()}
     z = norm64(x)
     q, k, v = (z @ weights["c_attn.weight"].T).split(C, dim=1)
-    angle = [[t * 10000.0 ** (-2 * i / d) for i in range(d // 2)] for t in range(T)]
-
-    def rotate(row, t):
-        out = row.clone()
-        for i in range(d // 2):
-            a, b, phi = row[i].item(), row[i + d // 2].item(), angle[t][i]
-            out[i], out[i + d // 2] = a * math.cos(phi) + b * math.sin(phi), b * math.cos(phi) - a * math.sin(phi)
-        return out
-
     y = torch.zeros_like(x)
     for head in range(n_head):
         part = slice(head * d, head * d + d)
-        Q, K = (torch.stack([rotate(m[t, part], t) for t in range(T)]) for m in (q, k))
-        for t in range(T):
-            y[t, part] = torch.softmax(K[:t + 1] @ Q[t] / math.sqrt(d), 0) @ v[:t + 1, part]
+        y[:, part] = attention64(q[:, part], k[:, part], v[:, part])
     x = x + y @ weights["attn_proj.weight"].T / math.sqrt(2 * n_layer)
-    h = norm64(x) @ weights["c_fc.weight"].T
+    u = norm64(x)
+    h = u @ weights["c_fc.weight"].T
     h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
-    return x + h @ weights["mlp_proj.weight"].T, [z, y, norm64(x), h]
+    return x + h @ weights["mlp_proj.weight"].T, [z, y, u, h]
 
 
 @pytest.fixture
@@ -52,7 +68,8 @@ def test_model_agrees_with_its_equations_in_float64(model, tiny):
     idx = torch.randint(64, (1, 16), generator=torch.Generator().manual_seed(1))
     targets = idx.roll(-1, 1)
     loss, grams = model(idx, targets, collect=True)
-    x, inputs = model.wte.weight.detach().double()[idx[0]], []
+    x = model.wte.weight.detach().double()[idx[0]]
+    inputs = []
     for block in model.h:
         x, z = block64(block, x, tiny.n_head, tiny.n_layer)
         inputs += z
@@ -61,13 +78,14 @@ def test_model_agrees_with_its_equations_in_float64(model, tiny):
     expected = torch.logsumexp(logits, 1) - logits[torch.arange(16), targets[0]]
     assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
     for gram, z, p in zip(grams, inputs, model.hidden_matrices().values(), strict=True):
+        assert gram.shape == (p.shape[1] // 16, 16, 16)
         for block, part in zip(gram, z.split(16, dim=1), strict=True):
             torch.testing.assert_close(block.double(), part.T @ part, rtol=1e-4, atol=1e-4)
-        assert gram.shape == (p.shape[1] // 16, 16, 16)
 
 
 def test_padding_rows_stay(model, tiny):
-    assert model.lm_head.weight.shape == (128, 16) and model.logits(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 64)
+    assert model.lm_head.weight.shape == (128, 16)
+    assert model.logits(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 64)
     before = model.lm_head.weight[64:].clone()
     idx = torch.randint(64, (4, 16))
     accumulate(model, [(idx, idx)], False, torch.float32)
@@ -82,7 +100,8 @@ def test_the_speedrun_model_has_123532032_parameters():
 
 
 def test_first_loss():
-    # the table is initialised as the head, within 1 / sqrt(n_embd): the logits of a normed vector have a variance of 1/3
+    # The table is initialised as the head is, within 1 / sqrt(n_embd). So the logits of a normed vector
+    # have a variance of 1/3, which adds 1/6 to the loss of equal logits.
     config = Config(n_layer=2, n_head=4, n_embd=128, vocab_size=5000, sequence_length=64)
     torch.manual_seed(0)
     idx = torch.randint(5000, (8, 65))
@@ -98,10 +117,12 @@ def test_accumulation_equals_the_whole_batch(tiny, optimizer):
     whole = GPT(config)
     parts = copy.deepcopy(whole)
     rows = torch.randint(64, (12, 17), generator=torch.Generator().manual_seed(3))
-    idx, targets = rows[:, :-1], rows[:, 1:]
+    idx = rows[:, :-1]
+    targets = rows[:, 1:]
     for model, size in ((whole, 12), (parts, 3)):
         optimizers = build_optimizers(model, config)
-        _, grams = accumulate(model, list(zip(idx.split(size), targets.split(size))), True, torch.float32)
+        micro_batches = list(zip(idx.split(size), targets.split(size)))
+        _, grams = accumulate(model, micro_batches, True, torch.float32)
         if optimizer == "newton_muon":
             optimizers[1].refresh(grams, idx.numel())
         for o in optimizers:
@@ -118,8 +139,12 @@ before = set(os.listdir("."))
 import torch
 seed, threads = torch.initial_seed(), threading.active_count()
 import train_gpt2
-assert torch.initial_seed() == seed and threading.active_count() == threads and set(os.listdir(".")) == before
-assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
-assert "wandb" not in sys.modules and "tiktoken" not in sys.modules
+assert torch.initial_seed() == seed
+assert threading.active_count() == threads
+assert set(os.listdir(".")) == before
+assert not torch.cuda.is_initialized()
+assert not torch.distributed.is_initialized()
+assert "wandb" not in sys.modules
+assert "tiktoken" not in sys.modules
 """
     run("env", "-i", f"PYTHONPATH={ROOT}", "PATH=", sys.executable, "-c", code, cwd=tmp_path, check=True)

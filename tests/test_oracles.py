@@ -1,4 +1,5 @@
-"""The rules of optimizers/ against the same rules in maintained packages: those of tests/oracles.txt, skipped where they are absent."""
+"""The rules of optimizers/ against the same rules in maintained packages: those of tests/oracles.txt.
+Skipped where they are not installed."""
 import pytest
 import torch
 
@@ -20,71 +21,132 @@ def package(monkeypatch):
     """pytorch_optimizer, with its Newton-Schulz iteration in float64 instead of bf16."""
     package = pytest.importorskip("pytorch_optimizer", reason=WHERE)
     from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_newton_schulz_5 as iteration
-    assert iteration.__defaults__[-1] == torch.bfloat16
-    monkeypatch.setattr(iteration, "__defaults__", (*iteration.__defaults__[:-1], torch.float64))
+    *others, dtype = iteration.__defaults__
+    assert dtype == torch.bfloat16
+    monkeypatch.setattr(iteration, "__defaults__", (*others, torch.float64))
     return package
 
 
-def difference(ours, theirs, shape=(12, 12)):
-    """Largest distance of the weights in 8 steps of the optimizers ours(params) and theirs(params), relative to the step."""
-    mine, other = (torch.nn.Parameter(normal(*shape)) for _ in range(2))
-    optimizers, found = (ours([mine]), theirs([other])), []
+def difference(make_ours, make_theirs, shape=(12, 12)):
+    """Largest distance between the weights in 8 steps of two optimizers, relative to the step. Each
+    argument makes an optimizer of a list of parameters."""
+    ours = torch.nn.Parameter(normal(*shape))
+    theirs = torch.nn.Parameter(normal(*shape))
+    optimizers = [make_ours([ours]), make_theirs([theirs])]
+    largest = 0.0
     for G in gradients(8, *shape):
-        before = mine.detach().clone()
-        for p, optimizer in zip((mine, other), optimizers):
+        before = ours.detach().clone()
+        for p, optimizer in zip((ours, theirs), optimizers):
             p.grad = G.clone()
             optimizer.step()
-        found.append(float((mine - other).detach().norm() / (mine.detach() - before).norm().clamp(min=1e-3)))
-    return max(found)
+        step = (ours.detach() - before).norm().clamp(min=1e-3)
+        largest = max(largest, float((ours - theirs).detach().norm() / step))
+    return largest
 
 
 @shapes
-def test_first_order_rules(package, shape):
-    same, decay = dict(lr=0.1, weight_decay=0.2), dict(weight_decouple=True)
-    assert difference(lambda p: Lion(p, **same), lambda p: package.Lion(p, betas=(0.9, 0.99), **same, **decay), shape) < 1e-12
-    assert difference(lambda p: Signum(p, momentum=0.8, nesterov=False, **same),
-                      lambda p: package.SignSGD(p, momentum=0.8, **same, **decay), shape) < 1e-12
-    # theirs counts the step that only sets v, and so clips more widely, and decays in it, too; the paper does neither
-    assert difference(lambda p: ADOPT(p, lr=0.1, beta2=0.99), lambda p: package.ADOPT(
-        p, lr=0.1, betas=(0.9, 0.99), clip_lambda=lambda step: (step - 1) ** 0.25), shape) < 1e-12
+def test_lion(package, shape):
+    def ours(params):
+        return Lion(params, lr=0.1, weight_decay=0.2)
+
+    def theirs(params):
+        return package.Lion(params, lr=0.1, betas=(0.9, 0.99), weight_decay=0.2, weight_decouple=True)
+
+    assert difference(ours, theirs, shape) < 1e-12
+
+
+@shapes
+def test_signum(package, shape):
+    def ours(params):
+        return Signum(params, lr=0.1, momentum=0.8, nesterov=False, weight_decay=0.2)
+
+    def theirs(params):
+        return package.SignSGD(params, lr=0.1, momentum=0.8, weight_decay=0.2, weight_decouple=True)
+
+    assert difference(ours, theirs, shape) < 1e-12
+
+
+@shapes
+def test_adopt(package, shape):
+    """Theirs counts the step that only sets v, and so clips more widely, and decays in it, too. The paper
+    does neither."""
+    def ours(params):
+        return ADOPT(params, lr=0.1, beta2=0.99)
+
+    def theirs(params):
+        return package.ADOPT(params, lr=0.1, betas=(0.9, 0.99), clip_lambda=lambda step: (step - 1) ** 0.25)
+
+    assert difference(ours, theirs, shape) < 1e-12
 
 
 @pytest.mark.parametrize("refresh, most", [(100, 1e-9), (2, 1e-4)])
 def test_soap(package, refresh, most, monkeypatch):
     """Without refreshes and with them, by QR decompositions that the package does in fp32."""
     monkeypatch.setattr("optimizers.soap.RIDGE", 0.0)
-    assert difference(lambda p: SOAP(p, lr=0.1, beta1=0.9, beta2=0.95, eps=0, refresh_interval=refresh), lambda p: package.SOAP(
-        p, lr=0.1, betas=(0.9, 0.95), eps=0, weight_decay=0, precondition_frequency=refresh)) < most
+
+    def ours(params):
+        return SOAP(params, lr=0.1, beta1=0.9, beta2=0.95, eps=0, refresh_interval=refresh)
+
+    def theirs(params):
+        return package.SOAP(params, lr=0.1, betas=(0.9, 0.95), eps=0, weight_decay=0,
+                            precondition_frequency=refresh)
+
+    assert difference(ours, theirs) < most
 
 
 @shapes
 def test_normuon(package, shape):
-    root = shape[1] ** 0.5  # theirs scales an update by sqrt(max(1, m / n)), ours by sqrt(max(m, n))
-    same = dict(momentum=0.9, beta2=0.8)
-    assert difference(lambda p: NorMuon(p, lr=0.1, weight_decay=0.2, **same), lambda p: package.NorMuon(
-        [dict(params=p, use_muon=True)], lr=0.1 * root, weight_decay=0.2 / root, foreach=False, **same), shape) < 1e-5
+    """Theirs scales an update by sqrt(max(1, m / n)), ours by sqrt(max(m, n))."""
+    root = shape[1] ** 0.5
+
+    def ours(params):
+        return NorMuon(params, lr=0.1, momentum=0.9, beta2=0.8, weight_decay=0.2)
+
+    def theirs(params):
+        group = dict(params=params, use_muon=True)
+        return package.NorMuon([group], lr=0.1 * root, momentum=0.9, beta2=0.8, weight_decay=0.2 / root,
+                               foreach=False)
+
+    assert difference(ours, theirs, shape) < 1e-5
 
 
 @shapes
 @pytest.mark.parametrize("constrained", [False, True])
 def test_scion(package, shape, constrained):
-    spectral = pytest.importorskip("pytorch_optimizer.optimizer.scion", reason=WHERE).LMONorm.SPECTRAL
-    rate = 0.1 * min(shape) ** 0.5 / 5
-    assert difference(lambda p: Scion(p, lr=0.1, momentum=0.8, radius=5.0, constrained=constrained), lambda p: package.SCION(
-        p, lr=rate, momentum=0.2, scale=5.0, constraint=constrained, norm_type=spectral, foreach=False), shape) < 1e-5
+    norms = pytest.importorskip("pytorch_optimizer.optimizer.scion", reason=WHERE).LMONorm
+
+    def ours(params):
+        return Scion(params, lr=0.1, momentum=0.8, radius=5.0, constrained=constrained)
+
+    def theirs(params):
+        rate = 0.1 * min(shape) ** 0.5 / 5
+        return package.SCION(params, lr=rate, momentum=0.2, scale=5.0, constraint=constrained,
+                             norm_type=norms.SPECTRAL, foreach=False)
+
+    assert difference(ours, theirs, shape) < 1e-5
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_schedule_free_is_a_wrapped_normuon(mode):
-    """At a constant rate, at which both average with 1 / t; in both modes."""
+    """At a constant rate, where both average with 1 / t. In both modes."""
     schedulefree = pytest.importorskip("schedulefree", reason=WHERE)
 
     def switched(optimizer):
-        def step(step=optimizer.step):
+        """The optimizer, whose step() leaves the weights of the mode."""
+        step = optimizer.step
+
+        def step_and_switch():
             optimizer.train()
             step()
             getattr(optimizer, mode)()
-        optimizer.step = step
+        optimizer.step = step_and_switch
         return optimizer
-    assert difference(lambda p: switched(SFNorMuon(p, lr=0.1)), lambda p: switched(schedulefree.ScheduleFreeWrapper(
-        NorMuon(p, lr=0.1, momentum=0.8, nesterov=False), momentum=0.9))) < 1e-5
+
+    def ours(params):
+        return switched(SFNorMuon(params, lr=0.1))
+
+    def theirs(params):
+        inner = NorMuon(params, lr=0.1, momentum=0.8, nesterov=False)
+        return switched(schedulefree.ScheduleFreeWrapper(inner, momentum=0.9))
+
+    assert difference(ours, theirs) < 1e-5

@@ -1,9 +1,11 @@
-"""The rules of the optimizers that differ from Muon in their geometry or in what they orthogonalize, each against plain linear algebra."""
+"""The rules of the optimizers that differ from Muon in their geometry or in what they orthogonalize, each
+against plain linear algebra."""
 import itertools
 import math
 
 import pytest
 import torch
+from torch.linalg import svdvals
 
 from optimizers.dion import Dion, OrthDion
 from optimizers.dp_muon import DPMuon
@@ -16,14 +18,16 @@ from optimizers.stiefel_muon import StiefelMuon, descent
 from plain import CLOSE, gradients, momenta, normal, trained
 from train_gpt2 import Muon, NewtonMuon, newton_schulz
 
-TALL, WIDE, SQUARE = (16, 8), (8, 32), (8, 8)
+TALL = (16, 8)
+WIDE = (8, 32)
+SQUARE = (8, 8)
 shapes = pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
-svdvals = torch.linalg.svdvals
 
 
 def with_values(values, m, n, seed=0):
-    """A matrix (m, n) of these singular values."""
-    U, V = (torch.linalg.qr(normal(size, len(values), seed=seed + i))[0] for i, size in enumerate((m, n)))
+    """A matrix (m, n) with these singular values."""
+    U, _ = torch.linalg.qr(normal(m, len(values), seed=seed))
+    V, _ = torch.linalg.qr(normal(n, len(values), seed=seed + 1))
     return U * torch.as_tensor(values, dtype=torch.float64) @ V.T
 
 
@@ -31,7 +35,8 @@ def changes(optimizer, grads):
     """What each step with one of the gradients adds to the optimizer's only matrix."""
     W, = optimizer.param_groups[0]["params"]
     for G in grads:
-        before, W.grad = W.detach().clone(), G.clone()
+        before = W.detach().clone()
+        W.grad = G.clone()
         optimizer.step()
         yield W.detach() - before
 
@@ -48,11 +53,16 @@ def polar(X):
     return X @ (V * values.rsqrt().unsqueeze(-2)) @ V.mT
 
 
+def root_mean_square(X):
+    return X.square().mean().sqrt()
+
+
 # polar_muon
 
 
 def test_the_coefficients_equioscillate():
-    """Each polynomial is the best for the values that the one before leaves: the largest and the smallest are equally far from 1."""
+    """Each polynomial is the best for the values that the one before leaves: the largest and the smallest
+    value are equally far from 1."""
     s = torch.logspace(-3, 0, 100_001, dtype=torch.float64)
     for i, (a, b, c) in enumerate(POLAR_EXPRESS):
         s = a * s + b * s ** 3 + c * s ** 5
@@ -67,7 +77,8 @@ def test_polar_express_is_its_polynomials(shape, steps, error):
     left, s, right = torch.linalg.svd(U, full_matrices=False)
     s = s / (1.01 * U.norm() + 1e-7)
     for i in range(steps):
-        x, (a, b, c) = s / 1.01 if i < steps - 1 else s, POLAR_EXPRESS[min(i, 7)]
+        a, b, c = POLAR_EXPRESS[min(i, 7)]
+        x = s / 1.01 if i < steps - 1 else s
         s = a * x + b * x ** 3 + c * x ** 5
     O = polar_express(U, steps)
     torch.testing.assert_close(O, left @ torch.diag(s) @ right, rtol=0, atol=1e-6)
@@ -76,7 +87,8 @@ def test_polar_express_is_its_polynomials(shape, steps, error):
 
 @pytest.mark.parametrize("exact, error", [(True, 1e-12), (False, 1e-5)])
 def test_polar_muon_follows_its_equations(exact, error):
-    W, grads = normal(*TALL), gradients(3, *TALL)
+    W = normal(*TALL)
+    grads = gradients(3, *TALL)
     result = trained(PolarMuon, W, grads, lr=0.1, momentum=0.8, ns_steps=8, exact=exact)
     for U in momenta(grads, 0.8):
         W = W - 0.1 * 4 * polar(U)
@@ -91,38 +103,55 @@ def test_msgn_is_the_polar_factor_or_nan():
     torch.testing.assert_close(O[1:], polar(X[1:]))
 
 
-# low_rank_muon
+# low_rank_muon, and other rules with Muon as a special case
 
 
-@pytest.mark.parametrize("kind, settings", [(LowRankMuon, dict(rank_fraction=1.0)), (DPMuon, dict(noise_multiplier=0.0, clip=math.inf)),
-                                            (NewtonMuon, {})])  # before its first refresh
+@pytest.mark.parametrize("kind, settings", [
+    (LowRankMuon, dict(rank_fraction=1.0)),
+    (DPMuon, dict(noise_multiplier=0.0, clip=math.inf)),
+    (NewtonMuon, {}),  # before its first refresh
+])
 @shapes
 def test_special_cases_are_muon(kind, settings, shape):
-    start, grads = normal(*shape), gradients(3, *shape)
-    assert torch.equal(trained(kind, start, grads, lr=0.1, **settings), trained(Muon, start, grads, lr=0.1))
+    start = normal(*shape)
+    grads = gradients(3, *shape)
+    result = trained(kind, start, grads, lr=0.1, **settings)
+    assert torch.equal(result, trained(Muon, start, grads, lr=0.1))
 
 
 @pytest.mark.parametrize("shape", [(64, 32), (32, 64), (32, 32)])
 def test_low_rank_muon_orthogonalizes_k_directions(shape):
-    """As Muon does, of G's part in a range of rank 4, nearly that of its largest values, since the power step triples their logarithms."""
-    G = with_values(0.7 ** torch.arange(32), *shape)
+    """As Muon does, of G's part in a range of rank 4. That is nearly the range of its 4 largest values,
+    because the power step triples their logarithms."""
+    values = 0.7 ** torch.arange(32)
+    G = with_values(values, *shape)
     change = first_change(LowRankMuon, G, rank_fraction=0.125, lr=0.1)
+    assert torch.linalg.matrix_rank(change) == 4
     part = change @ torch.linalg.pinv(change) @ G
-    assert torch.linalg.matrix_rank(change) == 4 and part.square().sum() > 0.95 * svdvals(G)[:4].square().sum()
-    torch.testing.assert_close(change, math.sqrt(32 / 4) * first_change(Muon, part, lr=0.1), rtol=0, atol=1e-9)
+    assert part.square().sum() > 0.95 * values[:4].square().sum()
+    expected = math.sqrt(32 / 4) * first_change(Muon, part, lr=0.1)
+    torch.testing.assert_close(change, expected, rtol=0, atol=1e-9)
 
 
 def test_low_rank_muon_takes_large_gradients():
-    """In fp32, which has no number for their cube, of which the sketch is."""
+    """In fp32, which has no number for their cube, from which the sketch is made."""
     G = normal(*SQUARE).float()
-    one, other = (first_change(LowRankMuon, G * s, rank_fraction=0.5, lr=0.1) for s in (1.0, 1e15))
-    torch.testing.assert_close(other, one, rtol=0, atol=1e-3)
+    small = first_change(LowRankMuon, G, rank_fraction=0.5, lr=0.1)
+    large = first_change(LowRankMuon, 1e15 * G, rank_fraction=0.5, lr=0.1)
+    torch.testing.assert_close(large, small, rtol=0, atol=1e-3)
 
 
 def test_sketches_come_from_seed_and_step():
-    G = normal(*SQUARE)  # the same in both steps, without momentum: only the sketch can differ
-    first, again, other = ([*changes(LowRankMuon([torch.nn.Parameter(0 * G)], momentum=0.0, seed=seed), [G, G])] for seed in (0, 0, 1))
-    assert all(map(torch.equal, first, again))
+    G = normal(*SQUARE)
+
+    def two_changes(seed):  # with the same gradient and no momentum: only the sketch can differ
+        optimizer = LowRankMuon([torch.nn.Parameter(0 * G)], momentum=0.0, seed=seed)
+        return list(changes(optimizer, [G, G]))
+
+    first = two_changes(0)
+    again = two_changes(0)
+    other = two_changes(1)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     for a, b in itertools.combinations([*first, *other], 2):
         assert (a - b).norm() > 0.1 * a.norm()
 
@@ -130,21 +159,31 @@ def test_sketches_come_from_seed_and_step():
 # dion
 
 
+def orthonormal(X):
+    """Q of X = Q R, where R has a positive diagonal."""
+    R = torch.linalg.cholesky(X.T @ X).T
+    return X @ torch.linalg.inv(R)
+
+
 @pytest.mark.parametrize("rank", [4, 8])
 @pytest.mark.parametrize("kind", [Dion, OrthDion])
 @shapes
 def test_dion_follows_its_equations(kind, shape, rank):
-    (m, n), W, *grads = shape, *(normal(*shape, seed=seed) for seed in range(5))
+    m, n = shape
+    W, *grads = [normal(m, n, seed=seed) for seed in range(5)]
     result = trained(kind, W, grads, lr=0.1, momentum=0.8, rank_fraction=rank / 8, weight_decay=0.2, seed=3)
-    M, Q = 0.0, torch.randn(n, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    M = 0.0
+    Q = normal(n, rank, seed=3)
     for G in grads:
         B = M + G
-        P = B @ Q @ torch.linalg.inv(torch.linalg.cholesky((B @ Q).T @ (B @ Q))).T  # QR, of a positive diagonal
+        P = orthonormal(B @ Q)
         S = B.T @ P
         if kind is Dion:
-            M, Q = B - 0.2 * P @ P.T @ B, S / S.square().sum(0).sqrt()
+            M = B - 0.2 * P @ P.T @ B
+            Q = S / S.square().sum(0).sqrt()
         else:
-            M, Q = 0.8 * (B - P @ P.T @ B), S @ torch.linalg.inv(torch.linalg.cholesky(S.T @ S)).T
+            M = 0.8 * (B - P @ P.T @ B)
+            Q = orthonormal(S)
         W = 0.98 * W - 0.1 * math.sqrt(m * n / rank) * P @ Q.T
     torch.testing.assert_close(result, W, rtol=0, atol=1e-7)
 
@@ -152,20 +191,22 @@ def test_dion_follows_its_equations(kind, shape, rank):
 @pytest.mark.parametrize("kind", [Dion, OrthDion, StiefelMuon])
 @shapes
 def test_rate_is_the_updates_root_mean_square(kind, shape):
-    """So small a rate that StiefelMuon's path is straight."""
+    """At a rate so small that StiefelMuon's path is straight."""
     optimizer = kind([torch.nn.Parameter(with_values([1.0] * 8, *shape))], lr=1e-5)
     for change in changes(optimizer, [normal(*shape, seed=i) for i in range(3)]):
-        assert abs(change.square().mean().sqrt() / 1e-5 - 1) < 1e-6
+        assert abs(root_mean_square(change) / 1e-5 - 1) < 1e-6
 
 
 @pytest.mark.parametrize("kind", [Dion, OrthDion])
 @shapes
 def test_dion_at_full_rank(kind, shape):
-    """Of a gradient that stays: the power iteration turns Q into its singular vectors. Without momentum, B is the gradient."""
+    """With the same gradient in each step: the power iteration turns Q into its singular vectors. Without
+    momentum, B is the gradient."""
     G = with_values(0.7 ** torch.arange(8), *shape)
-    W = torch.nn.Parameter(torch.zeros_like(G))
-    *_, change = changes(kind([W], lr=0.1, momentum=0.0, rank_fraction=1.0), [G] * 60)  # 0.7 ** (2 * 60) is 3e-19
-    torch.testing.assert_close(change, -0.1 * math.sqrt(max(shape)) * polar(G), rtol=0, atol=1e-9)
+    optimizer = kind([torch.nn.Parameter(torch.zeros_like(G))], lr=0.1, momentum=0.0, rank_fraction=1.0)
+    *_, change = changes(optimizer, [G] * 60)  # 0.7 ** (2 * 60) is 3e-19
+    expected = -0.1 * math.sqrt(max(shape)) * polar(G)
+    torch.testing.assert_close(change, expected, rtol=0, atol=1e-9)
 
 
 # scion
@@ -174,33 +215,50 @@ def test_dion_at_full_rank(kind, shape):
 @pytest.mark.parametrize("constrained", [True, False])
 @shapes
 def test_scion_follows_the_papers_equation(shape, constrained):
-    """With its average of gradients, and its rate eta, which is lr times the square root of the width, over the radius."""
-    (m, n), W, grads, d, eta = shape, normal(*shape), gradients(4, *shape), 0.0, 0.05 * math.sqrt(8) / 3.0
+    """With its average of gradients, and its rate eta: lr times the square root of the width, over the
+    radius."""
+    m, n = shape
+    W = normal(m, n)
+    grads = gradients(4, m, n)
     result = trained(Scion, W, grads, lr=0.05, momentum=0.8, radius=3.0, constrained=constrained)
+    eta = 0.05 * math.sqrt(8) / 3.0
+    d = 0.0
     for G in grads:
         d = 0.8 * d + 0.2 * G
-        W = (1 - eta * constrained) * W - eta * 3.0 * math.sqrt(m / n) * newton_schulz(d)
+        if constrained:
+            W = (1 - eta) * W
+        W = W - eta * 3.0 * math.sqrt(m / n) * newton_schulz(d)
     torch.testing.assert_close(result, W, rtol=1e-5, atol=1e-6)
 
 
 @shapes
 def test_scion_comes_into_its_ball_and_stays(shape):
-    ball = 2.0 * math.sqrt(shape[0] / shape[1])
-    W = torch.nn.Parameter(with_values([5 * ball], *shape))
-    always_that_way = [with_values([2.0] * 8, *shape) + 0.1 * normal(*shape, seed=step) for step in range(200)]
-    norms = [svdvals(W.detach())[0] / ball for _ in changes(Scion([W], lr=0.05, radius=2.0), always_that_way)]  # eta = 0.07
-    assert norms[0] > 4 and max(norms[100:]) < 1.21 and min(norms[100:]) > 0.6
+    m, n = shape
+    ball = 2.0 * math.sqrt(m / n)
+    W = torch.nn.Parameter(with_values([5 * ball], m, n))
+    always_that_way = with_values([2.0] * 8, m, n)
+    grads = [always_that_way + 0.1 * normal(m, n, seed=step) for step in range(200)]
+    norms = []
+    for _ in changes(Scion([W], lr=0.05, radius=2.0), grads):  # eta = 0.07
+        norms.append(svdvals(W.detach())[0] / ball)
+    assert norms[0] > 4
+    assert max(norms[100:]) < 1.21
+    assert min(norms[100:]) > 0.6
 
 
 # muon_igt
 
 
 def test_muon_igt_follows_its_equations():
-    W, H, T = torch.nn.Parameter(normal(*TALL)), normal(16, 16, seed=1), normal(*TALL, seed=2)
+    W = torch.nn.Parameter(normal(*TALL))
+    H = normal(16, 16, seed=1)
+    T = normal(*TALL, seed=2)
+    optimizer = MuonIGT([W], lr=0.1, momentum=0.75, weight_decay=0.2)
     V = X = W.detach().clone()
-    M, optimizer = 0.0, MuonIGT([W], lr=0.1, momentum=0.75, weight_decay=0.2)
+    M = 0.0
     for _ in range(5):
-        list(changes(optimizer, [(H @ W - T).detach()]))
+        W.grad = (H @ W - T).detach()
+        optimizer.step()
         M = 0.75 * M + 0.25 * (H @ (X + 3 * (X - V)) - T)
         V, X = X, X - 0.02 * X - 0.1 * 4 * newton_schulz(M)
     torch.testing.assert_close(W.detach(), X + 3 * (X - V), **CLOSE)
@@ -210,91 +268,126 @@ def test_muon_igt_follows_its_equations():
 
 
 def test_transported_average_is_current():
-    """Where the gradient is linear and all steps are equal: f = <D, W>^2 / 2 far from its minimum, with D orthogonal."""
+    """Where the gradient is linear and all steps are equal: f = <D, W>^2 / 2, far from its minimum, with D
+    orthogonal."""
     D = polar(normal(*SQUARE))
     W = torch.nn.Parameter(100 * D)
     optimizer = MuonIGT([W], lr=0.1, momentum=0.8)
+
+    def gradient():
+        return ((D * W).sum() * D).detach()
+
     for _ in range(60):  # 0.8 ** 60 is 2e-6
         optimizer.eval()
-        now = ((D * W).sum() * D).detach()
+        now = gradient()
         optimizer.train()
-        W.grad = there = ((D * W).sum() * D).detach()
+        extrapolated = gradient()
+        W.grad = extrapolated
         optimizer.step()
     M = optimizer.state[W]["momentum_buffer"][0]
     torch.testing.assert_close(M, now, rtol=1e-4, atol=0)
-    assert (M - there).norm() > 1e-3 * M.norm()
+    assert (M - extrapolated).norm() > 1e-3 * M.norm()
 
 
 # dp_muon
 
 
 def private(G, *clips, matrices=1, steps=1, **settings):
-    """The gradient that DPMuon hands to Muon, in each step with G, for each matrix of a group with each clip."""
-    groups = [dict(params=[torch.nn.Parameter(torch.zeros_like(G)) for _ in range(matrices)], clip=clip) for clip in clips]
+    """The gradients that DPMuon hands to Muon in each step, if every matrix has the gradient G. There is a
+    group of `matrices` matrices for each of the clips."""
+    groups = []
+    for clip in clips:
+        params = [torch.nn.Parameter(torch.zeros_like(G)) for _ in range(matrices)]
+        groups.append(dict(params=params, clip=clip))
     optimizer = DPMuon(groups, momentum=0.0, **settings)
+    found = []
     for _ in range(steps):
         for p in optimizer.matrices:
             p.grad = G.clone()
         optimizer.step()
-        yield from (optimizer.state[p]["momentum_buffer"].clone() for p in optimizer.matrices)
+        found += [optimizer.state[p]["momentum_buffer"].clone() for p in optimizer.matrices]
+    return found
 
 
 def test_dp_muon_clips():
-    G = torch.cat([0.01 * normal(8, 8), normal(8, 8, seed=1), 2 * normal(8, 8, seed=2)])  # q, k, v
-    expected = torch.cat([G[:8], 0.5 * G[8:16] / G[8:16].norm(), 0.5 * G[16:] / G[16:].norm()])
-    torch.testing.assert_close([*private(G, 0.5, noise_multiplier=0.0)], [expected])
+    q = 0.01 * normal(8, 8)
+    k = normal(8, 8, seed=1)
+    v = 2 * normal(8, 8, seed=2)
+    H, = private(torch.cat([q, k, v]), 0.5, noise_multiplier=0.0)
+    expected = torch.cat([q, 0.5 * k / k.norm(), 0.5 * v / v.norm()])
+    torch.testing.assert_close(H, expected)
 
 
 def test_each_group_has_its_own_clip():
-    assert [H.norm().item() for H in private(normal(8, 8), 0.1, 0.2, noise_multiplier=0.0)] == pytest.approx([0.1, 0.2])
+    norms = [H.norm().item() for H in private(normal(8, 8), 0.1, 0.2, noise_multiplier=0.0)]
+    assert norms == pytest.approx([0.1, 0.2])
 
 
 def test_variance_of_dp_muons_noise():
-    """0.3 times the clip, Gaussian, in every element, beside the clipped gradient."""
+    """0.3 times the clip, Gaussian, in every element, beside the clipped gradient. Within 4 standard
+    errors."""
     G = 5 * normal(200, 200)
     H, = private(G, 2.0, noise_multiplier=0.3)
     Z = (H - G * 2.0 / G.norm()) / 0.6
-    assert abs(Z.mean()) < 4 / 200 and abs(Z.var() - 1) < 4 * math.sqrt(2) / 200  # 4 standard errors
-    assert abs((Z.abs() < 1).double().mean() - 0.6827) < 4 * 0.4655 / 200
+    assert abs(Z.mean()) < 4 / 200
+    assert abs(Z.var() - 1) < 4 * math.sqrt(2) / 200
+    within_one = (Z.abs() < 1).double().mean()
+    assert abs(within_one - 0.6827) < 4 * 0.4655 / 200
 
 
 def test_seeds_of_dp_muons_noise():
-    first, other, again = (torch.stack([*private(torch.zeros(50, 50), 0.1, matrices=2, steps=2, seed=seed)]) for seed in (0, 1, 0))
-    assert torch.equal(first, again)
-    correlations = torch.corrcoef(torch.cat([first, other]).flatten(1)) - torch.eye(8)
+    def noise(seed):
+        return torch.stack(private(torch.zeros(50, 50), 0.1, matrices=2, steps=2, seed=seed))
+
+    first = noise(0)
+    assert torch.equal(first, noise(0))
+    correlations = torch.corrcoef(torch.cat([first, noise(1)]).flatten(1)) - torch.eye(8)
     assert correlations.abs().max() < 5 / 50
 
 
 # stiefel_muon
 
 
-@pytest.mark.parametrize("shape", [(64, 16), (16, 64), (16, 16), (12, 8), (24, 8), (7, 5), (5, 7), (5, 5), (1, 6)])
+@pytest.mark.parametrize("shape", [
+    (64, 16), (16, 64), (16, 16), (12, 8), (24, 8), (7, 5), (5, 7), (5, 5), (1, 6)])
 @pytest.mark.parametrize("lr", [0.003, 0.1])
 def test_stiefel_muon_keeps_its_constraint(shape, lr):
-    W = torch.nn.Parameter((2 * torch.rand(shape, generator=torch.Generator().manual_seed(0)) - 1) / math.sqrt(shape[1]))  # as GPT's
-    start, blocks = W.detach().clone(), (3, 8, 8) if shape == (24, 8) else (1, *shape)  # a fused q, k, v
-    radius = start.double().view(blocks).norm(dim=(-2, -1), keepdim=True) / math.sqrt(min(blocks[1:]))
-    for _ in changes(StiefelMuon([W], lr=lr), [normal(*shape, seed=step).float() for step in range(50)]):
+    uniform = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    W = torch.nn.Parameter((2 * uniform - 1) / math.sqrt(shape[1]))  # as in GPT
+    start = W.detach().clone()
+    blocks = (3, 8, 8) if shape == (24, 8) else (1, *shape)  # a fused q, k, v
+    norms = start.double().view(blocks).norm(dim=(-2, -1), keepdim=True)
+    radius = norms / math.sqrt(min(blocks[1:]))
+    grads = [normal(*shape, seed=step).float() for step in range(50)]
+    for _ in changes(StiefelMuon([W], lr=lr), grads):
         X = W.detach().double().view(blocks) / radius
-        X = X.mT if shape[0] < shape[1] else X
+        if shape[0] < shape[1]:
+            X = X.mT
         assert (X.mT @ X - torch.eye(X.size(-1))).abs().max() < 1e-5
     assert (W - start).norm() > 0.01 * start.norm()
 
 
-@pytest.mark.parametrize("shape, gap", [((12, 4), 1e-5), ((7, 4), 1e-5), ((6, 6), 1e-5), ((20, 5), 1e-5), ((8, 5), 1e-5), ((5, 5), 1e-3)])
+@pytest.mark.parametrize("shape, gap", [
+    ((12, 4), 1e-5), ((7, 4), 1e-5), ((6, 6), 1e-5), ((20, 5), 1e-5), ((8, 5), 1e-5), ((5, 5), 1e-3)])
 def test_descent_is_the_best_tangent(shape, gap):
-    """By weak duality no tangent in the ball is better than the least ||G + X L||_* over symmetric L. For odd m = n it is at a kink, hard
-    to reach."""
-    X, G = polar(normal(*shape)), normal(*shape, seed=1)
-    D, L = descent(X, G), torch.zeros(shape[1], shape[1], dtype=torch.float64, requires_grad=True)
-    assert (X.T @ D + D.T @ X).abs().max() < 1e-12 and svdvals(D)[0] < 1 + 1e-12
-    optimizer = torch.optim.LBFGS([L], max_iter=400, history_size=50, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe")
+    """By weak duality, no tangent in the ball is better than the least ||G + X L||_* over symmetric L. For
+    odd m = n this least value is at a kink, which is hard to reach."""
+    X = polar(normal(*shape))
+    G = normal(*shape, seed=1)
+    D = descent(X, G)
+    assert (X.T @ D + D.T @ X).abs().max() < 1e-12
+    assert svdvals(D)[0] < 1 + 1e-12
+
+    L = torch.zeros(shape[1], shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([L], max_iter=400, history_size=50, tolerance_grad=0, tolerance_change=0,
+                                  line_search_fn="strong_wolfe")
 
     def bound():
         optimizer.zero_grad()
         value = svdvals(G + X @ (L + L.T)).sum()
         value.backward()
         return value
+
     optimizer.step(bound)
     least = bound().item()
     assert (1 - gap) * least < (G * D).sum() < least * (1 + 1e-9)
@@ -302,15 +395,20 @@ def test_descent_is_the_best_tangent(shape, gap):
 
 @pytest.mark.parametrize("shape", [(16, 4), (5, 5), (4, 16)])
 def test_stiefel_muon_follows_its_equations(shape):
-    turned = (lambda X: X.T) if shape[0] < shape[1] else (lambda X: X)
-    grads, X, M = gradients(3, *shape), turned(normal(*shape)), 0.0
-    result = trained(StiefelMuon, turned(X), grads, lr=0.05, momentum=0.5)
-    radius, X = X.norm() / math.sqrt(min(shape)), polar(X)
+    def turned(X):
+        return X.T if shape[0] < shape[1] else X
+
+    grads = gradients(3, *shape)
+    start = normal(*shape)
+    result = trained(StiefelMuon, start, grads, lr=0.05, momentum=0.5)
+    X = turned(start)
+    radius = X.norm() / math.sqrt(min(shape))
+    X = polar(X)
+    M = 0.0
     for G in grads:
         M = 0.5 * M + 0.5 * turned(G)
-        A = M @ X.T - X @ M.T
-        U, S, V = torch.linalg.svd(A)
-        A = U @ torch.diag((S > 1e-10).double()) @ V  # of rank 2 n, or even
+        U, S, Vh = torch.linalg.svd(M @ X.T - X @ M.T)
+        A = U @ torch.diag((S > 1e-10).double()) @ Vh  # the rank is 2 n, or even
         X = polar(X - 0.05 * math.sqrt(max(shape)) / radius * A @ X)
         M = M - X @ (X.T @ M + M.T @ X) / 2
     torch.testing.assert_close(result, radius * turned(X), **CLOSE)
@@ -318,12 +416,17 @@ def test_stiefel_muon_follows_its_equations(shape):
 
 def test_stiefel_muon_computes_without_tf32(monkeypatch):
     found = []
-    monkeypatch.setattr(StiefelMuon, "update", lambda *_: found.append(torch.get_float32_matmul_precision()))
+
+    def update(*_):
+        found.append(torch.get_float32_matmul_precision())
+
+    monkeypatch.setattr(StiefelMuon, "update", update)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")  # as in the trainer
         list(changes(StiefelMuon([torch.nn.Parameter(torch.eye(2))]), [torch.zeros(2, 2)]))
-        assert found == ["highest"] and torch.get_float32_matmul_precision() == "high"
+        assert found == ["highest"]
+        assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -335,19 +438,27 @@ def test_stiefel_muon_computes_without_tf32(monkeypatch):
 @shapes
 def test_size_of_ef_muons_step(shape, values):
     """D = (||P||_* / rank P) msgn(P), with P = lr G at first."""
-    change = first_change(EFMuon, with_values(values, *shape), lr=0.5, momentum=0.0, exact=True)
-    torch.testing.assert_close(change, -0.5 * with_values([sum(values) / len(values)] * len(values), *shape))
+    G = with_values(values, *shape)
+    change = first_change(EFMuon, G, lr=0.5, momentum=0.0, exact=True)
+    mean = sum(values) / len(values)
+    torch.testing.assert_close(change, -0.5 * with_values([mean] * len(values), *shape))
 
 
 @pytest.mark.parametrize("exact", [True, False])
 @shapes
 def test_ef_muon_follows_its_equations(shape, exact):
-    W, grads, M, E = normal(*shape), gradients(4, *shape), 0.0, 0.0
+    W = normal(*shape)
+    grads = gradients(4, *shape)
     result = trained(EFMuon, W, grads, lr=0.5, momentum=0.8, exact=exact)
+    M = E = 0.0
     for G in grads:
         M = 0.8 * M + 0.2 * G
         P = 0.5 * M + E
-        O = newton_schulz(P)
-        D = svdvals(P).sum() / 8 * polar(P) if exact else torch.trace(P.T @ O) / 8 * O
-        W, E = W - D, P - D
+        if exact:
+            D = svdvals(P).sum() / 8 * polar(P)
+        else:
+            O = newton_schulz(P)
+            D = torch.trace(P.T @ O) / 8 * O
+        W = W - D
+        E = P - D
     torch.testing.assert_close(result, W, **CLOSE)

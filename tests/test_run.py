@@ -13,13 +13,27 @@ import pytest
 import torch
 
 import train_gpt2
-from conftest import ROOT, refused, same_weights
+from conftest import HANGS, ROOT, refused, same_weights
 from harness.runs import read_run
 from train_gpt2 import Config, UserError, choose_micro_batch, learning_rate_scale, load_config
 
 
+def records(folder):
+    """The lines of metrics.jsonl of a run."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(folder):
-    return [(r["step"], r["val_loss"]) for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "val_loss" in r]
+    """[(step, validation loss)] of a run."""
+    return [(record["step"], record["val_loss"]) for record in records(folder) if "val_loss" in record]
+
+
+def facts_of(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def checkpoint(folder, step):
+    return torch.load(folder / f"checkpoints/step_{step:06d}.pt", weights_only=True)
 
 
 def contents(folder):
@@ -28,7 +42,7 @@ def contents(folder):
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """module(name, code) makes `code` the module of that name, here and in the processes that a run starts."""
+    """module(name, code) makes `code` the module of that name, here and in the processes of a run."""
     def module(name, code):
         (tmp_path / f"{name}.py").write_text(code)
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -40,132 +54,220 @@ def module(tmp_path, monkeypatch):
 # what a run writes
 
 
-def test_files_of_a_run(start, shards, tmp_path):
+@pytest.fixture
+def newton_muon_run(start, tmp_path):
+    """Folder of a run of Newton-Muon in a process of its own."""
     done = start(processes=1, run_name="a", optimizer="newton_muon", refresh_interval=3)
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "logs" / "a"
-    assert {path.name for path in folder.iterdir()} == {"log.txt", "metrics.jsonl", "run.json", "train_gpt2.py", "checkpoints"}
-    run = read_run(folder)
-    assert run.steps == [0, 5, 10] and run.seconds[0] == 0 and run.seconds == sorted(run.seconds)
-    assert [(s, round(loss, 4)) for s, loss in losses(folder)] == list(zip(run.steps, run.losses))
+    return tmp_path / "logs/a"
+
+
+def test_files_of_a_run(newton_muon_run, shards):
+    folder = newton_muon_run
+    code = (ROOT / "train_gpt2.py").read_text()
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"log.txt", "metrics.jsonl", "run.json", "train_gpt2.py", "checkpoints"}
+    assert (folder / "train_gpt2.py").read_text() == code
+
     log = (folder / "log.txt").read_text()
-    assert log.startswith((ROOT / "train_gpt2.py").read_text().rstrip())  # the log contains the code
-    assert re.search(r"^step:10/10 val_loss:\d\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$", log, re.MULTILINE)
-    assert (folder / "train_gpt2.py").read_text() == (ROOT / "train_gpt2.py").read_text()
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records if "train_loss" in r] == list(range(1, 11))
-    assert records[-1]["tokens"] == 10 * 12 * 16
-    facts = json.loads((folder / "run.json").read_text())
-    assert facts["config"]["optimizer"] == "newton_muon" and facts["config"]["seed"] == 0
-    assert facts["world_size"] == 1 and facts["tokens_per_step"] == 192 and facts["machine"]["torch"] == torch.__version__
-    assert facts["parameters"] == 2 * 12 * 16 ** 2 + 64 * 16 and facts["hidden_parameters"] == 2 * 12 * 16 ** 2
-    assert [shard["tokens"] for shard in facts["train_shards"]] == [3000, 3000] and len(facts["code_sha256"]) == 64
+    assert log.startswith(code.rstrip())
+    last_line = r"^step:10/10 val_loss:\d\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$"
+    assert re.search(last_line, log, re.MULTILINE)
+
+    run = read_run(folder)
+    assert run.steps == [0, 5, 10]
+    assert run.seconds[0] == 0 and run.seconds == sorted(run.seconds)
+    assert [(step, round(loss, 4)) for step, loss in losses(folder)] == list(zip(run.steps, run.losses))
+
+    metrics = records(folder)
+    assert [record["step"] for record in metrics if "train_loss" in record] == list(range(1, 11))
+    assert metrics[-1]["tokens"] == 10 * 12 * 16
+
+    facts = facts_of(folder)
+    assert facts["config"]["optimizer"] == "newton_muon"
+    assert facts["config"]["seed"] == 0
+    assert facts["world_size"] == 1
+    assert facts["tokens_per_step"] == 192
+    assert facts["machine"]["torch"] == torch.__version__
+    assert facts["parameters"] == 2 * 12 * 16 ** 2 + 64 * 16
+    assert facts["hidden_parameters"] == 2 * 12 * 16 ** 2
+    assert len(facts["code_sha256"]) == 64
+    assert facts["final_val_loss"] == pytest.approx(run.losses[-1], abs=1e-4)
+    assert facts["end"] >= facts["start"]
+    assert [shard["tokens"] for shard in facts["train_shards"]] == [3000, 3000]
     content = (shards / "val_000000.bin").read_bytes()
-    assert facts["val_shards"] == [dict(name="val_000000.bin", tokens=1000, sha256_of_first_mebibyte=hashlib.sha256(content).hexdigest(),
-                                        sha256_of_header_and_size=hashlib.sha256(content[:1024] + b"3024").hexdigest())]
-    assert facts["final_val_loss"] == pytest.approx(run.losses[-1], abs=1e-4) and facts["end"] >= facts["start"]
-    weights = torch.load(folder / "checkpoints" / "step_000010.pt", weights_only=True)["model"]
-    assert all(w.isfinite().all() for w in weights.values())
+    header_and_size = content[:1024] + b"3024"
+    assert facts["val_shards"] == [dict(
+        name="val_000000.bin",
+        tokens=1000,
+        sha256_of_first_mebibyte=hashlib.sha256(content).hexdigest(),
+        sha256_of_header_and_size=hashlib.sha256(header_and_size).hexdigest())]
+
+    for weight in checkpoint(folder, 10)["model"].values():
+        assert weight.isfinite().all()
 
 
 def test_a_run_ends_with_its_results(start, tmp_path):
     done = start(run_name="a", target_val_loss=4.0)
-    facts = json.loads((tmp_path / "logs/a/run.json").read_text())
+    facts = facts_of(tmp_path / "logs/a")
     step, seconds = facts["target_reached"]
-    assert step == 5 and 0 < seconds < facts["train_time_ms"] / 1000
-    assert facts["tokens_per_second"] == pytest.approx(10 * 192 / (facts["train_time_ms"] / 1000))
-    assert facts["peak_memory_bytes"] > 2 ** 26 and facts["utilisation"] is None and facts["attention"] in ("flash_attention", "math")
+    total = facts["train_time_ms"] / 1000
+    assert step == 5
+    assert 0 < seconds < total
+    assert facts["tokens_per_second"] == pytest.approx(10 * 192 / total)
+    assert facts["peak_memory_bytes"] > 2 ** 26
+    assert facts["utilisation"] is None
+    assert facts["attention"] in ("flash_attention", "math")
     assert f"final loss   {facts['final_val_loss']:.4f}; target 4 met at step 5" in done.stdout
 
 
 @pytest.mark.parametrize("gigabytes, most", [(80, 128), (40, 64), (24, 32), (16, 16)])
 def test_micro_batch_fits_the_gpu(monkeypatch, gigabytes, most):
-    gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gigabytes * 1.056e9))
+    def chosen(per_process=512, dtype=torch.bfloat16, **fields):
+        return choose_micro_batch(Config(**fields), torch.device("cuda", 0), per_process, dtype)
+
+    properties = SimpleNamespace(total_memory=gigabytes * 1.056e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
-    assert choose_micro_batch(Config(), gpu, 512, torch.bfloat16) == most
-    assert choose_micro_batch(Config(), gpu, 24, torch.bfloat16) == min(most, 8)
-    assert choose_micro_batch(Config(device_batch_size=4), gpu, 512, torch.bfloat16) == 4
-    assert choose_micro_batch(Config(), gpu, 512, torch.float32) == most / 2  # dtype = auto on a GPU without bfloat16, too
+    assert chosen() == most
+    assert chosen(per_process=24) == min(most, 8)
+    assert chosen(device_batch_size=4) == 4
+    assert chosen(dtype=torch.float32) == most / 2  # also for dtype = auto on a GPU without bfloat16
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.45)
-    assert choose_micro_batch(Config(), gpu, 512, torch.bfloat16) <= most / 2
+    assert chosen() <= most / 2
 
 
 def test_a_run_continues_without_a_compiler(start, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", Mock(side_effect=RuntimeError("no C++ compiler")))
     done = start(run_name="a", compile="true")
-    assert done.returncode == 0 and "torch.compile does not work here (RuntimeError: no C++ compiler): training without it" in done.stdout
-    assert json.loads((tmp_path / "logs/a/run.json").read_text())["compiled"] is False
+    assert done.returncode == 0
+    note = "torch.compile does not work here (RuntimeError: no C++ compiler): training without it"
+    assert note in done.stdout
+    assert facts_of(tmp_path / "logs/a")["compiled"] is False
+
+
+# resumed runs
 
 
 def test_resume_is_exact(start, tmp_path):
     fields = dict(optimizer="newton_muon", refresh_interval=2)
     assert start(run_name="whole", **fields).returncode == 0
     assert start(run_name="parts", save_every=3, **fields).returncode == 0
-    folder = tmp_path / "logs/parts"
-    newest, older = sorted((folder / "checkpoints").iterdir(), reverse=True)  # the last two are kept
-    assert (older.name, newest.name) == ("step_000009.pt", "step_000010.pt")
+    whole = tmp_path / "logs/whole"
+    parts = tmp_path / "logs/parts"
+    older, newest = sorted((parts / "checkpoints").iterdir())  # the last two are kept
+    assert older.name == "step_000009.pt"
+    assert newest.name == "step_000010.pt"
     newest.write_bytes(newest.read_bytes()[:1000])  # as if the disk had lost its end
     done = start(run_name="parts", save_every=3, resume="auto", **fields)
-    assert done.returncode == 0 and "resumed at step 9" in done.stdout and "cannot be loaded" in done.stderr
-    assert same_weights(tmp_path / "logs/whole", folder)
-    assert losses(tmp_path / "logs/whole") == losses(folder)  # and nothing is logged twice
-    facts = json.loads((folder / "run.json").read_text())
-    assert facts["config"]["resume"] == "" and [part["config"]["resume"] for part in facts["resumed"]] == ["auto"]
-    done = start(run_name="parts", resume="auto", **fields)  # a finished run has nothing left to do
-    again = json.loads((folder / "run.json").read_text())
-    assert done.returncode == 0 and again["final_val_loss"] == losses(folder)[-1][1] and again["train_time_ms"] == facts["train_time_ms"]
+    assert done.returncode == 0
+    assert "resumed at step 9" in done.stdout
+    assert "cannot be loaded" in done.stderr
+    assert same_weights(whole, parts)
+    assert losses(whole) == losses(parts)  # and nothing is logged twice
+    facts = facts_of(parts)
+    assert facts["config"]["resume"] == ""
+    assert [part["config"]["resume"] for part in facts["resumed"]] == ["auto"]
+
+
+def test_a_finished_run_has_nothing_left_to_do(start, tmp_path):
+    assert start(run_name="a", save_every=3).returncode == 0
+    before = facts_of(tmp_path / "logs/a")
+    done = start(run_name="a", resume="auto")
+    after = facts_of(tmp_path / "logs/a")
+    assert done.returncode == 0
+    assert after["final_val_loss"] == losses(tmp_path / "logs/a")[-1][1]
+    assert after["train_time_ms"] == before["train_time_ms"]
 
 
 def test_the_newest_checkpoint_has_the_highest_step(start, tmp_path):
     assert start(run_name="a", save_every=4).returncode == 0
     folder = tmp_path / "logs/a/checkpoints"
-    shutil.copy(folder / "step_000008.pt", folder / "step_best.pt")  # of the user's own: left alone
+    shutil.copy(folder / "step_000008.pt", folder / "step_best.pt")  # the user's own: left alone
     (folder / "step_000010.pt").rename(folder / "step_1000000.pt")
     (folder / "step_000008.pt").rename(folder / "step_999999.pt")
-    assert [path.name for path in train_gpt2.checkpoints(tmp_path / "logs/a")] == ["step_999999.pt", "step_1000000.pt"]
+    names = [path.name for path in train_gpt2.checkpoints(tmp_path / "logs/a")]
+    assert names == ["step_999999.pt", "step_1000000.pt"]
     assert "resumed at step 10" in start(run_name="a", save_every=4, resume="auto").stdout
-    assert sorted(path.name for path in folder.iterdir()) == ["step_best.pt"]  # what is beyond the step goes
+    assert sorted(path.name for path in folder.iterdir()) == ["step_best.pt"]  # what is beyond step 10 goes
 
 
-@pytest.mark.parametrize("files, code, fields, words", [
-    ({}, {}, {}, "already holds a run"),
-    ({"log.txt": None}, {}, {}, "already holds a run"),
-    ({}, {}, dict(resume="auto", momentum=0.9), "momentum = 0.95, not 0.9"),
-    ({}, dict(code_sha256=lambda: "0" * 64), dict(resume="auto"),
-     "step_000010.pt was written by another version of train_gpt2.py; resume with the one in the run's folder"),
-    ({}, dict(find_checkpoint=lambda *_: (None, None)), dict(resume="auto"),  # as if it had looked before the first was saved
-     "has a checkpoint that was not there a moment ago"),
-    ({"checkpoints/step_000008.pt": None, "checkpoints/step_000010.pt": None}, {}, dict(resume="auto"),
-     "holds a finished run without a checkpoint"),
-    *(({"log.txt": None, "metrics.jsonl": None, "run.json": text}, {}, dict(resume="auto"),
-       "has checkpoints but no run.json that can be read") for text in (None, "", "{}", "[]", "{"))])
-def test_a_run_that_cannot_continue_stays(start, tmp_path, monkeypatch, files, code, fields, words):
+def refused_and_untouched(start, folder, *words, **fields):
+    """Asserts that the run cannot continue, and that its folder stays as it is."""
+    before = contents(folder)
+    refused(start(run_name="a", save_every=4, **fields), *words)
+    assert contents(folder) == before
+
+
+@pytest.fixture
+def finished(start, tmp_path):
+    """Folder of a run with checkpoints at steps 8 and 10."""
     assert start(run_name="a", save_every=4).returncode == 0
-    for name, text in files.items():
-        (tmp_path / "logs/a" / name).unlink()
-        if text is not None:
-            (tmp_path / "logs/a" / name).write_text(text)
-    for name, function in code.items():
-        monkeypatch.setattr(train_gpt2, name, function)
-    before = contents(tmp_path / "logs/a")
-    refused(start(run_name="a", save_every=4, **fields), words)
-    assert contents(tmp_path / "logs/a") == before
+    return tmp_path / "logs/a"
 
 
-@pytest.mark.parametrize("data_seed, allow_repeat", [(1, "false"), (0, "true"), (0, "false")])
+@pytest.mark.parametrize("lost", [[], ["log.txt"]])
+def test_a_run_is_not_overwritten(start, finished, lost):
+    for name in lost:
+        (finished / name).unlink()
+    refused_and_untouched(start, finished, "already holds a run")
+
+
+def test_resume_needs_the_same_configuration(start, finished):
+    refused_and_untouched(start, finished, "momentum = 0.95, not 0.9", resume="auto", momentum=0.9)
+
+
+def test_resume_needs_the_same_code(start, finished, monkeypatch):
+    monkeypatch.setattr(train_gpt2, "code_sha256", lambda: "0" * 64)
+    sentence = ("step_000010.pt was written by another version of train_gpt2.py; "
+                "resume with the one in the run's folder")
+    refused_and_untouched(start, finished, sentence, resume="auto")
+
+
+def test_a_checkpoint_that_comes_late(start, finished, monkeypatch):
+    # as if it had looked before the first one was saved
+    monkeypatch.setattr(train_gpt2, "find_checkpoint", lambda *_: (None, None))
+    sentence = "has a checkpoint that was not there a moment ago"
+    refused_and_untouched(start, finished, sentence, resume="auto")
+
+
+def test_a_finished_run_without_checkpoints(start, finished):
+    (finished / "checkpoints/step_000008.pt").unlink()
+    (finished / "checkpoints/step_000010.pt").unlink()
+    refused_and_untouched(start, finished, "holds a finished run without a checkpoint", resume="auto")
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", "[]", "{"])
+def test_resume_needs_run_json(start, finished, text):
+    for name in ("log.txt", "metrics.jsonl", "run.json"):
+        (finished / name).unlink()
+    if text is not None:
+        (finished / "run.json").write_text(text)
+    sentence = "has checkpoints but no run.json that can be read"
+    refused_and_untouched(start, finished, sentence, resume="auto")
+
+
+@pytest.mark.parametrize("data_seed, allow_repeat", [(1, "false"), (0, "true")])
 def test_resume_needs_the_same_shards(start, shards, tmp_path, data_seed, allow_repeat):
     shutil.copy(shards / "train_000001.bin", tmp_path)
-    run = dict(run_name="a", data_seed=data_seed, allow_repeat=allow_repeat, input_bin=tmp_path / "train_*.bin")
-    assert start(**run).returncode == 0
+    fields = dict(run_name="a", data_seed=data_seed, allow_repeat=allow_repeat,
+                  input_bin=tmp_path / "train_*.bin")
+    assert start(**fields).returncode == 0
     shutil.copy(shards / "train_000002.bin", tmp_path)
-    done = start(resume="auto", **run)
-    if data_seed == 0 and allow_repeat == "false":  # what comes later in the files' order does not matter
-        assert done.returncode == 0
-        (tmp_path / "train_000001.bin").rename(tmp_path / "train_000003.bin")
-        refused(start(resume="auto", **run), f"'{tmp_path}/train_*.bin' has other shards than the run in", "a began with; restore them")
-    else:
-        refused(done, f"'{tmp_path}/train_*.bin' has other shards than the run in", "a began with")
+    done = start(resume="auto", **fields)
+    refused(done, f"'{tmp_path}/train_*.bin' has other shards than the run in", "a began with")
+
+
+def test_resume_with_more_shards_in_the_files_order(start, shards, tmp_path):
+    """What comes later does not matter there; what comes first does."""
+    shutil.copy(shards / "train_000001.bin", tmp_path)
+    fields = dict(run_name="a", data_seed=0, allow_repeat="false", input_bin=tmp_path / "train_*.bin")
+    assert start(**fields).returncode == 0
+    shutil.copy(shards / "train_000002.bin", tmp_path)
+    assert start(resume="auto", **fields).returncode == 0
+    (tmp_path / "train_000001.bin").rename(tmp_path / "train_000003.bin")
+    done = start(resume="auto", **fields)
+    refused(done, f"'{tmp_path}/train_*.bin' has other shards than the run in", "a began with; restore them")
 
 
 def test_resume_needs_the_optimizers_code(start, module, tmp_path):
@@ -173,51 +275,80 @@ def test_resume_needs_the_optimizers_code(start, module, tmp_path):
     assert start(run_name="a", optimizer="kept:Mine").returncode == 0
     kept = (tmp_path / "logs/a/optimizer.py").read_text()
     (tmp_path / "kept.py").write_text(kept + "    changed = True\n")
-    refused(start(run_name="a", optimizer="kept:Mine", resume="auto"), "began with another version of kept:Mine")
+    done = start(run_name="a", optimizer="kept:Mine", resume="auto")
+    refused(done, "began with another version of kept:Mine")
     assert (tmp_path / "logs/a/optimizer.py").read_text() == kept
+
+
+STOPPING = """
+import os
+import signal
+from optimizers.sf_normuon import SFNorMuon
+
+class Stopping(SFNorMuon):
+    steps = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.steps += 1
+        if self.steps == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+"""
 
 
 def test_a_final_checkpoint_has_the_weights_of_its_loss(start, module, tmp_path):
     """Also after a signal in the last step, which saves the weights at which gradients are taken."""
-    module("stopping", "import os\nimport signal\nfrom optimizers.sf_normuon import SFNorMuon\n\n\nclass Stopping(SFNorMuon):\n    steps = 0\n\n"
-           "    def step(self, closure=None):\n        super().step(closure)\n        self.steps += 1\n        if self.steps == 10:\n"
-           "            os.kill(os.getpid(), signal.SIGTERM)\n")
+    module("stopping", STOPPING)
+    whole = tmp_path / "logs/whole"
+    stopped = tmp_path / "logs/a"
     assert start(run_name="whole", optimizer="optimizers.sf_normuon:SFNorMuon").returncode == 0
-    assert start(processes=1, run_name="a", optimizer="stopping:Stopping", env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}).returncode == 143
-    assert not same_weights(tmp_path / "logs/whole", tmp_path / "logs/a")
+    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = start(processes=1, run_name="a", optimizer="stopping:Stopping", env=env)
+    assert done.returncode == 143
+    assert not same_weights(whole, stopped)
     assert start(run_name="a", optimizer="stopping:Stopping", resume="auto").returncode == 0
-    assert same_weights(tmp_path / "logs/whole", tmp_path / "logs/a")
+    assert same_weights(whole, stopped)
 
 
 def test_another_target_is_met_again(start, tmp_path):
-    assert start(run_name="a", target_val_loss=99, save_every=3, val_loss_every=2).returncode == 0
-    (tmp_path / "logs/a/checkpoints/step_000010.pt").unlink()
-    done = start(run_name="a", target_val_loss=0.1, resume="auto", save_every=3, val_loss_every=2)
-    assert done.returncode == 0 and "target 0.1 not met" in done.stdout
-    (tmp_path / "logs/a/checkpoints/step_000010.pt").unlink()
-    done = start(run_name="a", target_val_loss=99, stop_at_target="true", resume="auto", save_every=3, val_loss_every=2)
-    assert done.returncode == 0 and losses(tmp_path / "logs/a")[-1][0] == 10
+    last = tmp_path / "logs/a/checkpoints/step_000010.pt"
+    fields = dict(run_name="a", save_every=3, val_loss_every=2)
+    assert start(target_val_loss=99, **fields).returncode == 0
+    last.unlink()
+    done = start(target_val_loss=0.1, resume="auto", **fields)
+    assert done.returncode == 0
+    assert "target 0.1 not met" in done.stdout
+    last.unlink()
+    done = start(target_val_loss=99, stop_at_target="true", resume="auto", **fields)
+    assert done.returncode == 0
+    assert losses(tmp_path / "logs/a")[-1][0] == 10
 
 
-def test_nobody_reads_the_output(start, tmp_path, monkeypatch):
-    """As `train_gpt2.py ... | head -1`, or a terminal that is closed."""
-    class Gone(io.StringIO):
-        def write(self, text):
-            raise BrokenPipeError(32, "Broken pipe")
-
-    for run, stdout in (("a", Gone()), ("b", None)):
-        monkeypatch.setattr(sys, "stdout", stdout)
-        assert start(run_name=run).returncode == 0
-        assert [step for step, _ in losses(tmp_path / f"logs/{run}")] == [0, 5, 10]
-        assert "final loss" in (tmp_path / f"logs/{run}/log.txt").read_text()
+# terminals and machines
 
 
-@pytest.mark.parametrize("name", ["\u2603", "\udcff"])  # a letter that the terminal lacks, and a byte that is not UTF-8
+class GonePipe(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("stdout", [GonePipe(), None])
+def test_nobody_reads_the_output(start, tmp_path, monkeypatch, stdout):
+    """As with `train_gpt2.py ... | head -1`, or a terminal that is closed."""
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert start(run_name="a").returncode == 0
+    assert [step for step, _ in losses(tmp_path / "logs/a")] == [0, 5, 10]
+    assert "final loss" in (tmp_path / "logs/a/log.txt").read_text()
+
+
+# a letter that the terminal lacks, and a byte that is not UTF-8
+@pytest.mark.parametrize("name", ["\u2603", "\udcff"])
 def test_names_that_cannot_be_printed(start, tmp_path, monkeypatch, name):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
     assert start(run_name=name).returncode == 0
-    assert b"final loss" in out.buffer.getvalue() and "final loss" in (tmp_path / f"logs/{name}/log.txt").read_text()
+    assert b"final loss" in out.buffer.getvalue()
+    assert "final loss" in (tmp_path / f"logs/{name}/log.txt").read_text()
 
 
 def test_a_gpu_machine_without_nvidia_smi(monkeypatch):
@@ -228,93 +359,175 @@ def test_a_gpu_machine_without_nvidia_smi(monkeypatch):
 
 def test_stop_at_target(start, tmp_path):
     done = start(run_name="a", target_val_loss=4.0, stop_at_target="true")
-    assert done.returncode == 0 and "target 4.0 reached at step 5" in done.stdout
-    assert losses(tmp_path / "logs/a")[-1][0] == 5 and (tmp_path / "logs/a/checkpoints/step_000005.pt").exists()
+    assert done.returncode == 0
+    assert "target 4.0 reached at step 5" in done.stdout
+    assert losses(tmp_path / "logs/a")[-1][0] == 5
+    assert (tmp_path / "logs/a/checkpoints/step_000005.pt").exists()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "newton_muon", "sgd", "optimizers.signum:Signum", "torch.optim:NAdam"])
-def test_optimizers_learn_the_plays(start, tmp_path, optimizer):
-    plays, rate = ROOT / "data/shakespeare/shakespeare", {"sgd": 0.1, "adamw": 0.004, "torch.optim:NAdam": 0.004}.get(optimizer, 0.002)
-    table_only, whole = (start(run_name=f"{hidden}", optimizer=optimizer, hidden_learning_rate=hidden, vocab_size=256, num_iterations=30,
-                               sequence_length=64, val_tokens=64 * 64, val_loss_every=15, n_embd=32, refresh_interval=4,
-                               learning_rate=0.003, input_bin=f"{plays}_train_*.bin", input_val_bin=f"{plays}_val_*.bin")
-                         for hidden in (0.0, rate))
-    assert table_only.returncode == whole.returncode == 0, whole.stderr
-    frozen, trained = (losses(tmp_path / f"logs/{hidden}") for hidden in (0.0, rate))
+# optimizers
+
+
+@pytest.mark.parametrize("optimizer, rate", [
+    ("adamw", 0.004), ("muon", 0.002), ("newton_muon", 0.002), ("sgd", 0.1),
+    ("optimizers.signum:Signum", 0.002), ("torch.optim:NAdam", 0.004)])
+def test_optimizers_learn_the_plays(start, tmp_path, optimizer, rate):
+    plays = ROOT / "data/shakespeare/shakespeare"
+    fields = dict(optimizer=optimizer, vocab_size=256, num_iterations=30, sequence_length=64,
+                  val_tokens=64 * 64, val_loss_every=15, n_embd=32, refresh_interval=4, learning_rate=0.003,
+                  input_bin=f"{plays}_train_*.bin", input_val_bin=f"{plays}_val_*.bin")
+    for name, hidden in (("table_only", 0.0), ("whole", rate)):
+        done = start(run_name=name, hidden_learning_rate=hidden, **fields)
+        assert done.returncode == 0, done.stderr
+    frozen = [loss for _, loss in losses(tmp_path / "logs/table_only")]
+    trained = [loss for _, loss in losses(tmp_path / "logs/whole")]
     assert trained[0] == frozen[0]
-    assert trained[2][1] < trained[1][1] < trained[0][1] - 0.1
-    assert trained[2][1] < frozen[2][1] - 0.05  # the hidden matrices learned too, not the table alone
+    assert trained[2] < trained[1] < trained[0] - 0.1
+    assert trained[2] < frozen[2] - 0.05  # the hidden matrices learned, too
 
 
 def test_optimizer_args(start, tmp_path):
-    assert start(run_name="a", optimizer="torch.optim:SGD", optimizer_args='{"momentum": 0.5}').returncode == 0
-    _, hidden = torch.load(tmp_path / "logs/a/checkpoints/step_000010.pt", weights_only=True)["optimizers"]
+    done = start(run_name="a", optimizer="torch.optim:SGD", optimizer_args='{"momentum": 0.5}')
+    assert done.returncode == 0
+    _, hidden = checkpoint(tmp_path / "logs/a", 10)["optimizers"]
     assert hidden["param_groups"][0]["momentum"] == 0.5
 
 
+GROUPED = """
+import torch
+
+class Grouped(torch.optim.SGD):
+    def __init__(self, params, lr):
+        first, *rest = params
+        super().__init__([dict(params=[first], lr=4 * lr), dict(params=rest)], lr=lr)
+"""
+
+
 def test_groups_of_different_rates_keep_their_ratio(start, module, tmp_path):
-    module("grouped", "import torch\nclass Grouped(torch.optim.SGD):\n    def __init__(self, params, lr):\n        first, *rest = params\n"
-                      "        super().__init__([dict(params=[first], lr=4 * lr), dict(params=rest)], lr=lr)\n")
+    module("grouped", GROUPED)
     assert start(run_name="a", optimizer="grouped:Grouped", save_every=9).returncode == 0
-    saved = torch.load(tmp_path / "logs/a/checkpoints/step_000009.pt", weights_only=True)["optimizers"]  # the ninth: scaled by 2 / 4
-    assert [group["lr"] for optimizer in saved for group in optimizer["param_groups"]] == [0.005, 0.004, 0.001]
+    table, hidden = checkpoint(tmp_path / "logs/a", 9)["optimizers"]  # the ninth step: scaled by 2 / 4
+    assert [group["lr"] for group in table["param_groups"]] == [0.005]
+    assert [group["lr"] for group in hidden["param_groups"]] == [0.004, 0.001]
+
+
+COUNTED = """
+from train_gpt2 import Muon
+
+class Counted(Muon):
+    def precondition(self, p, G):
+        self.state[p]["count"] = self.state[p].get("count", 0) + 1
+        return G
+
+    def refresh(self):
+        pass
+"""
 
 
 def test_muon_of_ones_own(start, module, tmp_path):
-    """Its state may hold numbers, and a refresh() without a default refresh_interval is a method of its own."""
-    module("counted", "from train_gpt2 import Muon\nclass Counted(Muon):\n    def precondition(self, p, G):\n"
-                      "        self.state[p]['count'] = self.state[p].get('count', 0) + 1\n        return G\n"
-                      "    def refresh(self):\n        pass\n")
+    """Its state may hold numbers. A refresh() without a default refresh_interval is a method of its own."""
+    module("counted", COUNTED)
     assert start(run_name="a", optimizer="counted:Counted").returncode == 0
-    _, hidden = torch.load(tmp_path / "logs/a/checkpoints/step_000010.pt", weights_only=True)["optimizers"]
+    _, hidden = checkpoint(tmp_path / "logs/a", 10)["optimizers"]
     assert {state["count"] for state in hidden["state"].values()} == {10}
 
 
-@pytest.mark.parametrize("value, word", [("lambda x: x", "lambda"), ("open(__file__)", "TextIOWrapper"), ("Thing()", "kept.Thing")])
+UNSAVABLE = """
+import torch
+
+class Thing:
+    pass
+
+class Mine(torch.optim.SGD):
+    def step(self, closure=None):
+        self.param_groups[0]["note"] = VALUE
+"""
+
+
+@pytest.mark.parametrize("value, word", [
+    ("lambda x: x", "lambda"), ("open(__file__)", "TextIOWrapper"), ("Thing()", "kept.Thing")])
 def test_unsavable_state_is_refused(start, module, tmp_path, value, word):
-    module("kept", "import torch\nclass Thing:\n    pass\nclass Mine(torch.optim.SGD):\n    def step(self, closure=None):\n"
-                   f"        self.param_groups[0]['note'] = {value}\n")
-    refused(start(optimizer="kept:Mine", run_name="a"), "the state of optimizer = 'kept:Mine' cannot be saved and loaded", word)
+    module("kept", UNSAVABLE.replace("VALUE", value))
+    done = start(optimizer="kept:Mine", run_name="a")
+    refused(done, "the state of optimizer = 'kept:Mine' cannot be saved and loaded", word)
     assert not losses(tmp_path / "logs/a")  # before training
 
 
 def test_compiled_newton_muon(start, tmp_path):
     if not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler on the CPU, and g++ is not on the PATH")
-    fields = dict(optimizer="newton_muon", refresh_interval=2, n_layer=1, val_tokens=16 * 20)  # 20 sequences: the last batch is not full
+    fields = dict(optimizer="newton_muon", refresh_interval=2, n_layer=1,
+                  val_tokens=16 * 20)  # 20 sequences: the last batch is not full
     assert start(run_name="eager", **fields).returncode == 0
-    done = start(processes=1, run_name="compiled", compile="true", env={"TORCH_LOGS": "recompiles,graph_code"}, **fields)
+    done = start(processes=1, run_name="compiled", compile="true",
+                 env={"TORCH_LOGS": "recompiles,graph_code"}, **fields)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("TRACED GRAPH") == 3  # of the trial; with and without collecting the inputs; validation has none
-    assert len(re.findall(r"Recompiling function", done.stderr)) == 1
-    assert dict(losses(tmp_path / "logs/compiled")) == pytest.approx(dict(losses(tmp_path / "logs/eager")), rel=1e-4)
+    # the trial's, and those with and without the statistics; validation has none of its own
+    assert done.stderr.count("TRACED GRAPH") == 3
+    assert done.stderr.count("Recompiling function") == 1
+    compiled = dict(losses(tmp_path / "logs/compiled"))
+    assert compiled == pytest.approx(dict(losses(tmp_path / "logs/eager")), rel=1e-4)
+
+
+# Weights & Biases
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A busy machine may be slow to import wandb."""
+    monkeypatch.setattr(train_gpt2, "WANDB_SECONDS", HANGS)
+
+
+WANDB = """
+import json
+
+class Run:
+    @staticmethod
+    def log(record, step):
+        print("LOG", json.dumps(record), flush=True)
+
+    @staticmethod
+    def finish():
+        print("FINISHED", flush=True)
+
+def init(**given):
+    print("INIT", json.dumps(given), flush=True)
+    return Run
+"""
 
 
 def test_wandb_gets_every_record_and_the_configuration(start, tmp_path, module):
-    module("wandb", "import json\nclass Run:\n    log = staticmethod(lambda record, step: print('LOG', json.dumps(record), flush=True))\n"
-                    "    finish = staticmethod(lambda: print('FINISHED', flush=True))\n"
-                    "def init(**given):\n    print('INIT', json.dumps(given), flush=True)\n    return Run")
-    out, folder = start(run_name="a", wandb_project="p").stdout, tmp_path / "logs/a"
+    module("wandb", WANDB)
+    out = start(run_name="a", wandb_project="p").stdout
+    folder = tmp_path / "logs/a"
     given = json.loads(re.search(r"^INIT (.*)$", out, re.MULTILINE)[1])
-    assert (given["project"], given["name"]) == ("p", "a")
-    assert given["config"] == json.loads((folder / "run.json").read_text())["config"]
-    assert re.findall(r"^LOG (.*)$", out, re.MULTILINE) == (folder / "metrics.jsonl").read_text().splitlines() and "FINISHED" in out
+    assert given["project"] == "p"
+    assert given["name"] == "a"
+    assert given["config"] == facts_of(folder)["config"]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert re.findall(r"^LOG (.*)$", out, re.MULTILINE) == lines
+    assert "FINISHED" in out
 
 
 @pytest.mark.parametrize("code, seconds, warning", [
-    ("def init(**kwargs):\n    raise OSError('no disk')", train_gpt2.WANDB_SECONDS, "warning: wandb failed (OSError: no disk)"),
-    ("import signal\ninit = lambda **kwargs: signal.pause()", 0.01, "warning: wandb does not finish")])
+    ("def init(**kwargs):\n    raise OSError('no disk')", HANGS,
+     "warning: wandb failed (OSError: no disk)"),
+    ("import signal\ninit = lambda **kwargs: signal.pause()", 0.01,
+     "warning: wandb does not finish")])
 def test_a_run_outlives_wandb(start, tmp_path, module, monkeypatch, code, seconds, warning):
     module("wandb", code)
     monkeypatch.setattr(train_gpt2, "WANDB_SECONDS", seconds)
     done = start(run_name="a", wandb_project="p")
-    assert done.returncode == 0 and done.stderr.count(warning) == 1
+    assert done.returncode == 0
+    assert done.stderr.count(warning) == 1
     assert losses(tmp_path / "logs/a")[-1][0] == 10
 
 
 def test_wandb_offline_needs_no_account(start, tmp_path):
-    done = start(run_name="a", wandb_project="p", env=dict(WANDB_MODE="offline", WANDB_SILENT="true", HOME=str(tmp_path)))
-    assert done.returncode == 0 and "warning" not in done.stderr
+    env = dict(WANDB_MODE="offline", WANDB_SILENT="true", HOME=str(tmp_path))
+    done = start(run_name="a", wandb_project="p", env=env)
+    assert done.returncode == 0
+    assert "warning" not in done.stderr
     written, = (tmp_path / "logs/a").glob("wandb/offline-run-*/*.wandb")
     assert b"val_loss" in written.read_bytes()
 
@@ -324,9 +537,14 @@ def test_wandb_offline_needs_no_account(start, tmp_path):
 
 def test_order_of_settings(tmp_path):
     path = tmp_path / "c.toml"
-    path.write_bytes(b"\xef\xbb\xbfnum_iterations = 7\r\nwarmdown_iters = 2\r\nlearning_rate = 1\r\ncompile = true\r\n")  # of an editor
+    lines = [b"num_iterations = 7", b"warmdown_iters = 2", b"learning_rate = 1", b"compile = true", b""]
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))  # as some editors write it
     config = load_config([str(path), "--warmdown_iters", "3", "--compile", "false"])
-    assert (config.num_iterations, config.warmdown_iters, config.learning_rate, config.compile, config.n_layer) == (7, 3, 1.0, False, 12)
+    assert config.num_iterations == 7
+    assert config.warmdown_iters == 3
+    assert config.learning_rate == 1.0
+    assert config.compile is False
+    assert config.n_layer == 12
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.toml")), ids=lambda path: path.stem)
@@ -334,32 +552,42 @@ def test_every_configuration_in_the_repository_loads(path):
     assert path.stem.endswith(load_config([str(path)]).optimizer)
 
 
-def test_speedrun_configurations():
-    for name, table, hidden in (("adamw", 0.0036, 0.16 * 0.0036), ("muon", 0.0036, 0.1 * 0.0036), ("newton_muon", 0.0040, 0.1 * 0.0040)):
-        config = load_config([str(ROOT / f"configs/speedrun_{name}.toml")])
-        assert config.learning_rate == table and config.hidden_learning_rate == pytest.approx(hidden)
-        assert dataclasses.replace(config, compile=False, optimizer="muon", learning_rate=0.0036, hidden_learning_rate=0.00036,
-                                   ) == Config()  # everything else is the default
+@pytest.mark.parametrize("name, table, hidden", [
+    ("adamw", 0.0036, 0.16 * 0.0036),
+    ("muon", 0.0036, 0.1 * 0.0036),
+    ("newton_muon", 0.0040, 0.1 * 0.0040)])
+def test_speedrun_configurations(name, table, hidden):
+    config = load_config([str(ROOT / f"configs/speedrun_{name}.toml")])
+    assert config.learning_rate == table
+    assert config.hidden_learning_rate == pytest.approx(hidden)
+    rest = dataclasses.replace(config, compile=False, optimizer="muon", learning_rate=0.0036,
+                               hidden_learning_rate=0.00036)
+    assert rest == Config()  # everything else is the default
 
 
 def test_help_lists_every_field(start):
     text = start("--help").stdout
     for field in dataclasses.fields(Config):
-        entry = re.search(rf"--{field.name} {field.type.__name__}\s+(.+?)\(default:\s+(.+?)\)\n", text, re.DOTALL)
-        assert entry and len(entry[1].split()) > 0, field.name
-        assert re.sub(r"\s", "", entry[2]) == re.sub(r"\s", "", json.dumps(field.default))
+        pattern = rf"--{field.name} {field.type.__name__}\s+(.+?)\(default:\s+(.+?)\)\n"
+        entry = re.search(pattern, text, re.DOTALL)
+        assert entry, field.name
+        assert entry[1].strip(), field.name
+        default = re.sub(r"\s", "", json.dumps(field.default))
+        assert re.sub(r"\s", "", entry[2]) == default
 
 
 def test_learning_rate_schedule():
     config = Config(num_iterations=10, warmup_iters=2, warmdown_iters=4)
-    assert [learning_rate_scale(config, step) for step in range(10)] == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    scales = [learning_rate_scale(config, step) for step in range(10)]
+    assert scales == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
 
 
 # bad input: one sentence that names the thing, an exit code, and no traceback
 
 
 @pytest.mark.parametrize("fields, words", [
-    (dict(batch_size=12, device_batch_size=5), ["device_batch_size = 5", "12 sequences", "nearest that does is 4"]),
+    (dict(batch_size=12, device_batch_size=5),
+     ["device_batch_size = 5", "12 sequences", "nearest that does is 4"]),
     (dict(num_iterations=5000), ["train_*.bin", "needs 960,000", "add 319 more shards", "allow_repeat"]),
     (dict(val_tokens=16 * 1000), ["val_*.bin", "validation needs 16,000"]),
     (dict(val_tokens=100), ["val_tokens = 100", "sequence_length = 16"]),
@@ -374,7 +602,8 @@ def test_learning_rate_schedule():
     (dict(optimizer="torch.optim:LBFGS"), ["torch.optim:LBFGS", "closure"]),
     (dict(optimizer="torch.optim:SGD", weight_decay=0.1), ["weight_decay = 0.1", "optimizer_args"]),
     (dict(optimizer_args="{"), ["optimizer_args", "JSON"]),
-    (dict(optimizer_args='{"momentum": 0.5}'), ["optimizer_args = '{\"momentum\": 0.5}', optimizer = 'muon'", "without a module:Class"]),
+    (dict(optimizer_args='{"momentum": 0.5}'),
+     ["optimizer_args = '{\"momentum\": 0.5}', optimizer = 'muon'", "without a module:Class"]),
     (dict(seed=2 ** 64), ["seed = 18446744073709551616"]),
     (dict(collective_timeout=2 ** 32), ["collective_timeout = 4294967296", "below 2^32"]),
     (dict(vocab_size=32), ["val_000000.bin", "vocab_size = 32"]),
@@ -385,7 +614,8 @@ def test_learning_rate_schedule():
     pytest.param(dict(device="cuda"), ["device = 'cuda'", "--device cpu"],
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
     (dict(batch_size=9, env=dict(WORLD_SIZE="2")),
-     ["batch_size = 9 cannot be split over 2 processes; the nearest numbers of processes that can are 1 and 3"]),
+     ["batch_size = 9 cannot be split over 2 processes; "
+      "the nearest numbers of processes that can are 1 and 3"]),
     (dict(config="num_iteration = 5\n"), ["unknown key 'num_iteration'", "'num_iterations'", "config.toml"]),
     (dict(config="num_iterations = 5.0\n"), ["config.toml", "num_iterations = 5.0", "float", "int"]),
     (dict(config="compile = 1\n"), ["compile = 1", "bool"]),
@@ -397,7 +627,8 @@ def test_bad_values_are_refused(start, fields, words):
 
 
 @pytest.mark.parametrize("fields, words", [
-    (dict(num_iteration=5), ["--num_iteration", "--num_iterations"]), (dict(num_iterations="many"), ["--num_iterations", "int", "many"]),
+    (dict(num_iteration=5), ["--num_iteration", "--num_iterations"]),
+    (dict(num_iterations="many"), ["--num_iterations", "int", "many"]),
     (dict(compile=1), ["--compile", "bool", "1"])])
 def test_usage_errors_exit_with_2(start, fields, words):
     refused(start(**fields), *words, code=2)
@@ -409,24 +640,29 @@ def test_a_missing_configuration_is_refused(tmp_path):
 
 
 def test_nan_loss_keeps_the_log(start, tmp_path):
-    refused(start(optimizer="faults:TurnsNaN", run_name="a"), "loss is nan at step 5", "learning_rate")
+    done = start(optimizer="faults:TurnsNaN", run_name="a")
+    refused(done, "loss is nan at step 5", "learning_rate")
     assert [step for step, _ in losses(tmp_path / "logs/a")] == [0, 5]
 
 
 @pytest.mark.parametrize("save_every", [0, 4])
 def test_two_runs_of_one_folder_at_once(start, tmp_path, monkeypatch, save_every):
-    """The second would write into the logs of the first, and delete its checkpoints."""
-    seconds, folder = [], tmp_path / "logs/a"
+    """The second one, which starts while the first evaluates, would write into the logs of the first, and
+    delete its checkpoints."""
+    folder = tmp_path / "logs/a"
+    evaluate = train_gpt2.evaluate
+    ends = []
 
-    def evaluate(*args, evaluate=train_gpt2.evaluate):
+    def evaluate_during_a_second_run(*args):
         monkeypatch.setattr(train_gpt2, "evaluate", evaluate)  # once only
         before = contents(folder)
-        seconds.append(start(run_name="a", resume="auto"))
+        ends.append(start(run_name="a", resume="auto"))
         assert contents(folder) == before
         return evaluate(*args)
 
     if save_every:
         assert start(run_name="a", save_every=save_every).returncode == 0
-    monkeypatch.setattr(train_gpt2, "evaluate", evaluate)
+    monkeypatch.setattr(train_gpt2, "evaluate", evaluate_during_a_second_run)
     assert start(run_name="a", resume="auto").returncode == 0
-    refused(seconds[0], "another process is writing to", "run_name")
+    second, = ends
+    refused(second, "another process is writing to", "run_name")
