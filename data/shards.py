@@ -9,7 +9,7 @@ import numpy as np
 from train_gpt2 import MAGIC, VERSION, UserError, open_shard, write_atomically
 
 VOCABULARY = {"gpt2": 50257, "bytes": 256}
-END_OF_TEXT = {"gpt2": 50256, "bytes": 255}  # the token before each document; no UTF-8 text contains the byte 255
+END_OF_TEXT = {"gpt2": 50256, "bytes": 255}  # precedes each document; no UTF-8 text contains the byte 255
 
 
 def gpt2_encoding():
@@ -18,11 +18,13 @@ def gpt2_encoding():
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # from requests, the file system, or a wrong SHA-256
-        raise UserError(f"tiktoken cannot download GPT-2's tokenizer ({type(error).__name__}); check the connection, or set "
-                        "TIKTOKEN_CACHE_DIR to a folder that already holds its files") from None
+        raise UserError(
+            f"tiktoken cannot download GPT-2's tokenizer ({type(error).__name__}); check the connection, "
+            "or set TIKTOKEN_CACHE_DIR to a folder that already holds its files") from None
 
 
 def shard_header(n):
+    """The header, as bytes, of a shard of n tokens."""
     header = np.zeros(256, dtype="<i4")
     header[:3] = MAGIC, VERSION, n
     return header.tobytes()
@@ -35,7 +37,7 @@ def write_shard(path, tokens):
     """
     tokens = np.asarray(tokens)
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < 2 ** 16:
-        raise ValueError(f"{path}: tokens from {tokens.min()} to {tokens.max()}; a shard holds 0 to {2 ** 16 - 1}")
+        raise ValueError(f"{path}: tokens from {tokens.min()} to {tokens.max()}; a shard holds 0 to 65535")
     write_atomically(Path(path), shard_header(len(tokens)) + tokens.astype("<u2").tobytes())
     return manifest_entry(path)
 
@@ -49,8 +51,12 @@ def manifest_entry(path):
 
 
 def write_manifest(folder, name, tokenizer, source, shards):
-    """Writes NAME.json: tokenizer, source and the entries of the shards. Leaves it alone if it says that already."""
+    """Writes NAME.json: tokenizer, source and the entries of the shards.
+
+    Leaves the file alone if it says that already.
+    """
     path = Path(folder, f"{name}.json")
-    content = (json.dumps(dict(name=name, tokenizer=tokenizer, source=source, shards=shards), indent=1) + "\n").encode()
+    manifest = dict(name=name, tokenizer=tokenizer, source=source, shards=shards)
+    content = (json.dumps(manifest, indent=1) + "\n").encode()
     if not path.is_file() or path.read_bytes() != content:
         write_atomically(path, content)
