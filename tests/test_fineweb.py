@@ -1,4 +1,7 @@
-"""data/fineweb.py against a local hub and its faults: in this process, with a clock that only notes the waits, and as a script."""
+"""data/fineweb.py against a local hub and its faults.
+
+In this process, with a clock that only notes the waits, and once as a script in a terminal.
+"""
 import contextlib
 import fcntl
 import hashlib
@@ -29,7 +32,7 @@ VAL, ONE, TWO, THREE = NAMES = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:0
 PART = f"{ONE}.partial"
 MB = 1_000_000
 UNREACHABLE = "http://127.0.0.1:1"
-BUSY = dict(status=503)
+RESUME = ", then run the script again to resume"  # every error ends with it
 
 
 def random_shard(n, seed):
@@ -37,7 +40,9 @@ def random_shard(n, seed):
     return np.array([20240520, 1, n, *[0] * 253], "<i4").tobytes() + tokens.tobytes()
 
 
-GOOD, OTHER = random_shard(5001, 1), random_shard(5001, 7)
+GOOD = random_shard(5001, 1)
+OTHER = random_shard(5001, 7)
+SIZE = len(GOOD)
 
 
 @pytest.fixture
@@ -57,7 +62,10 @@ def out(tmp_path):
 
 @pytest.fixture
 def fetch(hub, out, monkeypatch, call):
-    """fetch(*arguments) runs main() in this process; returns its error or None, stdout, stderr and the seconds it waited."""
+    """fetch(*arguments) runs main() in this process.
+
+    Returns its error or None, stdout, stderr and the list of the seconds it waited.
+    """
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # bytes that an interruption loses at most
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -65,13 +73,15 @@ def fetch(hub, out, monkeypatch, call):
     def fetch(*arguments, url=hub.url):
         waits = []
         monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                            url + "/{repo_id}/resolve/{revision}/{filename}")
         hub.requests.clear()
         huggingface_hub.close_session()
         monkeypatch.setattr(time, "sleep", waits.append)
         done = call(fineweb, "--out", out, *arguments)
         error = re.search(r"(?ms)^error: (.*)\Z", done.stderr)
-        assert done.returncode == bool(error) and "Traceback" not in done.stderr
+        assert done.returncode == bool(error)
+        assert "Traceback" not in done.stderr
         return SimpleNamespace(error=error and error[1], stdout=done.stdout, stderr=done.stderr, waits=waits)
     return fetch
 
@@ -88,20 +98,39 @@ def only(hub, *names):
 # what is downloaded
 
 
-def test_shards_are_fetched_and_listed(hub, fetch, out):
+def test_shards_are_fetched(hub, fetch, out):
     done = fetch(1)
-    assert (done.error, done.stderr, files(out)) == (None, "", only(hub, VAL, ONE)) and len(done.stdout.splitlines()) == 4
+    assert done.error is None
+    assert done.stderr == ""
+    assert files(out) == only(hub, VAL, ONE)
+    assert len(done.stdout.splitlines()) == 4
     assert [done.stdout.count(f"] {name}: downloaded, good\n") for name in NAMES] == [1, 1, 0, 0]
-    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+
+
+def test_shards_that_are_there_are_only_verified(hub, fetch, out):
+    def times():
+        return {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    fetch(1)
+    before = times()
     done = fetch(1)
-    assert done.error is None and "all 2 files are there and good, 10,001 tokens" in done.stdout
-    assert {request.method for request in hub.requests} == {"HEAD"} and {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    assert done.error is None
+    assert "all 2 files are there and good, 10,001 tokens" in done.stdout
+    assert {request.method for request in hub.requests} == {"HEAD"}
+    assert times() == before
+
+
+def test_the_manifest_lists_what_is_there(hub, fetch, out):
+    fetch(1)
     (out / VAL).write_bytes(b"damaged")
-    assert fetch(3).error is None and files(out) == only(hub, *NAMES) and not hub.starts(ONE)
+    assert fetch(3).error is None
+    assert files(out) == only(hub, *NAMES)
+    assert not hub.starts(ONE)
     manifest = json.loads((out / "fineweb.json").read_text())
-    assert manifest["tokenizer"] == "gpt2" and "kjj0/fineweb10B-gpt2" in manifest["source"]
-    assert manifest["shards"] == [dict(file=name, tokens=n, bytes=1024 + 2 * n, sha256=hashlib.sha256(hub.files[name]).hexdigest())
-                                  for name, n in ((ONE, 5001), (TWO, 5002), (THREE, 5003), (VAL, 5000))]
+    assert manifest["tokenizer"] == "gpt2"
+    assert "kjj0/fineweb10B-gpt2" in manifest["source"]
+    assert manifest["shards"] == [
+        dict(file=name, tokens=n, bytes=1024 + 2 * n, sha256=hashlib.sha256(hub.files[name]).hexdigest())
+        for name, n in ((ONE, 5001), (TWO, 5002), (THREE, 5003), (VAL, 5000))]
 
 
 def test_an_invalid_manifest_is_rewritten(hub, fetch, out):
@@ -109,30 +138,34 @@ def test_an_invalid_manifest_is_rewritten(hub, fetch, out):
     good = (out / "fineweb.json").read_text()
     for content in ('{"shards": [', "[1]", "[" * 100_000, '{"shards": [{"file": 5}, {"file": "../out"}]}'):
         (out / "fineweb.json").write_text(content)
-        assert fetch(1).error is None and (out / "fineweb.json").read_text() == good, content
+        assert fetch(1).error is None, content
+        assert (out / "fineweb.json").read_text() == good, content
 
 
 def test_jobs_run_at_the_same_time(hub, fetch):
     barrier = threading.Barrier(3)
 
     def wait_for_others():
-        barrier.wait(timeout=30)
+        barrier.wait(timeout=300)
         yield {}
     hub.faults = {("GET", name): wait_for_others() for name in (VAL, ONE, TWO)}
     assert fetch(2, "--jobs", 3).error is None
-    assert not barrier.broken and len(hub.requests) == 1 + 3 + 3
+    assert not barrier.broken
+    assert len(hub.requests) == 1 + 3 + 3
 
 
 def test_configurations_say_how_many_shards(hub, fetch, out, tmp_path):
     assert fineweb.shards_needed(Config()) == 33
     (tmp_path / "c.toml").write_text("num_iterations = 380\nwarmdown_iters = 0\n")  # 199,229,440 tokens
     done = fetch(tmp_path / "c.toml")
-    assert done.error is None and "c.toml needs 2 training shards" in done.stdout and files(out) == only(hub, VAL, ONE, TWO)
+    assert done.error is None
+    assert "c.toml needs 2 training shards" in done.stdout
+    assert files(out) == only(hub, VAL, ONE, TWO)
     (tmp_path / "c.toml").write_text("num_iterations = 20000\nallow_repeat = true")
     assert len(fineweb.file_names(str(tmp_path / "c.toml"))) == 104
 
 
-@pytest.mark.parametrize("argument, words", [
+@pytest.mark.parametrize("argument, words", [  # an argument with " = " is the text of c.toml
     ("0", "0 training shards: the data set has 1 to 103"),
     ("104", "104 training shards"),
     ("-3", "-3 training shards"),
@@ -140,7 +173,8 @@ def test_configurations_say_how_many_shards(hub, fetch, out, tmp_path):
     ("none.toml", "cannot read the configuration none.toml"),
     ("sequence_length = 0", "sequence_length = 0"),
     ("input_bin = 'data/shakespeare/shakespeare_train_*.bin'", "not FineWeb"),
-    ("val_tokens = 100000000\nsequence_length = 100000000", "sequence_length = 100000000: a shard has 100000000 tokens"),
+    ("val_tokens = 100000000\nsequence_length = 100000000",
+     "sequence_length = 100000000: a shard has 100000000 tokens"),
     ("num_iterations = 20000", "105 training shards: the data set has 1 to 103; lower num_iterations"),
     ("1 --out c.toml", "c.toml: cannot be used (File exists); choose another folder with --out"),
 ])
@@ -148,31 +182,81 @@ def test_impossible_arguments_are_refused(fetch, hub, out, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     out.rmdir()
     (tmp_path / "c.toml").write_text(argument)
-    done = fetch(*["c.toml"] if " = " in argument else argument.split())
-    assert words in done.error and "\n" not in done.error and not hub.requests and not out.exists()
+    arguments = ["c.toml"] if " = " in argument else argument.split()
+    done = fetch(*arguments)
+    assert words in done.error
+    assert "\n" not in done.error
+    assert not hub.requests
+    assert not out.exists()
 
 
 # faults of the hub and of the connection
 
+BUSY = dict(status=503)
 
-@pytest.mark.parametrize("outcome, fault", [  # the first bytes of the downloads of ONE, or their number, or the error
+
+@pytest.fixture
+def faulty(hub, fetch, out, monkeypatch):
+    """faulty(there={name: content}, gets=[...], heads=[...], ...) fetches VAL, ONE and TWO from a faulty hub.
+
+    gets and heads are the faults (see FakeHub) of the requests for the file `name`, whose content is `file`.
+    """
+    def faulty(there={}, gets=(), heads=(), lfs=True, file=GOOD, name=ONE):
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+        hub.files[name] = file
+        hub.lfs = lfs
+        hub.faults = {("GET", name): iter(gets), ("HEAD", name): iter(heads)}
+        for left, content in there.items():
+            (out / left).write_bytes(content)
+        return fetch(2)
+    return faulty
+
+
+def named(value):
+    """The test's name for a dict of faults, without their content."""
+    return " ".join(value) if isinstance(value, dict) else None
+
+
+@pytest.mark.parametrize("starts, fault", [  # the first bytes of the downloads of ONE, or their number
     ([0], dict(there={ONE: GOOD[:-1] + b"?"})),
     ([7000], dict(there={PART: GOOD[:7000]})),
     ([], dict(there={PART: GOOD})),
     ([5000, 0], dict(there={PART: b"wrong" * 1000})),
-    ([len(GOOD) * 2, 0], dict(there={PART: GOOD * 2})),
+    ([SIZE * 2, 0], dict(there={PART: GOOD * 2})),
     ([0, 6000, 8000], dict(gets=[dict(cut=6500), dict(cut=2500)])),
     ([0, 6000, 8000], dict(gets=[dict(stall=6500), dict(stall=2500)])),
     (2, dict(gets=[dict(reset=6500)])),  # what was on its way is lost
     (3, dict(gets=[dict(content=GOOD + b"more")])),
     (11, dict(gets=[dict(content=GOOD[:i]) for i in range(1000, 11000, 1000)])),  # little by little
     ([0], dict(lfs=False, there={ONE: random_shard(4000, 1)})),  # good, but not the hub's
-    ([0, 0, len(GOOD) - 2], dict(lfs=False, gets=[dict(content=b"x" + GOOD[1:]), dict(content=GOOD[:-2])])),  # no SHA-256
-    (1, dict(heads=[BUSY] * 4, waits=[1, 2, 4, 8])),
-    (5, dict(gets=[BUSY] * 4, waits=[2, 4, 8, 16])),
-    *((1 + (how == "gets"), {how: [dict(status=status, headers={"Retry-After": 77})], "waits": [77]})
+    ([0, 0, SIZE - 2], dict(lfs=False, gets=[dict(content=b"x" + GOOD[1:]), dict(content=GOOD[:-2])])),
+], ids=named)
+def test_a_fault_costs_one_file_at_most(hub, faulty, out, starts, fault):
+    done = faulty(**fault)
+    assert done.error is None
+    assert files(out) == only(hub, VAL, ONE, TWO)
+    assert starts in (hub.starts(ONE), len(hub.starts(ONE)))
+    if ONE in fault.get("there", {}):
+        assert re.search(f"{ONE}: damaged.*; downloading it again", done.stderr)
+
+
+@pytest.mark.parametrize("waits, fault", [
+    ([1, 2, 4, 8], dict(heads=[BUSY] * 4)),
+    ([2, 4, 8, 16], dict(gets=[BUSY] * 4)),
+    *(([77], {how: [dict(status=status, headers={"Retry-After": 77})]})
       for how in ("heads", "gets") for status in (429, 503)),
-    ("damaged: SHA-256", dict(gets=itertools.cycle([dict(content=OTHER[:1000]), dict(content=OTHER)]))),  # in spite of progress
+], ids=named)
+def test_a_busy_hub_is_asked_again(hub, faulty, out, waits, fault):
+    done = faulty(**fault)
+    assert done.error is None
+    assert files(out) == only(hub, VAL, ONE, TWO)
+    assert len(hub.starts(ONE)) == 1 + len(fault.get("gets", ()))
+    assert done.waits == pytest.approx(waits, abs=1)
+
+
+@pytest.mark.parametrize("words, fault", [
+    ("damaged: SHA-256",  # in spite of progress
+     dict(gets=itertools.cycle([dict(content=OTHER[:1000]), dict(content=OTHER)]))),
     ("closed connection", dict(gets=itertools.repeat(dict(cut=0)))),
     ("localhost answers 503", dict(gets=itertools.repeat(BUSY))),
     ("answers 429", dict(gets=itertools.repeat(dict(status=429, headers={"Retry-After": 1})))),
@@ -180,24 +264,18 @@ def test_impossible_arguments_are_refused(fetch, hub, out, tmp_path, monkeypatch
     ("127.0.0.1 answers 404 Not Found; check HF_ENDPOINT", dict(file=None, name=VAL)),
     ("not a token shard", dict(file=b"not a shard" * 1000)),
     ("outside GPT-2's vocabulary", dict(file=GOOD[:-2] + np.uint16(50257).tobytes())),
-], ids=lambda value: " ".join(value) if isinstance(value, dict) else str(value))
-def test_a_fault_costs_one_file_at_most(hub, fetch, out, monkeypatch, outcome, fault):
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
-    name, there = fault.get("name", ONE), fault.get("there", {})
-    hub.files[name], hub.lfs = fault.get("file", GOOD), fault.get("lfs", True)
-    hub.faults = {("GET", name): iter(fault.get("gets", ())), ("HEAD", name): iter(fault.get("heads", ()))}
-    for left, content in there.items():
-        (out / left).write_bytes(content)
-    done, found = fetch(2), files(out)
-    if isinstance(outcome, str):
-        assert done.error.startswith(f"{name}: ") and outcome in done.error and "\n" not in done.error
-        assert done.error.endswith(", then run the script again to resume")
-        assert (found.pop(PART, None) is None or "gets" in fault) and found == only(hub, *{VAL, ONE, TWO} - {name})
-    else:
-        assert done.error is None and found == only(hub, VAL, ONE, TWO)
-        assert outcome in (hub.starts(ONE), len(hub.starts(ONE)))
-        assert ONE not in there or re.search(f"{ONE}: damaged.*; downloading it again", done.stderr)
-        assert done.waits == pytest.approx(fault.get("waits", done.waits), abs=1)
+], ids=named)
+def test_a_lasting_fault_fails_one_file(hub, faulty, out, words, fault):
+    done = faulty(**fault)
+    name = fault.get("name", ONE)
+    assert done.error.startswith(f"{name}: ")
+    assert words in done.error
+    assert "\n" not in done.error
+    assert done.error.endswith(RESUME)
+    found = files(out)
+    part = found.pop(PART, None)
+    assert part is None or "gets" in fault
+    assert found == only(hub, *{VAL, ONE, TWO} - {name})
 
 
 @pytest.mark.parametrize("status, words", [
@@ -211,9 +289,13 @@ def test_a_fault_costs_one_file_at_most(hub, fetch, out, monkeypatch, outcome, f
 def test_a_refusal_is_reported_once(hub, fetch, out, status, words):
     hub.faults = {("HEAD", name): itertools.repeat(dict(status=status)) for name in NAMES}
     done = fetch(3, url=hub.url if status else UNREACHABLE)
-    assert done.error.count(words) == 1 and " and 1 more: " in done.error and "\n" not in done.error and files(out) == {}
-    assert done.error.endswith(", then run the script again to resume")
-    assert len(hub.requests) <= 6 and sum(done.waits) < 60  # the other files do not wait for the same
+    assert done.error.count(words) == 1
+    assert " and 1 more: " in done.error
+    assert "\n" not in done.error
+    assert done.error.endswith(RESUME)
+    assert files(out) == {}
+    assert len(hub.requests) <= 6  # the other files do not wait for the same
+    assert sum(done.waits) < 60
 
 
 def test_different_failures_are_all_reported(hub, fetch, out):
@@ -222,7 +304,8 @@ def test_different_failures_are_all_reported(hub, fetch, out):
     hub.faults[("GET", THREE)] = itertools.repeat(BUSY)
     done = fetch(3)
     assert sorted(line.partition(":")[0] for line in done.error.splitlines()) == [ONE, TWO, THREE]
-    assert f"{TWO}: Is a directory; move it away" in done.error and (out / TWO).is_dir()
+    assert f"{TWO}: Is a directory; move it away" in done.error
+    assert (out / TWO).is_dir()
     assert (out / VAL).read_bytes() == hub.files[VAL]
 
 
@@ -230,15 +313,23 @@ def test_the_manifest_verifies_without_the_hub(hub, fetch, out):
     for name in (VAL, ONE):
         (out / name).write_bytes(hub.files[name])
     done = fetch(1, url=UNREACHABLE)
-    assert done.error is None and f"{ONE}: header and tokens are good; its SHA-256 is not known here" in done.stdout
+    assert done.error is None
+    assert f"{ONE}: header and tokens are good; its SHA-256 is not known here" in done.stdout
     assert not (out / "fineweb.json").exists()
     fetch(1)
     done = fetch(1, url=UNREACHABLE)
-    assert f"a request to {UNREACHABLE} failed" in done.stdout and "fineweb.json" in done.stdout and done.waits == []
-    assert done.error is None and f"{ONE}: good\n" in done.stdout and "all 2 files are there and good" in done.stdout
-    (out / ONE).write_bytes(damaged := GOOD[:-1] + b"?")
+    assert done.error is None
+    assert done.waits == []
+    assert f"a request to {UNREACHABLE} failed" in done.stdout
+    assert "fineweb.json" in done.stdout
+    assert f"{ONE}: good\n" in done.stdout
+    assert "all 2 files are there and good" in done.stdout
+    damaged = GOOD[:-1] + b"?"
+    (out / ONE).write_bytes(damaged)
     done = fetch(1, url=UNREACHABLE)
-    assert done.error.startswith(f"{ONE}: damaged") and UNREACHABLE in done.error and (out / ONE).read_bytes() == damaged
+    assert done.error.startswith(f"{ONE}: damaged")
+    assert UNREACHABLE in done.error
+    assert (out / ONE).read_bytes() == damaged
 
 
 # the folder
@@ -249,7 +340,9 @@ def test_room_is_checked_first(hub, fetch, out, monkeypatch):
         monkeypatch.setattr(fineweb.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     leave(500 * MB)
     done = fetch(2)
-    assert "3 files need 0.6 GB more, 0.5 GB are free" in done.error and "--out" in done.error and not hub.requests
+    assert "3 files need 0.6 GB more, 0.5 GB are free" in done.error
+    assert "--out" in done.error
+    assert not hub.requests
     (out / VAL).write_bytes(hub.files[VAL])
     (out / PART).write_bytes(GOOD[:9000])
     leave(200_001_024 - 9000)
@@ -262,9 +355,11 @@ def test_a_full_disk_keeps_the_part(hub, fetch, out):
     hub.files[ONE] = random_shard(50_000, 1)
     with full_disk(60_000):
         done = fetch(2)
-    assert done.error == f"{ONE}: File too large; make room, then run the script again to resume"
+    assert done.error == f"{ONE}: File too large; make room{RESUME}"
     assert files(out) == {**only(hub, VAL, TWO), PART: hub.files[ONE][:60_000]}
-    assert fetch(2).error is None and files(out) == only(hub, VAL, ONE, TWO) and hub.starts(ONE) == [60_000]
+    assert fetch(2).error is None
+    assert files(out) == only(hub, VAL, ONE, TWO)
+    assert hub.starts(ONE) == [60_000]
 
 
 def test_a_second_process_waits(hub, fetch, out, monkeypatch):
@@ -279,26 +374,49 @@ def test_a_second_process_waits(hub, fetch, out, monkeypatch):
         flock(folder, operation)
     monkeypatch.setattr(fcntl, "flock", flock)
     done = fetch(1)
-    assert done.error is None and "another process" in done.stdout and requests == [0] and files(out) == only(hub, VAL, ONE)
+    assert done.error is None
+    assert "another process" in done.stdout
+    assert requests == [0]
+    assert files(out) == only(hub, VAL, ONE)
+
+
+def read_terminal(descriptor):
+    """Everything that is written to the terminal, until nobody has it open any more."""
+    shown = b""
+    with contextlib.suppress(OSError):  # a terminal's way to say so
+        while piece := os.read(descriptor, 65536):
+            shown += piece
+    return shown
 
 
 def test_script_stopped_in_a_terminal(hub, fetch, launch, out, tmp_path):
-    hub.files[ONE] = random_shard(15 * MB, 1)  # 30 MB, written in pieces of 10 MiB; the connection buffers fewer than 15 MB
+    # 30 MB, written in pieces of 10 MiB; the connection buffers fewer than 15 MB
+    hub.files[ONE] = random_shard(15 * MB, 1)
     hub.faults[("GET", ONE)] = iter([dict(stall=28 * MB)])
     ours, its = pty.openpty()
     termios.tcsetwinsize(its, (24, 100))
-    process = launch(sys.executable, ROOT / "data/fineweb.py", 1, "--out", out, stdout=its, stderr=its, env={
-        "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_secret", "NO_PROXY": "*"})
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_secret",
+                   "NO_PROXY": "*"}
+    process = launch(sys.executable, ROOT / "data/fineweb.py", 1, "--out", out, stdout=its, stderr=its,
+                     env=environment)
     os.close(its)
-    threading.Thread(target=lambda: hub.stalled.wait(300) and process.send_signal(signal.SIGINT)).start()
-    shown = b""
-    with contextlib.suppress(OSError):  # a terminal's way to say that nobody writes to it any more
-        while piece := os.read(ours, 65536):
-            shown += piece
+
+    def stop_when_stalled():
+        if hub.stalled.wait(300):
+            process.send_signal(signal.SIGINT)
+    threading.Thread(target=stop_when_stalled).start()
+    shown = read_terminal(ours)
     os.close(ours)
-    assert process.wait(timeout=20) == 1 and b"Traceback" not in shown and b"interrupted; run the script again to resume" in shown, shown
-    assert b"%|" in shown and ONE.encode() in shown and f"{VAL}: downloaded, good".encode() in shown
+    assert process.wait(timeout=300) == 1
+    assert b"Traceback" not in shown
+    assert b"interrupted; run the script again to resume" in shown, shown
+    assert b"%|" in shown
+    assert ONE.encode() in shown
+    assert f"{VAL}: downloaded, good".encode() in shown
     assert set(files(out)) == {VAL, PART}  # it stopped at once, though a download was under way
-    assert {(request.host, request.token) for request in hub.requests} == {("127.0.0.1", "Bearer hf_secret"), ("localhost", None)}
-    assert fetch(1).error is None and files(out) == only(hub, VAL, ONE)
-    assert not hub.starts(VAL) and [start >= 10 * MB for start in hub.starts(ONE)] == [True]
+    senders = {(request.host, request.token) for request in hub.requests}
+    assert senders == {("127.0.0.1", "Bearer hf_secret"), ("localhost", None)}
+    assert fetch(1).error is None
+    assert files(out) == only(hub, VAL, ONE)
+    assert not hub.starts(VAL)
+    assert [start >= 10 * MB for start in hub.starts(ONE)] == [True]
