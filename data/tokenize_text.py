@@ -16,6 +16,7 @@ Parquet row is held whole.
 """
 import argparse
 import codecs
+import contextlib
 import gzip
 import io
 import json
@@ -26,12 +27,9 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import zlib
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -43,6 +41,7 @@ from train_gpt2 import HEADER_BYTES, UserError
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 CHUNK = 1 << 19  # bytes of text that a worker gets at once, 50 ms of work
+AHEAD = 8  # chunks for each worker that are encoded before their turn, at most
 LONGEST_PIECE = 1 << 23  # characters
 INPUT_NAME = re.compile(r".*\.(?:(txt|jsonl)(?:\.gz|\.zst)?|(parquet))")
 # The longest beginning of a text that can be tokenized apart from the rest. GPT-2's pattern splits wherever
@@ -84,7 +83,7 @@ ENCODERS = {"gpt2": gpt2_encoder, "bytes": bytes_encoder}
 
 
 class ShardWriter:
-    """Writes tokens, as they come, into shards of `shard_tokens`.
+    """Writes tokens, as they come, into shards of `shard_tokens`. Raises OSError.
 
     `shards` has the manifest entries of those that are complete.
     """
@@ -248,18 +247,28 @@ def read_input(path, text_field, beginning):
 # In the workers
 
 
-def start_worker(*values):
-    global encode, text_field
-    encode, text_field = values
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def work(connection, others, encode, text_field):
+    """Encodes the chunks that come through the connection, and sends back results or UserErrors.
+
+    It never returns: it ends with the parent. `others` are the parent's ends of the connections so far. This
+    process has copies of them: while one is open, its worker would not notice that the parent has ended.
+    """
+    for other in others:
+        other.close()
+    set_signals(signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent ends this one
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    try:
+        while True:
+            try:
+                result = encode_chunk(encode, text_field, *connection.recv())
+            except UserError as error:
+                result = error
+            connection.send(result)
+    except (EOFError, OSError):
+        os._exit(0)  # the parent has ended
 
 
-def end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def encode_chunk(path, kind, first, items):
+def encode_chunk(encode, text_field, path, kind, first, items):
     """(tokens (n,) uint16, empty documents) of a chunk.
 
     Raises UserError, with file and line or row, for an invalid document.
@@ -272,7 +281,7 @@ def encode_chunk(path, kind, first, items):
     empty = 0
     for number, item in enumerate(items, start=first):
         try:
-            text = text_of(kind, item)
+            text = text_of(kind, item, text_field)
             if text in (None, "", b""):
                 empty += kind != "rest of txt"
             else:
@@ -280,11 +289,11 @@ def encode_chunk(path, kind, first, items):
                 tokens.append(document[1:] if kind == "rest of txt" else document)  # no second start
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             place = "row" if kind == "row" else "line"
-            raise UserError(f"{path}, {place} {number}: {reason_of(error)}") from None
+            raise UserError(f"{path}, {place} {number}: {reason_of(error, text_field)}") from None
     return np.concatenate(tokens), empty
 
 
-def text_of(kind, item):
+def text_of(kind, item, text_field):
     """The text of a line of JSON, of a row, or of a piece of a .txt, whose kind says which it is."""
     if kind == "line":
         return json.loads(item)[text_field] if item.strip() else ""
@@ -293,7 +302,7 @@ def text_of(kind, item):
     return item
 
 
-def reason_of(error):
+def reason_of(error, text_field):
     """Why a document is invalid, for the user, from the exception that reading it raised."""
     if isinstance(error, (ValueError, RecursionError)):
         return error
@@ -305,8 +314,11 @@ def reason_of(error):
 # In the parent
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 def set_signals(handler):
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, handler)
 
 
@@ -315,15 +327,100 @@ def interrupt(number, frame):
     raise KeyboardInterrupt
 
 
-def encode_in_order(pool, chunks, ahead):
-    """Yields the results of the chunks in order; the workers have at most `ahead` of them at a time."""
-    waiting = deque()
-    for chunk in chunks:
-        waiting.append(pool.submit(encode_chunk, *chunk))
-        if len(waiting) == ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+def start_workers(number, encode, text_field, processes, connections):
+    """Forks the workers and adds them and the connections to them to the lists.
+
+    Raises OSError if the system refuses a process or a pipe.
+    """
+    context = multiprocessing.get_context("fork")
+    for _ in range(number):
+        ours, its = context.Pipe()
+        connections.append(ours)
+        with its:
+            arguments = (its, connections, encode, text_field)
+            process = context.Process(target=work, args=arguments, daemon=True)
+            process.start()
+        processes.append(process)
+
+
+@contextlib.contextmanager
+def workers(number, encode, text_field):
+    """The connections to `number` workers, which are dead at the end, whatever they were doing.
+
+    Each has pipes of its own, and none shares a lock, so that a killed one leaves nothing behind that another
+    waits for. Raises UserError if they cannot be started.
+    """
+    processes = []
+    connections = []
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # they come later, here, and not in a new worker
+        try:
+            start_workers(number, encode, text_field, processes, connections)
+        except OSError as error:
+            raise UserError(f"{number} worker processes cannot be started ({error.strerror}); "
+                            "use fewer --workers") from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        yield connections
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+        for connection in connections:
+            connection.close()
+
+
+def encode_in_order(connections, chunks):
+    """Yields the results of the chunks in order. Raises UserError for an invalid chunk or a lost worker.
+
+    A worker has one chunk at a time: if it were sent a second one while it sends its result, both sides would
+    wait for the other. Results that come before their turn are kept, but no more than AHEAD for each worker.
+    """
+    chunks = enumerate(chunks)
+    idle = list(connections)
+    busy = {}  # {connection: number of its chunk}
+    results = {}  # {number: result}
+    turn = 0  # the number of the next result to yield
+    while True:
+        while turn in results:
+            result = results.pop(turn)
+            turn += 1
+            if isinstance(result, UserError):
+                raise result
+            yield result
+        try:
+            while idle and len(busy) + len(results) < AHEAD * len(connections):
+                number, chunk = next(chunks)
+                connection = idle.pop()
+                exchange(connection.send, chunk)
+                busy[connection] = number
+        except StopIteration:
+            if not busy:
+                return
+        for connection in wait(list(busy)):
+            results[busy.pop(connection)] = exchange(connection.recv)
+            idle.append(connection)
+
+
+def exchange(send_or_receive, *values):
+    """Calls it. Raises UserError if there is no process at the other end."""
+    try:
+        return send_or_receive(*values)
+    except (EOFError, OSError):
+        raise UserError(
+            "a worker process was killed, perhaps for lack of memory; nothing was written; run the command "
+            "again, with fewer --workers if it happens again") from None
+
+
+@contextlib.contextmanager
+def writing(folder):
+    """What fails here fails because of the folder that --out names."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; free some space, or choose another "
+                        "folder with --out") from None
 
 
 def check_arguments(args):
@@ -382,29 +479,26 @@ def write_shards(args, folder):
     writer = ShardWriter(folder, args.name, args.shard_tokens)
     progress = Progress()
     kind = "val" if args.val_tokens else "train"
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(args.workers, context, start_worker, (encode, args.text_field)) as pool:
-        set_signals(signal.SIG_IGN)  # in the workers too: they end when the parent does
-        pool.submit(int).result()  # forks them
-        set_signals(interrupt)
-        for tokens, empty in encode_in_order(pool, read_inputs(args), 8 * args.workers):
+    set_signals(interrupt)
+    with workers(args.workers, encode, args.text_field) as connections:
+        for tokens, empty in encode_in_order(connections, read_inputs(args)):
             starts = np.flatnonzero(tokens == END_OF_TEXT[args.tokenizer])
-            if kind == "val":
-                split = starts[starts + progress.tokens > args.val_tokens]
-                if len(split):  # a document starts after more than val_tokens
-                    writer.write("val", tokens[:split[0]])
-                    writer.close()
-                    kind = "train"
-                    writer.write(kind, tokens[split[0]:])
-                else:
-                    writer.write(kind, tokens)
-            else:
-                writer.write(kind, tokens)
+            with writing(args.out):
+                rest = tokens
+                if kind == "val":
+                    later = starts[starts + progress.tokens > args.val_tokens]
+                    if len(later):  # this document starts after more than val_tokens
+                        writer.write("val", tokens[:later[0]])
+                        writer.close()
+                        kind = "train"
+                        rest = tokens[later[0]:]
+                writer.write(kind, rest)
             progress.tokens += len(tokens)
             progress.documents += len(starts) + empty
             progress.empty += empty
             progress.show()
-        writer.close()
+        with writing(args.out):
+            writer.close()
     if not progress.tokens:
         raise UserError(f"{args.input[0]}: no text: all {progress.empty} documents in "
                         f"{len(args.input)} files are empty; name other files")
@@ -424,7 +518,7 @@ def read_inputs(args):
 def tokenize(args):
     """Writes the data set that the arguments describe; returns a summary.
 
-    After a UserError or OSError the old data set is untouched.
+    After a UserError the old data set is untouched.
     """
     check_arguments(args)
     start = time.monotonic()
@@ -432,9 +526,12 @@ def tokenize(args):
         for left in args.out.glob(f"{args.name}.partial-*"):
             # by a process that was killed: nobody else holds the lock
             shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=f"{args.name}.partial-", dir=args.out) as folder:
+        with writing(args.out):
+            temporary = tempfile.TemporaryDirectory(prefix=f"{args.name}.partial-", dir=args.out)
+        with temporary as folder:
             shards, total = write_shards(args, folder)
-            replace_data_set(args, folder, shards)
+            with writing(args.out):
+                replace_data_set(args, folder, shards)
     seconds = time.monotonic() - start
     return (f"{total.tokens:,} tokens of {total.documents:,} documents ({total.empty} empty, skipped) "
             f"in {len(shards)} shards in {args.out}; {seconds:.1f} s, {total.tokens / seconds:,.0f} tokens/s")
@@ -483,13 +580,6 @@ def main():
         summary = tokenize(args)
     except KeyboardInterrupt:
         raise UserError("interrupted, nothing was written; run the command again") from None
-    except BrokenProcessPool:
-        raise UserError(
-            f"one of {args.workers} worker processes was killed, perhaps for lack of memory; nothing was "
-            "written; run the command again, with fewer --workers if it happens again") from None
-    except OSError as error:
-        raise UserError(f"cannot write to {args.out}: {error.strerror}; free some space, or choose another "
-                        "folder with --out") from None
     print(summary)
 
 
