@@ -9,12 +9,13 @@ begins. Exits with 1 if any shard is bad. Takes a second for a shard of 200 MB, 
 import argparse
 import functools
 import json
+import os
 import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from harness.command import command  # first: it says what is not installed
+from harness.command import command, printable  # first: it says what is not installed
 import numpy as np
 
 from data.shards import END_OF_TEXT, VOCABULARY, gpt2_encoding, manifest_entry
@@ -51,6 +52,8 @@ def find_manifest(path):
     """
     file = path.with_name(re.sub(r"_(val|train)_\d+\.bin$|\.bin$", "", path.name) + ".json")
     try:
+        if file.exists() and not file.is_file():  # reading a pipe would wait for ever
+            raise OSError("it is not a regular file")
         manifest = json.loads(file.read_text())
         shards = {str(shard["file"]): (shard["tokens"], shard["sha256"]) for shard in manifest["shards"]}
         return file, dict(tokenizer=str(manifest["tokenizer"]), source=manifest["source"], shards=shards)
@@ -133,11 +136,11 @@ def show_origin(path, entry, file, manifest):
         return
     print(f"{path}: ok")
     print(f"  SHA-256 {entry['sha256']}, as in {file.name}")
-    print(f"  made from {manifest['source']}"[:3 * COLUMNS])
-    missing = [name for name in manifest["shards"] if not (path.parent / name).exists()]
+    print(printable(f"  made from {manifest['source']}"[:3 * COLUMNS]))
+    missing = [name for name in manifest["shards"] if not os.path.exists(path.parent / name)]  # any name
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        print(f"  {file.name} also lists missing shards: {', '.join(missing[:3])}{more}")
+        print(printable(f"  {file.name} also lists missing shards: {', '.join(missing[:3])}{more}"))
 
 
 def show_frequent_tokens(counts, vocabulary, decode):

