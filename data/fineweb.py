@@ -10,6 +10,7 @@ there are compared with the hub or, without a connection, with fineweb.json, and
 are downloaded. HF_ENDPOINT, HF_HOME, HF_TOKEN and proxies work as usual in huggingface_hub.
 """
 import argparse
+import contextlib
 import errno
 import json
 import math
@@ -17,30 +18,70 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from base64 import b64encode
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from fnmatch import fnmatch
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from harness.command import NOT_INSTALLED, command, locked  # first: it says what is not installed
+from harness.command import NOT_INSTALLED, command, locked, printable  # first: it says what is not installed
 from data.shards import VOCABULARY, manifest_entry, write_manifest
 from train_gpt2 import Config, UserError, check_config, open_shard, read_toml
 
+
+def split_credentials(address):
+    """(the address without them, Authorization header or None) for http://USER:PASSWORD@HOST.
+
+    Raises UserError, which does not show the password, if it is not the address of a server.
+    """
+    scheme, slashes, rest = address.partition("//")
+    credentials, at, host = rest.rpartition("@")
+    address = scheme + slashes + host
+    try:
+        parts = urlsplit(address)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number or out of range, an unfinished IPv6 address
+        valid = False
+    if not valid:
+        raise UserError(f"HF_ENDPOINT = '{address[:100]}' is not an address, http(s)://HOST or "
+                        "http(s)://HOST:PORT with a port from 1 to 65535; correct or unset it")
+    basic = "Basic " + b64encode(unquote(credentials).encode()).decode()
+    return address, basic if at else None
+
+
+BASIC_AUTHORIZATION = None
 try:
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    if os.environ.get("HF_ENDPOINT"):
+        # before the import: the library would show a password in its messages
+        os.environ["HF_ENDPOINT"], BASIC_AUTHORIZATION = split_credentials(os.environ["HF_ENDPOINT"])
+    else:
+        os.environ.pop("HF_ENDPOINT", None)
+    from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers, tqdm
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 except ImportError as error:
     sys.exit(NOT_INSTALLED.format(error))
+except UserError as error:
+    sys.exit(f"error: {printable(str(error))}")
+except ValueError as error:
+    sys.exit(f"error: huggingface_hub: {error}; correct or unset the variable HF_... that has this value")
 
+HTTPError = HfHubHTTPError.__bases__[0]  # of the HTTP library that this version uses
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 SHARD_TOKENS = 100_000_000
 SHARD_BYTES = 200_001_024
 SHARDS = 103  # for training
 NAMES = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, SHARDS + 1))]
 ATTEMPTS = 5  # at one file: in a row without progress, or in all with a damaged result
+SLOW_ATTEMPTS = 2  # at one file, each of which takes PATIENCE
+QUERY_WAITS = (1, 2, 4, 8, 8)  # seconds, before the hub is asked again about a file
+BUSY = (408, 429, 500, 502, 503, 504)  # answers after which it is worth to ask again
+LONGEST_WAIT = 300  # seconds that a server may ask for
+PATIENCE = 60  # seconds for the head of an answer, and over which the speed of a download is measured
+SLOWEST = 1000  # bytes a second
 REMEDIES = {
     401: "log in with `hf auth login`, or set HF_TOKEN",
     403: "log in with `hf auth login` to an account that may read the data set",
@@ -49,11 +90,8 @@ REMEDIES = {
 }
 
 
-class Bar(tqdm):
-    """The library's progress bar, but it disappears after its download, for which a line is printed."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, leave=False, **kwargs)
+class TooSlow(Exception):
+    """A server that sends nothing, or a byte now and then."""
 
 
 # What to download
@@ -67,9 +105,12 @@ def shards_needed(config):
 
 def file_names(argument):
     """The shards, validation first, that N or CONFIG.toml asks for. Raises UserError for anything else."""
-    if re.fullmatch(r"[+-]?\d+", argument):
+    if re.fullmatch(r"[+-]?\d{1,20}", argument):
         number = int(argument)
         remedy = "choose a number in that range"
+    elif re.fullmatch(r"[+-]?\d+", argument):
+        raise UserError(f"a number of {len(argument)} digits: the data set has 1 to {SHARDS} training "
+                        "shards; choose a number in that range")
     elif argument.endswith(".toml"):
         number = shards_of_configuration(argument)
         remedy = "lower num_iterations, or set allow_repeat = true"
@@ -98,11 +139,100 @@ def shards_of_configuration(path):
 # The hub
 
 
+def authorize(request):
+    """Adds the user and password of HF_ENDPOINT to a request for that server, and no other."""
+    if BASIC_AUTHORIZATION and str(request.url).startswith(f"{constants.ENDPOINT}/"):
+        request.headers["Authorization"] = BASIC_AUTHORIZATION
+
+
+def client():
+    """The library's HTTP client."""
+    client = get_session()
+    if authorize not in client.event_hooks["request"]:
+        client.event_hooks["request"].append(authorize)
+    return client
+
+
+def soon(function, *arguments):
+    """function(*arguments). Raises TooSlow if that takes longer than PATIENCE.
+
+    The library's timeouts are for a single byte. A server that sends one now and then is left to a thread
+    that nobody waits for.
+    """
+    seconds = max(PATIENCE, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return future.result(seconds)
+    except TimeoutError:
+        if future.done():  # it is the function's own
+            raise
+        raise TooSlow(f"no complete answer within {seconds:g} s") from None
+
+
+def fast_enough(pieces):
+    """Yields the pieces, bytes. Raises TooSlow if, over PATIENCE, they come at less than SLOWEST."""
+    start = time.monotonic()
+    received = 0
+    for piece in pieces:
+        yield piece
+        received += len(piece)
+        seconds = time.monotonic() - start
+        if seconds >= PATIENCE:
+            if received < SLOWEST * seconds:
+                raise TooSlow(f"too slow, {received:,} bytes in {seconds:.0f} s")
+            start += seconds
+            received = 0
+
+
+def asked_wait(error):
+    """The seconds that the server asks to wait before the next request; None if it does not say."""
+    if not isinstance(error, HfHubHTTPError):
+        return None
+    after = error.response.headers.get("Retry-After", "").strip()
+    if re.fullmatch("[0-9]+", after):
+        return float(after)  # of any length, unlike int
+    limit = re.search(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*([0-9]+)", error.response.headers.get("RateLimit", ""))
+    return float(limit[1]) if limit else None
+
+
+def wait_after(error, name, otherwise):
+    """Waits as long as the server asks for, or `otherwise` seconds. Raises the error if that is too long."""
+    seconds = asked_wait(error)
+    if seconds is None:
+        seconds = otherwise
+    if seconds > LONGEST_WAIT:
+        raise error
+    tqdm.write(f"{name}: {cause(error)}; trying again in {seconds:.0f} s", file=sys.stderr)
+    time.sleep(seconds)
+
+
 def query_hub(name, retry=True):
     """(bytes, SHA-256 or None if unknown) of the hub's file `name`, or the exception of the request."""
+    for wait in QUERY_WAITS if retry else ():
+        answer = query_hub_once(name)
+        status = answer.response.status_code if isinstance(answer, HfHubHTTPError) else 0
+        passing = status in BUSY if status else isinstance(answer, HTTPError)
+        if not passing:
+            return answer
+        try:
+            wait_after(answer, name, wait)
+        except Exception:
+            return answer
+    return query_hub_once(name)
+
+
+def query_hub_once(name):
     try:
+        client()
         url = hf_hub_url(REPOSITORY, name, repo_type="dataset")
-        metadata = get_hf_file_metadata(url, retry_on_errors=retry)
+        metadata = soon(get_hf_file_metadata, url)
         if metadata.commit_hash is None:
             return UserError(f"{constants.ENDPOINT} does not answer like the hub")
         sha256 = metadata.etag if re.fullmatch("[0-9a-f]{64}", metadata.etag or "") else None
@@ -117,6 +247,10 @@ def explain(error):
         response = error.response
         what = f"{response.url.host} answers {response.status_code} {response.reason_phrase}"
         remedy = REMEDIES.get(response.status_code, "wait a few minutes")
+        wait = asked_wait(error) or 0
+        if wait > LONGEST_WAIT:
+            what += f" and asks to wait {wait:,.0f} s"
+            remedy = "wait that long"
     elif isinstance(error, OSError) and error.errno:
         no_room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         what = error.strerror
@@ -139,12 +273,19 @@ def cause(error):
 # One shard
 
 
+def refuse_special(path):
+    """Raises OSError if `path` is a pipe or a device, from which reading might never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise FileExistsError(errno.EEXIST, "not a regular file")
+
+
 def verify_shard(path, size=None, sha256=None):
     """The manifest entry of the shard at `path`.
 
     Raises UserError if it is damaged: not `size` bytes or not this SHA-256, where given, or not a shard of
     GPT-2 tokens. Raises OSError if it cannot be read.
     """
+    refuse_special(path)
     with open(path, "rb") as file:
         found = os.fstat(file.fileno()).st_size
     if size is not None and found != size:
@@ -167,31 +308,64 @@ def size_of(path):
     return path.stat().st_size if path.exists() else 0
 
 
+def request_file(name, start):
+    """The hub's response with the file `name` from the byte `start` on. Raises HfHubHTTPError."""
+    headers = build_hf_headers()
+    headers["Accept-Encoding"] = "identity"
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    url = hf_hub_url(REPOSITORY, name, repo_type="dataset")
+    request = client().build_request("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    response = client().send(request, stream=True, follow_redirects=True)
+    hf_raise_for_status(response)
+    return response
+
+
+def receive(name, file, start, size):
+    """Appends the hub's file `name` from the byte `start` on to the open file.
+
+    Raises EOFError if the file then has fewer than `size` bytes, TooSlow, and what the library raises.
+    """
+    with contextlib.closing(soon(request_file, name, start)) as response:
+        if response.status_code != 206:
+            file.truncate(0)  # the whole file comes
+            start = 0
+        # None: only in a terminal
+        with tqdm(total=size, initial=start, desc=name, unit="B", unit_scale=True, leave=False,
+                  disable=None) as bar:
+            for piece in fast_enough(response.iter_bytes()):
+                file.write(piece)
+                bar.update(len(piece))
+    file.flush()
+    os.fsync(file.fileno())  # the content is on the disk before the name is
+    received = os.fstat(file.fileno()).st_size
+    if size is not None and received < size:
+        raise EOFError(f"it ended after {received:,} of {size:,} bytes")
+
+
 def download(name, out, size, sha256):
     """Downloads the shard `name` into the folder `out`, resuming NAME.partial. Returns its manifest entry.
 
-    With http_get: hf_hub_download (and Xet) would start over where another process was stopped. http_get
-    resumes after a cut connection and waits as a 429 says; server errors, resets and damaged files are
-    retried here.
+    Not with the library's functions for it: hf_hub_download (and Xet) would start over where another process
+    was stopped, and http_get waits as long as a server wants.
     """
     partial = out / f"{name}.partial"
     failed = 0  # attempts in a row without progress
     damaged = 0  # attempts with a damaged result
+    slow = 0  # attempts that were ended because of that
     while True:
+        refuse_special(partial)
         before = size_of(partial)
         try:
-            with open(partial, "ab") as file:
-                url = hf_hub_url(REPOSITORY, name, repo_type="dataset")
-                http_get(url, file, headers=build_hf_headers(), resume_size=before, expected_size=size,
-                         displayed_filename=name, tqdm_class=Bar)
-                file.flush()
-                os.fsync(file.fileno())  # the content is on the disk before the name is
+            if before != size:
+                with open(partial, "ab") as file:
+                    receive(name, file, before, size)
             entry = verify_shard(partial, size, sha256)
             os.replace(partial, out / name)
             return entry
         except Exception as error:
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-            refused = 400 <= status < 500 and status != 416
+            refused = 400 <= status < 500 and status not in (416, *BUSY)
             no_room = isinstance(error, OSError) and error.errno
             if refused or no_room:
                 raise
@@ -199,12 +373,10 @@ def download(name, out, size, sha256):
                 partial.unlink()
                 damaged += 1
             failed = 1 if size_of(partial) > before else failed + 1
-            if ATTEMPTS in (failed, damaged):
+            slow += isinstance(error, TooSlow)
+            if ATTEMPTS in (failed, damaged) or slow == SLOW_ATTEMPTS:
                 raise
-            after = error.response.headers.get("Retry-After", "") if status else ""
-            wait = int(after) if after.isdecimal() else 2 ** failed
-            tqdm.write(f"{name}: {cause(error)}; trying again in {wait} s", file=sys.stderr)
-            time.sleep(wait)
+            wait_after(error, name, 2 ** failed)
 
 
 def fetch(name, out, recorded, answer=None):
@@ -237,9 +409,15 @@ def fetch(name, out, recorded, answer=None):
 
 
 def read_manifest(out):
-    """{file: entry} of the data set's shards in out/fineweb.json; empty if that cannot be read."""
+    """{file: entry} of the data set's shards in out/fineweb.json; empty if that cannot be read.
+
+    Raises UserError if it is not a file.
+    """
+    path = out / "fineweb.json"
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is in the way, and not a file; move it elsewhere")
     try:
-        entries = json.loads((out / "fineweb.json").read_text())["shards"]
+        entries = json.loads(path.read_text())["shards"]
         return {entry["file"]: entry for entry in entries if entry["file"] in NAMES}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}

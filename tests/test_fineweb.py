@@ -23,10 +23,10 @@ import pytest
 from huggingface_hub import constants
 
 from data import fineweb
-from conftest import ROOT
+from conftest import ROOT, run
 from fake_hub import FakeHub
 from faults import full_disk
-from train_gpt2 import Config
+from train_gpt2 import Config, UserError
 
 VAL, ONE, TWO, THREE = NAMES = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in (1, 2, 3))]
 PART = f"{ONE}.partial"
@@ -169,6 +169,7 @@ def test_configurations_say_how_many_shards(hub, fetch, out, tmp_path):
     ("0", "0 training shards: the data set has 1 to 103"),
     ("104", "104 training shards"),
     ("-3", "-3 training shards"),
+    ("9" * 5000, "a number of 5000 digits: the data set has 1 to 103 training shards; choose"),
     ("three", "'three' is neither a number"),
     ("none.toml", "cannot read the configuration none.toml"),
     ("sequence_length = 0", "sequence_length = 0"),
@@ -223,10 +224,10 @@ def named(value):
     ([], dict(there={PART: GOOD})),
     ([5000, 0], dict(there={PART: b"wrong" * 1000})),
     ([SIZE * 2, 0], dict(there={PART: GOOD * 2})),
-    ([0, 6000, 8000], dict(gets=[dict(cut=6500), dict(cut=2500)])),
-    ([0, 6000, 8000], dict(gets=[dict(stall=6500), dict(stall=2500)])),
+    ([0, 6500, 9000], dict(gets=[dict(cut=6500), dict(cut=2500)])),
+    ([0, 6500, 9000], dict(gets=[dict(stall=6500), dict(stall=2500)])),
     (2, dict(gets=[dict(reset=6500)])),  # what was on its way is lost
-    (3, dict(gets=[dict(content=GOOD + b"more")])),
+    (2, dict(gets=[dict(content=GOOD + b"more")])),
     (11, dict(gets=[dict(content=GOOD[:i]) for i in range(1000, 11000, 1000)])),  # little by little
     ([0], dict(lfs=False, there={ONE: random_shard(4000, 1)})),  # good, but not the hub's
     ([0, 0, SIZE - 2], dict(lfs=False, gets=[dict(content=b"x" + GOOD[1:]), dict(content=GOOD[:-2])])),
@@ -252,6 +253,91 @@ def test_a_busy_hub_is_asked_again(hub, faulty, out, waits, fault):
     assert files(out) == only(hub, VAL, ONE, TWO)
     assert len(hub.starts(ONE)) == 1 + len(fault.get("gets", ()))
     assert done.waits == pytest.approx(waits, abs=1)
+
+
+@pytest.mark.parametrize("how", ["heads", "gets"])
+@pytest.mark.parametrize("headers, seconds", [
+    ({"Retry-After": 301}, "301"),
+    ({"Retry-After": 100_000}, "100,000"),
+    ({"Retry-After": "9" * 5000}, "inf"),
+    ({"RateLimit": '"api";r=0;t=400'}, "400"),
+])
+def test_a_long_wait_is_left_to_the_user(hub, faulty, how, headers, seconds):
+    done = faulty(**{how: itertools.repeat(dict(status=429, headers=headers))})
+    host = "127.0.0.1" if how == "heads" else "localhost"
+    assert done.error == (f"{ONE}: {host} answers 429 Too Many Requests and asks to wait {seconds} s; "
+                          f"wait that long{RESUME}")
+    assert done.waits == []
+
+
+def test_a_wait_that_is_not_understood_is_a_short_one(faulty):
+    done = faulty(gets=[dict(status=429, headers={"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"})])
+    assert done.error is None
+    assert done.waits == [2]
+
+
+@pytest.fixture
+def endless(monkeypatch):
+    """A function that does not return before the test ends, as a request does whose answer drips."""
+    end = threading.Event()
+    monkeypatch.setattr(fineweb, "PATIENCE", 0)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0)
+    yield lambda *values: end.wait()
+    end.set()
+
+
+def test_the_head_of_an_answer_may_not_drip(fetch, out, monkeypatch, endless):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(fineweb, "get_hf_file_metadata", endless)
+    monkeypatch.setattr(fineweb, "request_file", endless)
+    answer = fineweb.query_hub(ONE)
+    assert isinstance(answer, fineweb.TooSlow)
+    assert "failed (no complete answer within 0 s); check the connection" in fineweb.explain(answer)
+    assert waits == []
+    with pytest.raises(fineweb.TooSlow, match="no complete answer within 0 s"):
+        fineweb.download(ONE, out, SIZE, None)
+    assert waits == [2]
+
+
+def test_an_error_of_the_request_is_not_taken_for_slowness():
+    def time_out():
+        raise TimeoutError("its own")
+    with pytest.raises(TimeoutError, match="its own"):
+        fineweb.soon(time_out)
+
+
+def clock(*seconds):
+    times = itertools.accumulate(seconds)
+    return SimpleNamespace(monotonic=lambda: next(times), sleep=lambda seconds: None)
+
+
+def test_a_body_may_not_drip(monkeypatch):
+    def pieces(*sizes):
+        return [bytes(size) for size in sizes]
+    monkeypatch.setattr(fineweb, "time", clock(0, 59, 1))
+    passed = fineweb.fast_enough(pieces(30_000, 30_000))  # 60,000 bytes in a minute are enough
+    assert len(list(passed)) == 2
+    monkeypatch.setattr(fineweb, "time", clock(0, 59, 1))
+    with pytest.raises(fineweb.TooSlow, match="too slow, 59,999 bytes in 60 s"):
+        list(fineweb.fast_enough(pieces(30_000, 29_999)))
+    monkeypatch.setattr(fineweb, "time", clock(0, 60, 59, 1))
+    with pytest.raises(fineweb.TooSlow, match="too slow, 2 bytes in 60 s"):  # each minute counts for itself
+        list(fineweb.fast_enough(pieces(1_000_000, 1, 1)))
+
+
+def test_a_slow_download_ends_and_keeps_its_part(hub, fetch, out, monkeypatch):
+    assert fetch(1).error is None
+    (out / ONE).unlink()
+    hub.requests.clear()
+    monkeypatch.setattr(fineweb, "time", clock(*[1000] * 100))
+    with pytest.raises(fineweb.TooSlow, match="too slow, [0-9,]+ bytes in 1000 s"):
+        hub.faults[("GET", ONE)] = iter([dict(stall=4000), dict(stall=2000)])
+        fineweb.download(ONE, out, SIZE, None)
+    starts = hub.starts(ONE)
+    assert len(starts) == fineweb.SLOW_ATTEMPTS
+    assert (out / PART).read_bytes() == GOOD[:(out / PART).stat().st_size]
+    assert 0 < starts[1] <= 4000
 
 
 @pytest.mark.parametrize("words, fault", [
@@ -307,6 +393,73 @@ def test_different_failures_are_all_reported(hub, fetch, out):
     assert f"{TWO}: Is a directory; move it away" in done.error
     assert (out / TWO).is_dir()
     assert (out / VAL).read_bytes() == hub.files[VAL]
+
+
+@pytest.mark.parametrize("name, words", [
+    (ONE, f"{ONE}: not a regular file; move it away"),
+    (PART, f"{ONE}: not a regular file; move it away"),
+    ("fineweb.json", "fineweb.json is in the way, and not a file; move it elsewhere"),
+])
+def test_a_pipe_in_the_place_of_a_file_is_refused(hub, fetch, out, name, words):
+    os.mkfifo(out / name)
+    done = fetch(2)
+    assert words in done.error
+    assert "\n" not in done.error
+    assert (out / name).is_fifo()
+    if name != "fineweb.json":
+        assert (out / TWO).read_bytes() == hub.files[TWO]
+
+
+BASIC = "Basic dXNlcjpnZWhlaW0="  # user:geheim
+
+
+@pytest.mark.parametrize("address, wanted", [
+    ("http://localhost:80", ("http://localhost:80", None)),
+    ("http://user:geheim@[::1]:65535/hub", ("http://[::1]:65535/hub", BASIC)),
+    ("https://user:%67eheim@example.org", ("https://example.org", BASIC)),
+    ("http://u:p@s/s#:9@example.org", ("http://example.org", "Basic dTpwQHMvcyM6OQ==")),
+])
+def test_a_password_is_taken_from_the_address(address, wanted):
+    assert fineweb.split_credentials(address) == wanted
+
+
+@pytest.mark.parametrize("address, shown", [
+    ("http://user:geheim@127.0.0.1:99999", "http://127.0.0.1:99999"),
+    ("http://user:geheim@127.0.0.1:0", "http://127.0.0.1:0"),
+    ("http://user:geheim@127.0.0.1:port", "http://127.0.0.1:port"),
+    ("http://user:geheim@127.0.0.1:" + "9" * 5000, "http://127.0.0.1:" + "9" * 83),
+    ("http://user:geheim@[::1", "http://[::1"),
+    ("http://user:geheim@", "http://"),
+    ("ftp://user:geheim@127.0.0.1", "ftp://127.0.0.1"),
+    ("hub", "hub"),
+])
+def test_an_impossible_address_is_refused(address, shown):
+    with pytest.raises(UserError) as error:
+        fineweb.split_credentials(address)
+    assert str(error.value).startswith(f"HF_ENDPOINT = '{shown}' is not an address, http(s)://HOST")
+
+
+def test_the_password_goes_to_the_hub_only(hub, fetch, monkeypatch):
+    monkeypatch.setattr(fineweb, "BASIC_AUTHORIZATION", BASIC)
+    assert fetch(1).error is None
+    senders = {(request.host, request.token) for request in hub.requests}
+    assert senders == {("127.0.0.1", BASIC), ("localhost", None)}
+
+
+@pytest.mark.parametrize("port, words", [
+    (None, "127.0.0.1 answers 404 Not Found; check HF_ENDPOINT"),
+    (99999, "HF_ENDPOINT = 'http://127.0.0.1:99999' is not an address"),
+])
+def test_the_script_does_not_show_the_password(hub, out, tmp_path, port, words):
+    hub.files.clear()
+    environment = {"HF_ENDPOINT": f"http://user:geheim@127.0.0.1:{port or hub.server_port}",
+                   "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*"}
+    done = run(sys.executable, ROOT / "data/fineweb.py", 1, "--out", out, env=environment)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "geheim" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert {request.token for request in hub.requests} == (set() if port else {BASIC})
 
 
 def test_the_manifest_verifies_without_the_hub(hub, fetch, out):
