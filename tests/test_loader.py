@@ -26,15 +26,15 @@ def test_batches_are_the_sequences_in_order(tmp_path):
     assert idx.tolist() == [
         [0, 1, 2, 3], [4, 5, 6, 7], [200, 201, 202, 203], [204, 205, 206, 207], [208, 209, 210, 211]]
     assert targets.tolist() == [[t + 1 for t in row] for row in idx.tolist()]
-    shards.require(5, "this test")
-    with pytest.raises(UserError, match="needs 24: add 1 more shards"):
-        shards.require(6, "this test")
+    shards.require(5, "this test", "less")
+    with pytest.raises(UserError, match="needs 24: add 1 more shards like the largest one, or set less$"):
+        shards.require(6, "this test", "less")
     with pytest.raises(UserError, match="needs 60: add 4 more shards"):
-        shards.require(15, "this test")
+        shards.require(15, "this test", "less")
     with pytest.raises(UserError, match="needs 4: add longer shards"):
-        Shards(str(tmp_path / "1.bin"), T, 300).require(1, "this test")
+        Shards(str(tmp_path / "1.bin"), T, 300).require(1, "this test", "less")
     again = Shards(str(tmp_path / "*.bin"), T, 300, allow_repeat=True)
-    again.require(100, "this test")
+    again.require(100, "this test", "less")
     assert again.batch([5, 14])[0].tolist() == idx[[0, 4]].tolist()
 
 

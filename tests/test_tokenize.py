@@ -521,6 +521,19 @@ def test_a_folder_in_the_way_destroys_nothing(out, tokenize):
     assert contents(out) == before
 
 
+def test_workers_end_when_their_connections_do():
+    """As when the parent is killed: one sends a result that nobody reads, the others wait for a chunk."""
+    processes = []
+    connections = []
+    tokenize_text.start_workers(3, ENCODERS["bytes"](), "text", processes, connections)
+    connections[0].send(("a.txt", "txt", 1, "x" * 1_000_000))  # 2 MB of tokens: more than a pipe holds
+    for connection in connections:
+        connection.close()
+    for process in processes:
+        process.join(300)
+        assert process.exitcode == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_its_parent(tmp_path, out, launch, number):
     os.mkfifo(tmp_path / "in.jsonl")
