@@ -148,14 +148,13 @@ def out_of_range(settings):
                 return f"{name} = {settings[name]!r}: must be at least {low:,} and below {end:,}"
 
 
-def check_config(config):
+def check_config(c):
     """UserError for a value that is out of range, whatever the data and the machine."""
     def require(valid, names, must):
         if not valid:
             values = [f"{name} = {getattr(c, name)!r}" for name in names.split()]
             raise UserError(f"{', '.join(values)}: must be {must}")
 
-    c = config
     if wrong := out_of_range(vars(c)):
         raise UserError(wrong)
     require(c.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
@@ -229,18 +228,13 @@ def load_config(argv):
 
 def sequences_per_process(config, world):
     """Sequences of one process in a step. UserError unless `world` processes and micro-batches can share."""
-    def divide(total, by, sentence):
-        if total % by:
-            divisors = sorted((d for d in range(1, total + 1) if total % d == 0), key=lambda d: abs(d - by))
-            raise UserError(f"{sentence}; the nearest numbers that can are "
-                            f"{' and '.join(map(str, sorted(divisors[:2])))}")
-        return total // by
-
-    B = config.batch_size
-    size = config.device_batch_size or 1
-    per_process = divide(B, world, f"batch_size = {B} cannot be split over {world} processes")
-    divide(per_process, size, f"device_batch_size = {size} cannot split the {per_process} sequences that "
-                              f"each of {world} processes has in a step (batch_size = {B})")
+    if config.batch_size % world:
+        raise UserError(f"batch_size = {config.batch_size} cannot be split over {world} processes; "
+                        "set a multiple of their number, or start fewer")
+    per_process = config.batch_size // world
+    if per_process % (config.device_batch_size or 1):
+        raise UserError(f"device_batch_size = {config.device_batch_size}: must divide the {per_process} "
+                        f"sequences that each of {world} processes has in a step")
     return per_process
 
 
@@ -305,7 +299,6 @@ class Shards:
         self.order = range(self.count)
         if data_seed:  # numpy never changes what RandomState gives
             self.order = np.random.RandomState(data_seed).permutation(self.count)
-        self.waited = 0.0  # seconds that prefetched() kept its caller waiting
 
     def require(self, sequences, what, less):
         """UserError unless there are `sequences` sequences for `what`, which can also be set to `less`."""
@@ -369,10 +362,7 @@ def prefetched(shards, batches, device):
         while following:
             current = following
             following = next(futures, None)
-            start = time.perf_counter()
-            batch = current.result()
-            shards.waited += time.perf_counter() - start
-            yield batch
+            yield current.result()
 
 
 # ---- Model: GPT-2 with RMSNorm and rotary embeddings, without biases and learned norm gains ------
@@ -402,9 +392,9 @@ def matmul_dtype(x):
 def gram(z, n):
     """Z Z^T of the layer inputs z (..., b * n), summed over tokens in fp32, of each slice: (b, n, n)."""
     z = z.detach().to(matmul_dtype(z)).reshape(-1, z.size(-1) // n, n).transpose(0, 1)  # (b, tokens, n)
+    if on_gpu(z) and z.dtype != torch.float32:
+        return torch.bmm(z.mT, z, out_dtype=torch.float32)
     with torch.autocast(z.device.type, enabled=False):
-        if on_gpu(z) and z.dtype != torch.float32:
-            return torch.bmm(z.mT, z, out_dtype=torch.float32)
         return z.float().mT @ z.float()
 
 
@@ -443,6 +433,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.vocab_size = config.vocab_size
+        self.fused_loss = True  # on a GPU
         rows = math.ceil(config.vocab_size / 128) * 128  # those added are neither looked up nor predicted
         self.wte = nn.Embedding(rows, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -476,7 +467,7 @@ class GPT(nn.Module):
         """
         x, grams = self.features(idx, collect)
         targets = targets.flatten()
-        if triton and on_gpu(x):
+        if self.fused_loss and on_gpu(x):
             x = x.flatten(0, 1).to(matmul_dtype(x))
             loss, *_ = head_loss(x, self.lm_head.weight, targets, self.vocab_size)
         else:
@@ -568,6 +559,7 @@ def head_loss_shapes(x, weight, targets, vocab_size):
 
 
 def save_gradients(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # no zeros for the gradients of dx and dweight
     ctx.save_for_backward(*output[1:])
 
 
@@ -661,8 +653,8 @@ class Muon(torch.optim.Optimizer):
         for p, owner in self.owner.items():
             place[p] = owner, slice(ends[owner], ends[owner] + p.numel())
             ends[owner] += p.numel()
-        dtype = fast_dtype(p.device, p.dtype)
-        self.updates = torch.zeros(world_size(), max(ends), dtype=dtype, device=p.device)
+        self.updates = torch.zeros(world_size(), max(ends), dtype=fast_dtype(p.device, p.dtype),
+                                   device=p.device)
         self.update = {p: self.updates[place[p]].view_as(p) for p in self.matrices}
 
     def cost(self, p):
@@ -818,9 +810,7 @@ def build_optimizers(model, config):
             module, name = config.optimizer.split(":")
             kind = getattr(importlib.import_module(module), name)
             settings = {}
-        closure = inspect.signature(kind.step).parameters.get("closure")
-        if closure and closure.default is closure.empty:
-            raise TypeError("its step() needs a closure, which the training loop does not have")
+        inspect.signature(kind.step).bind(None)  # TypeError if it needs a closure, which the loop has not
         hidden = kind(list(model.hidden_matrices().values()), lr=config.hidden_learning_rate,
                       **settings, **json.loads(config.optimizer_args))
         set_mode(hidden, "train")
@@ -888,13 +878,13 @@ def start_processes(config):
 def join_group(backend, timeout):
     try:
         store, process, world = next(dist.rendezvous("env://", timeout=timeout))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's own store outlives a restart, with the old addresses
+            store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group(backend, store=store, rank=process, world_size=world, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot find each other "
-                        f"({error}); start them with torchrun")
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun's own store outlives a restart, with the old addresses
-        store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    dist.init_process_group(backend, store=store, rank=process, world_size=world, timeout=timeout)
+                        f"({str(error).splitlines()[0]}); start them with torchrun")
 
 
 def keep_freed_memory():
@@ -922,7 +912,7 @@ def gathered(number):
 def first_to_fail():
     """Whether no other process has failed yet: those that follow end because of it, and say nothing."""
     if not dist.is_initialized():
-        return (os.environ.get("LOCAL_RANK") or "0") == "0"
+        return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         return dist.group.WORLD.get_group_store().add("failed", 1) == 1
     except RuntimeError:  # the store's process is gone
@@ -980,7 +970,8 @@ def write_atomically(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name, too, is on the disk before anything relies on it
+        with contextlib.suppress(OSError):  # some file systems cannot, and say EINVAL
+            os.fsync(folder)  # the new name, too, is on the disk before anything relies on it
         os.close(folder)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -1031,8 +1022,8 @@ def find_checkpoint(config, facts):
             print(f"warning: {candidate} cannot be loaded ({type(error).__name__}), looking for an older one",
                   file=sys.stderr)
             continue
-        check_checkpoint(candidate.resolve(), checkpoint, config)
-        folder = candidate.resolve().parent.parent
+        check_checkpoint(candidate.absolute(), checkpoint, config)
+        folder = candidate.absolute().parent.parent  # not resolved: checkpoints/ may be a link
         return checkpoint | {"folder": folder, "facts": read_facts(folder, config, facts)}
     if candidates or config.resume != "auto":
         raise UserError(f"resume = '{config.resume}': no checkpoint there that can be loaded; "
@@ -1045,8 +1036,8 @@ def find_checkpoint(config, facts):
 
 def check_checkpoint(path, checkpoint, config):
     """UserError if a run of `config` by this code could not have written the checkpoint at `path`."""
-    ours = isinstance(checkpoint, dict) and "code_sha256" in checkpoint
-    if not ours or path.parent.name != "checkpoints":
+    parts = {"config", "code_sha256", "progress", "model", "optimizers", "rng"}
+    if not isinstance(checkpoint, dict) or parts - checkpoint.keys() or path.parent.name != "checkpoints":
         raise UserError(f"{path}: not a checkpoint of train_gpt2.py in the checkpoints/ of its run's folder")
     if checkpoint["code_sha256"] != code_sha256():
         raise UserError(f"{path} was written by another version of train_gpt2.py; "
@@ -1143,7 +1134,7 @@ class Log:
         self.wandb = None
         if rank() != 0:
             return
-        if hasattr(sys.stdout, "reconfigure"):  # names may have letters that the terminal lacks
+        if sys.stdout:  # names may have letters that the terminal lacks
             sys.stdout.reconfigure(errors="backslashreplace")
         if checkpoint:
             self.facts = checkpoint["facts"]
@@ -1219,19 +1210,18 @@ class Log:
 
     def loss(self, name, step, seconds, losses, **more):
         """Logs the mean of `losses`, one a process, after `seconds` of training. UserError if one is NaN."""
-        c = self.config
         loss = sum(losses) / len(losses)
+        N = self.config.num_iterations
         ms = 1000 * seconds
         if self.files:
-            text = (f"step:{step}/{c.num_iterations} {name}:{loss:.4f} train_time:{ms:.0f}ms "
+            text = (f"step:{step}/{N} {name}:{loss:.4f} train_time:{ms:.0f}ms "
                     f"step_avg:{ms / step if step else math.nan:.2f}ms")
-            record = {"step": step, name: loss, **more, "train_time_ms": round(ms, 3),
-                      "tokens": step * c.batch_size * c.sequence_length}
+            record = {"step": step, name: loss, **more, "train_time_ms": round(ms, 3)}
             self.write("metrics.jsonl", json.dumps(record))
             if name == "val_loss":
                 self.print(text)
             elif self.live:  # the next line takes its place
-                self.print(text, end=f" {seconds / step * (c.num_iterations - step):.0f} s left")
+                self.print(text, end=f" {seconds / step * (N - step):.0f} s left")
             else:
                 self.write("log.txt", text)
         if bad := [str(process) for process, value in enumerate(losses) if not math.isfinite(value)]:
@@ -1270,31 +1260,35 @@ def synchronized_time(device):
 
 
 def wrapped(model, config, device):
-    """(the model, compiled if config.compile and that works here, and in DDP if there are several processes;
-    a note on what does not work)."""
+    """(the model, compiled if config.compile, and in DDP if there are several processes; a note, if kernels
+    cannot be compiled and the model does without)."""
     note = ""
-    if config.compile:
-        try:
+    try:
+        if device.type == "cuda":
+            x, weight = torch.zeros(2, 128, 128, dtype=fast_dtype(device), device=device)
+            head_loss(x, weight, torch.zeros(128, dtype=torch.int64, device=device), 128)
+        if config.compile:
             torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(8, device=device))
-        except Exception as error:  # no Triton, no C compiler, an old card: each has an exception of its own
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-            note = f"torch.compile does not work here ({reason}): training without it"
-        if any(gathered(bool(note))):
-            note = note or "torch.compile does not work on another process: training without it"
-        else:
-            # each gradient written to its place in that of the fused q, k, v takes half of the time of one
-            # kernel with three branches
-            names = "max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs"
-            options = {name: 2 for name in names if hasattr(torch._inductor.config, name)}
-            model = torch.compile(model, dynamic=False, options=options)
+    except Exception as error:  # no Triton, no C compiler, an old card: each has an exception of its own
+        note = ("no kernels can be compiled here, so training goes without torch.compile and fused loss "
+                f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]})")
+    if any(gathered(bool(note))):
+        note = note or "no kernels can be compiled on another process, so training goes without them"
+        model.fused_loss = False
+    elif config.compile:
+        # each gradient written to its place in that of the fused q, k, v takes half of the time of one kernel
+        # with three branches
+        names = "max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs"
+        options = {name: 2 for name in names if hasattr(torch._inductor.config, name)}
+        model = torch.compile(model, dynamic=False, options=options)
     if world_size() > 1:
         since_2_13 = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-        no_buffers = {"forward_sync_buffers" if since_2_13 else "broadcast_buffers": False}
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True, **no_buffers)
+        buffers = "forward_sync_buffers" if since_2_13 else "broadcast_buffers"
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True, **{buffers: False})
     return model, note
 
 
-def choose_micro_batch(config, device, per_process, dtype):
+def choose_micro_batch(config, device, per_process, dtype, fused_loss=True):
     """Sequences in one forward pass: device_batch_size or, without one, the largest power of two that
     divides per_process and fits the GPU.
 
@@ -1311,7 +1305,10 @@ def choose_micro_batch(config, device, per_process, dtype):
         memory = share * torch.cuda.get_device_properties(device).total_memory
         memory -= 32 * parameters  # each with gradient, state, update, statistics
         memory -= 2 * CHUNK * rows  # the logits of a chunk
-        tokens = memory / (22.5 * dtype.itemsize * config.n_layer * config.n_embd)
+        token = 22.5 * dtype.itemsize * config.n_layer * config.n_embd  # bytes
+        if not fused_loss:
+            token += 10 * rows  # all logits: in bf16, in fp32, and their gradient
+        tokens = memory / token
     size = 1
     while per_process % (2 * size) == 0 and 2 * size * config.sequence_length <= tokens:
         size *= 2
@@ -1338,8 +1335,8 @@ def accumulate(model, micro_batches, collect, dtype):
     return mean, sums
 
 
-def evaluate(model, shards, config, device, dtype, micro_batch, signals):
-    """Mean loss over exactly val_tokens tokens, shared by all processes. None if a signal came meanwhile."""
+def evaluate(model, shards, config, device, dtype, micro_batch):
+    """Mean loss over exactly val_tokens tokens, shared by all processes."""
     mine = list(range(rank(), config.val_tokens // config.sequence_length, world_size()))
     padding = -len(mine) % micro_batch
     mine += [0] * padding
@@ -1348,14 +1345,11 @@ def evaluate(model, shards, config, device, dtype, micro_batch, signals):
     # with torch.compile, use the graph of the training step: one without gradients would be a third to build
     with torch.set_grad_enabled(config.compile), autocast(device, dtype):
         for i, (idx, targets) in enumerate(prefetched(shards, batches, device), start=1):
-            if signals:
-                break
             if i == len(batches):
                 targets[micro_batch - padding:] = -1  # padding does not count
             loss = model(idx.to(device), targets.to(device))[0].detach()  # without its graph's activations
             total += loss.double() * (targets >= 0).sum()
-    total = sum(gathered(float(total)))
-    return None if any(gathered(len(signals))) else total / config.val_tokens
+    return sum(gathered(float(total))) / config.val_tokens
 
 
 def warm_up(model, raw_model, config, device, dtype, micro_batch):
@@ -1385,9 +1379,14 @@ def warm_up(model, raw_model, config, device, dtype, micro_batch):
 
 def check_state(optimizer, config):
     """UserError if its state cannot be saved and loaded: now, rather than at the first checkpoint."""
+    state = optimizer.state_dict()
+    kept = set(gathered(hash(tuple(state["state"])) % 2 ** 52))  # of which parameters
+    if len(kept) > 1 and not isinstance(optimizer, Muon):  # which gathers its state
+        raise UserError(f"optimizer = '{config.optimizer}' keeps the state of other parameters on other "
+                        "processes, where no checkpoint has it; start one process")
     content = io.BytesIO()
     try:
-        torch.save(optimizer.state_dict(), content)
+        torch.save(state, content)
         content.seek(0)
         optimizer.load_state_dict(torch.load(content, map_location="cpu", weights_only=True))
     except RuntimeError:  # no memory, or a process is gone
@@ -1406,18 +1405,15 @@ def results(config, device, progress, val_loss):
     seconds = progress.train_time
     ms = 1000 * seconds
     speed = steps * config.batch_size * config.sequence_length / max(seconds, 1e-9)
-    holder = "GPU"
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
-    else:
-        holder = "process"
-        unit = 1 if sys.platform == "darwin" else 1024
-        memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     memory = int(max(gathered(memory)))
     met = "met at step {}, {:.1f} s".format(*progress.reached) if progress.reached else "not met"
     text = (f"final loss   {val_loss:.4f}; target {config.target_val_loss:g} {met}\n"
             f"training     {seconds:.1f} s, {ms / max(1, steps):.1f} ms a step, {speed:,.0f} tokens/s\n"
-            f"memory       {memory / 2 ** 30:.2f} GiB at most on a {holder}")
+            f"memory       {memory / 2 ** 30:.2f} GiB at most in a process ({device.type})")
     facts = dict(final_val_loss=val_loss, train_time_ms=ms, steps=steps,
                  tokens_per_second=speed, target_reached=progress.reached, peak_memory_bytes=memory)
     return facts, text
@@ -1430,7 +1426,6 @@ def run(config):
     device = start_processes(config)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU multiplies fp32: preconditioning
     dtype = training_dtype(config, device)
-    micro_batch = choose_micro_batch(config, device, per_process, dtype)
 
     # ---- data
     train_shards = Shards(config.input_bin, T, config.vocab_size, config.allow_repeat, config.data_seed)
@@ -1445,16 +1440,22 @@ def run(config):
     optimizers = build_optimizers(raw_model, config)
     hidden = optimizers[1]
     model, note = wrapped(raw_model, config, device)
+    micro_batch = choose_micro_batch(config, device, per_process, dtype, raw_model.fused_loss)
 
     # ---- what there is to resume, and the log
     source = inspect.getsourcefile(type(hidden)) if ":" in config.optimizer else None
     facts = dict(
-        config=vars(config), machine=describe_machine(device), world_size=world_size(), device=device.type,
+        config=vars(config), machine=describe_machine(device), world_size=world_size(),
         dtype=str(dtype), compiled=config.compile and not note,
         micro_batch=micro_batch,
         code_sha256=code_sha256(), optimizer_sha256=sha256(Path(source).read_bytes()) if source else None,
         parameters=raw_model.num_parameters(),
         tokens_per_step=B * T, train_shards=train_shards.describe(), val_shards=val_shards.describe())
+    validation = {shard["sha256_of_first_mebibyte"] for shard in facts["val_shards"]}
+    for shard in facts["train_shards"]:
+        if shard["sha256_of_first_mebibyte"] in validation:
+            raise UserError(f"{shard['name']}, one of input_bin = '{config.input_bin}', is also one of "
+                            "input_val_bin; a loss on what was trained on says nothing: keep them apart")
     found = [None]
     if config.resume and rank() == 0:
         found = [find_checkpoint(config, facts)]
@@ -1485,17 +1486,13 @@ def run(config):
     mine = (range(i, i + per_process) for i in range(start * B + rank() * per_process, N * B, B))
     batches = prefetched(train_shards, mine, device)
     signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # from now on they end the run after the step
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # now they end the run after the step
         signal.signal(number, lambda number, frame: signals.append(number))
-
-    def caught_signal():
-        """The signal that any process has caught, or 0."""
-        return int(max(gathered(max(signals, default=0))))
 
     clock = synchronized_time(device)
     for step in range(start, N + 1):
         last = step == N
-        stop = caught_signal()
+        stop = int(max(gathered(max(signals, default=0))))  # what any process has caught, or 0
         evaluates = last or (config.val_loss_every and step % config.val_loss_every == 0)
         saves = last or (config.save_every and step % config.save_every == 0)
         if stop or evaluates or saves:
@@ -1508,15 +1505,12 @@ def run(config):
 
             if evaluates and not stop:
                 set_mode(hidden, "eval")
-                val_loss = evaluate(model, val_shards, config, device, dtype, micro_batch, signals)
-                if val_loss is None:
-                    stop = caught_signal()
-                else:
-                    log.loss("val_loss", step, progress.train_time, [val_loss])
-                    if val_loss <= config.target_val_loss and not progress.reached:
-                        progress.reached = step, progress.train_time
-                        log.print(f"target {config.target_val_loss} reached at step {step}, "
-                                  f"{progress.train_time:.1f} s")
+                val_loss = evaluate(model, val_shards, config, device, dtype, micro_batch)
+                log.loss("val_loss", step, progress.train_time, [val_loss])
+                if val_loss <= config.target_val_loss and not progress.reached:
+                    progress.reached = step, progress.train_time
+                    log.print(f"target {config.target_val_loss} reached at step {step}, "
+                              f"{progress.train_time:.1f} s")
 
             ends = stop or last or (evaluates and progress.reached and config.stop_at_target)
             changed = step > start or (last and hasattr(hidden, "eval"))
@@ -1544,8 +1538,7 @@ def run(config):
             seconds = progress.train_time + time.perf_counter() - clock
             failed = int(sum(gathered(float(getattr(hidden, "failures", 0)))))
             log.loss("train_loss", step + 1, seconds, losses, learning_rate_scale=scale,
-                     data_wait_ms=round(1000 * train_shards.waited, 3), failed_factorisations=failed)
-            train_shards.waited = 0.0
+                     failed_factorisations=failed)
             if failed > failures:
                 log.print(f"warning: {failed - failures} factorisations failed up to step {step + 1}; "
                           "those blocks keep their last preconditioner")
@@ -1573,9 +1566,9 @@ def explanation(error):
         return "interrupted"
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"{text.splitlines()[0]} Set a smaller device_batch_size (the log has its value) or model."
-    lost = re.search("gloo|nccl|connection|timed out", text, re.IGNORECASE)
-    if isinstance(error, RuntimeError) and world_size() > 1 and lost:
-        return lost_processes(error)
+    if world_size() > 1 and isinstance(error, RuntimeError):
+        if re.search("gloo|nccl|connection|timed out", text, re.IGNORECASE):
+            return lost_processes(error)
     return text if isinstance(error, (UserError, OSError)) else None
 
 

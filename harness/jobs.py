@@ -96,8 +96,13 @@ class Jobs:
 
 
 def threads_for(number):
-    """CPU threads for each of so many runs at a time."""
-    return max(1, (os.cpu_count() or 1) // number)
+    """CPU threads for each of so many runs at a time: OMP_NUM_THREADS, else an equal share of the cores."""
+    if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        return int(os.environ["OMP_NUM_THREADS"])
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # those that this process may use
+        cores = len(os.sched_getaffinity(0))
+    return max(1, cores // number)
 
 
 # running commands, and showing what they print

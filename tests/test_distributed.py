@@ -16,7 +16,7 @@ import train_gpt2
 from conftest import (HANGS, PATHS, ROOT, arguments, logged, refused, run, same_weights, sequence, torchrun,
                       write_config)
 from faults import full_disk
-from train_gpt2 import GPT, Config, NewtonMuon, assign_owners
+from train_gpt2 import GPT, Config, NewtonMuon
 
 OPTIMIZERS = ("adamw", "muon", "newton_muon")
 STEPS = 40
@@ -129,17 +129,17 @@ def test_losses_with_the_speedruns_matrices(node, processes):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
-def test_memory_of_each_owner_of_the_speedruns_matrices(node, processes):
+def test_memory_of_each_owner_of_the_speedruns_matrices(node, processes, monkeypatch):
     """Bytes of momentum, K and P of a process's matrices. Their owners are those of the speedrun's model,
     because the costs of the matrices are as in a model 48 times as wide."""
     _, reports = node
     with torch.device("meta"):
         speedrun = list(GPT(Config()).hidden_matrices().values())
-    optimizer = NewtonMuon(speedrun)
-    owners = assign_owners([optimizer.flops(p) for p in speedrun], processes)
+    monkeypatch.setattr(train_gpt2, "world_size", lambda: processes)
+    owners = NewtonMuon(speedrun).owner
     assert len(owners) == 48
     expected = [0] * processes
-    for p, owner in zip(speedrun, owners):
+    for p, owner in owners.items():
         rows, columns = (size // 48 for size in p.shape)
         blocks = max(1, columns // rows)
         width = min(rows, columns)

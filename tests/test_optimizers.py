@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import golden
+import train_gpt2
 from optimizers.adopt import ADOPT
 from optimizers.dion import Dion
 from optimizers.dp_muon import DPMuon
@@ -15,7 +16,7 @@ from optimizers.power_newton_muon import PowerNewtonMuon
 from optimizers.scion import Scion
 from optimizers.signum import Signum
 from optimizers.stiefel_muon import StiefelMuon
-from train_gpt2 import GPT, Config, Muon, NewtonMuon, assign_owners, newton_schulz
+from train_gpt2 import GPT, Config, Muon, NewtonMuon, newton_schulz
 
 
 @pytest.mark.parametrize("name", ["muon_d16.npz", "newton_muon_d16.npz"])
@@ -167,13 +168,15 @@ def test_unsuitable_matrices_are_refused(kind, matrix, words):
         kind([torch.nn.Parameter(matrix)])
 
 
-def test_owners_share_the_work_evenly():
-    costs = [9, 9, 9, 3, 3, 3, 3, 3, 3, 3, 3, 3]
-    loads = [0, 0, 0]
-    for cost, owner in zip(costs, assign_owners(costs, 3), strict=True):
-        loads[owner] += cost
-    assert loads == [18, 18, 18]
-    assert assign_owners(costs, 1) == [0] * 12
+@pytest.mark.parametrize("processes, loads", [(1, [54]), (3, [18, 18, 18])])
+def test_owners_share_the_work_evenly(processes, loads, monkeypatch):
+    matrices = [torch.zeros(1, size) for size in (9, 9, 9, 3, 3, 3, 3, 3, 3, 3, 3, 3)]
+    monkeypatch.setattr(train_gpt2, "world_size", lambda: processes)
+    monkeypatch.setattr(Muon, "cost", lambda self, p: p.numel())
+    found = [0] * processes
+    for p, owner in Muon(matrices).owner.items():
+        found[owner] += p.numel()
+    assert found == loads
 
 
 class CountLaunches(TorchDispatchMode):

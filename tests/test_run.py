@@ -81,7 +81,6 @@ def test_files_of_a_run(newton_muon_run, shards):
 
     metrics = records(folder)
     assert [record["step"] for record in metrics if "train_loss" in record] == list(range(1, 11))
-    assert metrics[-1]["tokens"] == 10 * 12 * 16
 
     facts = facts_of(folder)
     assert facts["config"]["optimizer"] == "newton_muon"
@@ -90,7 +89,6 @@ def test_files_of_a_run(newton_muon_run, shards):
     assert facts["tokens_per_step"] == 192
     assert facts["machine"]["torch"] == torch.__version__
     assert facts["parameters"] == 2 * 12 * 16 ** 2 + 64 * 16
-    assert facts["hidden_parameters"] == 2 * 12 * 16 ** 2
     assert len(facts["code_sha256"]) == 64
     assert facts["final_val_loss"] == pytest.approx(run.losses[-1], abs=1e-4)
     assert facts["end"] >= facts["start"]
@@ -116,8 +114,6 @@ def test_a_run_ends_with_its_results(start, tmp_path):
     assert 0 < seconds < total
     assert facts["tokens_per_second"] == pytest.approx(10 * 192 / total)
     assert facts["peak_memory_bytes"] > 2 ** 26
-    assert facts["utilisation"] is None
-    assert facts["attention"] in ("flash_attention", "math")
     assert f"final loss   {facts['final_val_loss']:.4f}; target 4 met at step 5" in done.stdout
 
 
@@ -141,7 +137,8 @@ def test_a_run_continues_without_a_compiler(start, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", Mock(side_effect=RuntimeError("no C++ compiler")))
     done = start(run_name="a", compile="true")
     assert done.returncode == 0
-    note = "torch.compile does not work here (RuntimeError: no C++ compiler): training without it"
+    note = ("no kernels can be compiled here, so training goes without torch.compile and fused loss "
+            "(RuntimeError: no C++ compiler)")
     assert note in done.stdout
     assert facts_of(tmp_path / "logs/a")["compiled"] is False
 
@@ -226,7 +223,7 @@ def test_resume_needs_the_same_code(start, finished, monkeypatch):
 
 def test_a_checkpoint_that_comes_late(start, finished, monkeypatch):
     # as if it had looked before the first one was saved
-    monkeypatch.setattr(train_gpt2, "find_checkpoint", lambda *_: (None, None))
+    monkeypatch.setattr(train_gpt2, "find_checkpoint", lambda *_: None)
     sentence = "has a checkpoint that was not there a moment ago"
     refused_and_untouched(start, finished, sentence, resume="auto")
 
@@ -328,6 +325,9 @@ def test_another_target_is_met_again(start, tmp_path):
 
 
 class GonePipe(io.StringIO):
+    def reconfigure(self, **settings):
+        pass
+
     def write(self, text):
         raise BrokenPipeError(32, "Broken pipe")
 
@@ -351,10 +351,13 @@ def test_names_that_cannot_be_printed(start, tmp_path, monkeypatch, name):
     assert "final loss" in (tmp_path / f"logs/{name}/log.txt").read_text()
 
 
-def test_a_gpu_machine_without_nvidia_smi(monkeypatch):
+def test_a_machine_without_git_and_nvidia_smi(start, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
-    assert train_gpt2.describe_machine(torch.device("cuda", 0))["nvidia_smi"] == ""
+    assert start(run_name="a").returncode == 0
+    machine = facts_of(tmp_path / "logs/a")["machine"]
+    assert machine["git_commit"] is None
+    assert machine["git_changes"] is False
+    assert machine["cpu"]
 
 
 def test_stop_at_target(start, tmp_path):
@@ -587,7 +590,7 @@ def test_learning_rate_schedule():
 
 @pytest.mark.parametrize("fields, words", [
     (dict(batch_size=12, device_batch_size=5),
-     ["device_batch_size = 5", "12 sequences", "nearest that does is 4"]),
+     ["device_batch_size = 5", "must divide the 12 sequences that each of 1 processes has"]),
     (dict(num_iterations=5000), ["train_*.bin", "needs 960,000", "add 319 more shards", "allow_repeat"]),
     (dict(val_tokens=16 * 1000), ["val_*.bin", "validation needs 16,000"]),
     (dict(val_tokens=100), ["val_tokens = 100", "sequence_length = 16"]),
@@ -603,9 +606,10 @@ def test_learning_rate_schedule():
     (dict(optimizer="torch.optim:SGD", weight_decay=0.1), ["weight_decay = 0.1", "optimizer_args"]),
     (dict(optimizer_args="{"), ["optimizer_args", "JSON"]),
     (dict(optimizer_args='{"momentum": 0.5}'),
-     ["optimizer_args = '{\"momentum\": 0.5}', optimizer = 'muon'", "without a module:Class"]),
+     ["optimizer = 'muon' with optimizer_args = '{\"momentum\": 0.5}'", "multiple values", "'momentum'"]),
+    (dict(optimizer_args="[]"), ["optimizer_args = '[]'", "mapping"]),
     (dict(seed=2 ** 64), ["seed = 18446744073709551616"]),
-    (dict(collective_timeout=2 ** 32), ["collective_timeout = 4294967296", "below 2^32"]),
+    (dict(collective_timeout=2 ** 32), ["collective_timeout = 4294967296", "below 4,294,967,296"]),
     (dict(vocab_size=32), ["val_000000.bin", "vocab_size = 32"]),
     (dict(resume="nowhere"), ["resume = 'nowhere'"]),
     (dict(resume="auto"), ["run_name"]),
@@ -614,8 +618,7 @@ def test_learning_rate_schedule():
     pytest.param(dict(device="cuda"), ["device = 'cuda'", "--device cpu"],
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
     (dict(batch_size=9, env=dict(WORLD_SIZE="2")),
-     ["batch_size = 9 cannot be split over 2 processes; "
-      "the nearest numbers of processes that can are 1 and 3"]),
+     ["batch_size = 9 cannot be split over 2 processes; set a multiple of their number, or start fewer"]),
     (dict(config="num_iteration = 5\n"), ["unknown key 'num_iteration'", "'num_iterations'", "config.toml"]),
     (dict(config="num_iterations = 5.0\n"), ["config.toml", "num_iterations = 5.0", "float", "int"]),
     (dict(config="compile = 1\n"), ["compile = 1", "bool"]),
