@@ -63,7 +63,8 @@ def test_two_nodes_survive_a_death(nodes, shards, tmp_path, call, launch, monkey
     """All processes wait in step 11 until the test has killed the second node."""
     marker = tmp_path / "killed"
     config = write_config(
-        tmp_path / "config.toml", shards, num_iterations=30, warmdown_iters=20, val_loss_every=2, save_every=2,
+        tmp_path / "config.toml", shards, num_iterations=30, warmdown_iters=20, val_loss_every=2,
+        save_every=2,
         optimizer="faults:WaitsForFile", optimizer_args='{"refresh_interval": 5}')
 
     def join(prefix, address, interface):
