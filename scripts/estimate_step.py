@@ -1,24 +1,27 @@
 """Estimate a training step on an H100 without one, from the code that torch's compiler generates for it.
 
-    python scripts/estimate_step.py                   the speedrun's model, 64 sequences of 1024 tokens at a time
-    python scripts/estimate_step.py --ddp             as DDP compiles it on several GPUs: cut into graphs
-    python scripts/estimate_step.py --collect         with the sums Z Z^T for Newton-Muon's refresh
-    python scripts/estimate_step.py --n_layer 2 --sequences 8       quicker
+    python scripts/estimate_step.py                 the speedrun's model, 64 sequences of 1024 tokens
+    python scripts/estimate_step.py --ddp           as DDP compiles it on several GPUs: cut into graphs
+    python scripts/estimate_step.py --collect       with the sums Z Z^T for Newton-Muon's refresh
+    python scripts/estimate_step.py --n_layer 2     quicker
 
-torch.compile generates the forward and backward pass for a GPU of the H100's kind, Triton and its assembler compile the
-kernels, and the code around them is run on fake tensors. Nothing runs on a GPU, and none is needed.
+torch.compile generates the forward and backward pass for an H100, Triton and its assembler compile the
+kernels, and the code around them runs on fake tensors. Nothing runs on a GPU, and none is needed; torch
+may be a CPU build.
 
 Counted, so facts about the code:
-  bytes         that each generated kernel must read and write, each address once, however often it is loaded
-  instructions  of each generated kernel up to its end, for all threads; of a kernel that loops they are not counted
-  FLOPs         of matrix products, and of causal attention, which skips half of the scores
-  saved         bytes kept for the backward pass; a view keeps the whole buffer behind it
+  GB      that each generated kernel must read and write: each address once, however often it is loaded
+  instr.  machine instructions of each generated kernel, for an element of its launch, with the first of the
+          settings among which a GPU would choose; a kernel that loops is not counted
+  FLOPs   of matrix products and of attention; causal attention skips half of the scores
+  saved   bytes kept for the backward pass; a view keeps the whole buffer behind it
 
-Assumed: the rates below, as ranges, so that every time is a range too. A kernel takes the longer of its memory traffic and
-its instructions. Launches and gaps between kernels count nothing. Against the published times of other trainers, a model
-of this kind has been 3 to 10 % optimistic.
+Assumed: the rates below, as ranges, so every time is a range too. A kernel takes the longer of its memory
+traffic and its instructions. Launches, and gaps between kernels, take no time here. Against the published
+times of other trainers, a model of this kind has been 3 to 10 % optimistic.
 """
 import argparse
+import math
 import os
 import re
 import subprocess
@@ -31,6 +34,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["TRITON_INTERPRET"] = "0"  # the tests set 1, but this compiles
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="estimate_step_"))
 from harness.command import command
 from train_gpt2 import GPT, Config, UserError
 
@@ -59,9 +63,11 @@ import train_gpt2
 
 GPU = torch.device("cuda", 0)
 H100 = types.SimpleNamespace(
-    name="NVIDIA H100 80GB HBM3", major=9, minor=0, gcnArchName="", total_memory=85_000_000_000, L2_cache_size=50 * 2**20,
+    name="NVIDIA H100 80GB HBM3", major=9, minor=0, gcnArchName="",
+    total_memory=85_000_000_000, L2_cache_size=50 * 2**20,
     multi_processor_count=132, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048,
     max_threads_per_block=1024, warp_size=32, shared_memory_per_block_optin=232448)
+BUCKET = 25 * 2**20  # bytes of gradients that DDP sends at a time
 PEAK_INSTRUCTIONS = 132 * 128 * 1.755e9  # a second, of one thread: multiprocessors x lanes x clock
 # (slow, fast), a second
 MEMORY = (2.5e12, 2.9e12)  # bytes, of 3.35e12 on paper
@@ -129,12 +135,16 @@ class Driver:
 
 
 def pretend():
-    """Makes torch's compiler and Triton believe in an H100, for the rest of this process. Written for torch 2.13."""
+    """Makes torch's compiler and Triton believe in an H100, for the rest of this process.
+
+    Written for torch 2.13 and Triton 3.9: it replaces private parts of both.
+    """
     list(device_interface.get_registered_device_interfaces())  # registers the real ones first
     for name in ("cuda", "cuda:0"):
         device_interface.register_interface_for_device(name, Interface)
-    answers = dict(get_device_properties=H100, get_device_capability=(9, 0), current_device=0, is_bf16_supported=True,
-                   set_device=None, _exchange_device=0, _maybe_exchange_device=0, _lazy_init=None)
+    answers = dict(get_device_properties=H100, get_device_capability=(9, 0), is_bf16_supported=True,
+                   current_device=0, set_device=None, _exchange_device=0, _maybe_exchange_device=0,
+                   _lazy_init=None)
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
     torch._inductor.runtime.triton_helpers.set_driver_to_gpu = lambda: None
@@ -159,6 +169,10 @@ def pretend():
     SIMDKernel.estimate_kernel_num_bytes = kernel_bytes
 
 
+def empty_on_gpu(size, stride, dtype):
+    return torch.empty_strided(size, stride, dtype=dtype, device=GPU)
+
+
 def flash_attention(q, k, v, is_causal):
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False)[0]
 
@@ -172,7 +186,7 @@ def on_gpu(value):
 
 
 def move_to_gpu(graph):
-    """The graph was traced on the CPU, since without CUDA torch cannot differentiate even fake tensors of a GPU."""
+    """Moves a graph that was traced on the CPU: a CPU build of torch cannot trace backward passes of a GPU."""
     for node in graph.nodes:
         node.args = tree_map(on_gpu, node.args)
         node.kwargs = tree_map(on_gpu, node.kwargs)
@@ -183,13 +197,15 @@ def move_to_gpu(graph):
 # ---- Counting
 
 def kernel_bytes(kernel):
-    """Bytes that a generated kernel reads and writes: of each buffer the regions that differ in their ends or their size.
+    """Bytes that a generated kernel reads and writes.
 
-    A flip within a row loads the same region twice, in another order: it counts once.
+    Of each buffer the regions that differ in their ends or their size. A flip within a row loads one region twice,
+    in two orders: it counts once.
     """
     nodes = list(kernel.features.scheduler_nodes())
     written = {dep.name for node in nodes for dep in node.read_writes.writes}
-    gone = kernel.removed_buffers | kernel.inplaced_to_remove | V.graph.removed_buffers  # these stay in registers
+    # these stay in registers
+    gone = kernel.removed_buffers | kernel.inplaced_to_remove | V.graph.removed_buffers
     total = 0
     for kind in ("reads", "writes"):
         regions = {}  # of each buffer
@@ -213,7 +229,7 @@ def region(dep):
 
 
 def instructions(kernel):
-    """Instructions of all threads of a launch, without rare paths behind the kernel's end; None if it loops."""
+    """Instructions of all threads of a launch; None if the kernel loops. Rare paths lie behind its end."""
     tuner = getattr(PyCodeCache.load(kernel.source), kernel.name)
     settings = tuner.configs[0]
     if "R0_BLOCK" in settings.kwargs:
@@ -223,15 +239,17 @@ def instructions(kernel):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True, check=True).stdout
+        command = [disassembler, "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.+?) *;", text, re.MULTILINE)
-    count = next(i for i, code in enumerate(found, start=1) if code.startswith("EXIT"))  # @P0 EXIT does not end it
+    count = 1 + next(i for i, code in enumerate(found) if code.startswith("EXIT"))  # not @P0 EXIT
     programs = 1
-    for name, size in zip("xy", [size for size in kernel.sizes]):
-        block = settings.kwargs.get(f"{name.upper()}BLOCK")
+    names = [name for name in tuner.fn.arg_names if name.endswith("numel")]
+    for name, size in zip(names, kernel.sizes):
+        block = settings.kwargs.get(f"{name[0].upper()}BLOCK")
         if block:
-            programs *= -(-size // block)
-    return count * programs * settings.num_warps * 32
+            programs *= math.ceil(size / block)
+    return count * programs * settings.num_warps * H100.warp_size
 
 
 @register_flop_formula(torch.ops.train_gpt2.head_loss)
@@ -245,27 +263,50 @@ def bmm_flops(x, y, *_, **__):
     return 2 * x[0] * x[1] * x[2] * y[2]
 
 
-def count(function, inputs, ddp=False):
-    """The Step of function(*inputs), forward and backward."""
-    step = Step()
+def storage(tensor):
+    """What identifies the buffer behind a tensor."""
+    return tensor.untyped_storage()._cdata
 
-    def load(graph_lowering, code):
-        """Instead of a module that runs: one whose kernels count themselves, and whose tensors are fake."""
-        module = types.ModuleType("generated")
-        module.__file__ = "generated"
-        exec(code.value, module.__dict__)
-        for name, value in list(vars(module).items()):
-            if isinstance(value, Kernel):
-                step.kernels.append(value)
+
+def saved_bytes(tensors):
+    """Bytes of the buffers behind these tensors, each counted once."""
+    buffers = {storage(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(buffers.values())
+
+
+class Stop(Exception):
+    """All has been generated and counted."""
+
+
+def stop(*args):
+    raise Stop
+
+
+stop._boxed_call = True  # as the compiler calls what it has generated
+
+
+class Counting:
+    """Stands in for Inductor: generates code as it does, and counts instead of running it."""
+
+    def __init__(self):
+        self.step = Step()
+        self.module = None  # generated last
+        self.forward = {}  # what the last forward graph has computed, by name
+
+    def load(self, code):
+        """Makes a module of generated code. Its kernels count themselves, and its tensors are fake."""
+        self.module = types.ModuleType("generated")
+        self.module.__file__ = "generated"
+        exec(code.value, self.module.__dict__)
+        self.step.kernels += [value for value in vars(self.module).values() if isinstance(value, Kernel)]
         for name in ("assert_size_stride", "assert_alignment", "copy_if_misaligned"):
-            setattr(module, name, lambda tensor, *_: tensor)
-        module.empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=GPU)
-        module.reinterpret_tensor = torch.as_strided
-        step.module = module
-        return module
+            setattr(self.module, name, lambda tensor, *_: tensor)
+        self.module.empty_strided_cuda = empty_on_gpu
+        self.module.reinterpret_tensor = torch.as_strided
+        return self.module
 
-    def inner(graph, inputs, is_backward=False, **options):
-        """Compiles a graph, and runs what was generated on fake tensors."""
+    def compile(self, graph, inputs, is_backward=False, **options):
+        """Generates the code of a graph, forward or backward, and runs it on fake tensors."""
         move_to_gpu(graph.graph)
         graph.recompile()
         placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
@@ -275,59 +316,57 @@ def count(function, inputs, ddp=False):
             compile_fx_inner(graph, fakes, is_backward=is_backward, **options)
         formulas = {torch.ops.aten.bmm: bmm_flops}
         with mode, torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-            outputs = step.module.call(list(fakes))
+            outputs = self.module.call(list(fakes))
         counts = counter.get_flop_counts().get("Global", {})  # nothing in a graph without products
-        step.flops.update({str(name): flops for name, flops in counts.items()})
+        self.step.flops.update({str(name): flops for name, flops in counts.items()})
         if is_backward:
             kept = {node.name for node in placeholders}
-            step.saved += saved_bytes({name: t for name, t in step.forward.items() if name in kept})
+            self.step.saved += saved_bytes(t for name, t in self.forward.items() if name in kept)
         else:
-            step.graphs += 1
+            self.step.graphs += 1
             names = [getattr(node, "name", None) for node in graph.graph.output_node().args[0]]
-            own = {fake.untyped_storage()._cdata for fake in fakes if isinstance(fake, FakeTensor)}
-            step.forward = {name: t for name, t in zip(names, outputs)
-                            if isinstance(t, FakeTensor) and t.untyped_storage()._cdata not in own}
+            given = {storage(fake) for fake in fakes if isinstance(fake, FakeTensor)}
+            self.forward = {name: t for name, t in zip(names, outputs)
+                            if isinstance(t, FakeTensor) and storage(t) not in given}
         return stop
 
-    def stop(*args):
-        raise Stop
-    stop._boxed_call = True
+    def backend(self, graph, inputs):
+        return compile_fx(graph, inputs, inner_compile=self.compile)
 
-    def backend(graph, inputs):
-        return compile_fx(graph, inputs, inner_compile=inner)
 
+def count(function, inputs, ddp=False):
+    """The Step of function(*inputs), forward and backward. Call pretend() first.
+
+    `ddp`: cut into graphs as DDP does it, so that gradients can be sent while others are computed.
+    """
+    counting = Counting()
     AsyncCompile.triton = lambda self, name, source, device_str="cuda": Kernel(name, source)
-    GraphLowering._compile_to_module_lines = load
+    GraphLowering._compile_to_module_lines = lambda self, code: counting.load(code)
+    backend = counting.backend
     if ddp:
-        backend = DDPOptimizer(25 * 2**20, backend).compile_fn
+        backend = DDPOptimizer(BUCKET, backend).compile_fn
+    torch._dynamo.reset()
     try:
         with torch.autocast("cpu", torch.bfloat16):
             torch.compile(function, dynamic=False, backend=backend)(*inputs)
     except Stop:
         pass
-    for kernel in step.kernels:
-        kernel.bytes = 1e9 * float(re.search(r"'kernel_num_gb': ([0-9.e-]+)", kernel.source).group(1))
+    for kernel in counting.step.kernels:
+        gigabytes = re.search(r"'kernel_num_gb': ([0-9.e-]+)", kernel.source).group(1)
+        kernel.bytes = 1e9 * float(gigabytes)
         kernel.instructions = instructions(kernel)
-    return step
-
-
-class Stop(Exception):
-    """All has been generated and counted."""
-
-
-def saved_bytes(tensors):
-    """Bytes of the buffers behind these tensors."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors.values()}
-    return sum(storages.values())
+    return counting.step
 
 
 # ---- Time
 
 def head_kernels(tokens, rows, width):
-    """What the loss adds that the compiler does not generate: its own kernel, and sums over chunks of tokens."""
-    chunks = -(-tokens // train_gpt2.CHUNK)
-    return [Kernel("loss: cross_entropy_kernel, one read and one write of the logits", "", 1, 2 * 2 * tokens * rows),
-            Kernel("loss: the head's gradient added up in fp32", "", chunks, 2 * 4 * rows * width)]
+    """What head_loss does besides its products: its own kernel, and sums over chunks of tokens."""
+    logits = 2 * tokens * rows  # bytes in bf16
+    gradient = 4 * rows * width  # in fp32
+    chunks = math.ceil(tokens / train_gpt2.CHUNK)
+    return [Kernel("loss: cross_entropy_kernel, logits read and written once", "", 1, 2 * logits),
+            Kernel("loss: the head's gradient added up in fp32", "", chunks, 2 * gradient)]
 
 
 def times(step, extra=()):
@@ -354,7 +393,7 @@ def milliseconds(slow_fast):
 def show(step, extra, tokens, rows):
     """The table of kernels, and the sums."""
     kernels = sorted(step.kernels + extra, key=lambda kernel: -kernel.seconds(0))
-    print(f"{'ms':>16} {'launches':>8} {'GB':>7} {'instr.':>6}  kernel (instructions for each element of the launch)")
+    print(f"{'ms':>16} {'launches':>8} {'GB':>7} {'instr.':>6}  kernel")
     for kernel in kernels[:rows]:
         each = "-"
         if kernel.instructions:
@@ -362,27 +401,33 @@ def show(step, extra, tokens, rows):
             each = f"{kernel.instructions / elements:.0f}"
         gigabytes = kernel.launches * kernel.bytes / 1e9
         time = milliseconds((kernel.seconds(0), kernel.seconds(1)))
-        print(f"{time:>16} {kernel.launches:8} {gigabytes:7.2f} {each:>6}  {kernel.name.removeprefix('triton_')[:80]}")
+        name = kernel.name.removeprefix("triton_")[:72]
+        print(f"{time:>16} {kernel.launches:8} {gigabytes:7.2f} {each:>6}  {name}")
     launches = sum(kernel.launches for kernel in step.kernels)
     traffic = sum(kernel.launches * kernel.bytes for kernel in step.kernels)
     print(f"generated: {launches} launches in {step.graphs} graphs, {traffic / 1e9:.1f} GB")
-    print("FLOPs: " + ", ".join(f"{name} {flops / 1e12:.2f} T" for name, flops in sorted(step.flops.items())))
-    print(f"saved for the backward pass: {step.saved / 2**30:.2f} GiB, {step.saved / tokens:,.0f} bytes a token")
+    for name, flops in sorted(step.flops.items()):
+        print(f"{flops / 1e12:16.2f} TFLOP in {name}")
+    if step.graphs == 1:  # else what crosses from graph to graph would be missing
+        each = step.saved / tokens
+        print(f"saved for the backward pass: {step.saved / 2**30:.2f} GiB, {each:,.0f} bytes a token")
     parts = times(step, extra)
     total = [sum(seconds) for seconds in zip(*parts.values())]
     for part, seconds in parts.items():
         print(f"{milliseconds(seconds):>16} ms  {part}")
-    print(f"{milliseconds(total):>16} ms  for {tokens:,} tokens: {tokens / total[0]:,.0f} to {tokens / total[1]:,.0f} tokens/s")
+    slow, fast = (tokens / seconds for seconds in total)
+    print(f"{milliseconds(total):>16} ms  for {tokens:,} tokens: {slow:,.0f} to {fast:,.0f} tokens/s")
     print("An estimate from assumed rates, not a measurement; such estimates have been 3 to 10 % optimistic.")
 
 
 @command(interrupted="interrupted")
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n_layer", type=int, default=12, help="(default: 12)")
     parser.add_argument("--sequences", type=int, default=64, help="of 1024 tokens, at a time (default: 64)")
     parser.add_argument("--ddp", action="store_true", help="as DDP compiles it: cut into graphs")
-    parser.add_argument("--collect", action="store_true", help="with the sums Z Z^T for Newton-Muon's refresh")
+    parser.add_argument("--collect", action="store_true", help="with the sums Z Z^T for a refresh")
     parser.add_argument("--kernels", type=int, default=12, help="how many to show (default: 12)")
     args = parser.parse_args()
     if min(args.n_layer, args.sequences) < 1:
