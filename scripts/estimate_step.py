@@ -186,7 +186,7 @@ def on_gpu(value):
 
 
 def move_to_gpu(graph):
-    """Moves a graph that was traced on the CPU: a CPU build of torch cannot trace backward passes of a GPU."""
+    """Moves a graph that was traced on the CPU, as a CPU build of torch cannot trace backward on a GPU."""
     for node in graph.nodes:
         node.args = tree_map(on_gpu, node.args)
         node.kwargs = tree_map(on_gpu, node.kwargs)
@@ -199,8 +199,8 @@ def move_to_gpu(graph):
 def kernel_bytes(kernel):
     """Bytes that a generated kernel reads and writes.
 
-    Of each buffer the regions that differ in their ends or their size. A flip within a row loads one region twice,
-    in two orders: it counts once.
+    Of each buffer the regions that differ in their ends or their size. A flip within a row loads one region
+    twice, in two orders: it counts once.
     """
     nodes = list(kernel.features.scheduler_nodes())
     written = {dep.name for node in nodes for dep in node.read_writes.writes}
@@ -432,6 +432,8 @@ def main():
     args = parser.parse_args()
     if min(args.n_layer, args.sequences) < 1:
         raise UserError(f"--n_layer {args.n_layer} --sequences {args.sequences}: must be at least 1")
+    if args.ddp and args.collect:
+        raise UserError("--ddp --collect: only one of the two can be counted at a time")
     config = Config(n_layer=args.n_layer)
     tokens = args.sequences * config.sequence_length
     pretend()

@@ -296,8 +296,8 @@ def sentences(rows):
         f"On the speedrun's optimizer track Newton-Muon saves {percent(first)} against the first Muon "
         f"baseline, and nothing against the best tuned one: it takes {more[0]:.1f} % ({more[1]:.1f} to "
         f"{more[2]:.1f}) more.",
-        f"At 1 B parameters the sign turns (its loss is {-large.gain[0]:.4f} above Muon's); our own toy models "
-        f"of 0.06 to 0.8 M save {low:.1f} to {high:.1f} %."]
+        f"At 1 B parameters the sign turns (its loss is {-large.gain[0]:.4f} above Muon's); our own toy "
+        f"models of 0.06 to 0.8 M save {low:.1f} to {high:.1f} %."]
 
 
 def cpu_overhead():

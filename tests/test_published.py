@@ -1,4 +1,4 @@
-"""What others published: is the page up to date, do its figures follow from the CSV files, its words from them?"""
+"""What others published: is the page up to date, and do its figures and words follow from the CSV files?"""
 import sys
 
 import numpy as np
