@@ -159,7 +159,6 @@ def pretend():
     torch._inductor.config.compile_threads = 1
     torch._inductor.config.use_static_triton_launcher = False  # it would keep only the name of a kernel
     torch._inductor.config.profile_bandwidth = True  # writes kernel_bytes() of each kernel into its code
-    torch._inductor.config.joint_custom_post_pass = move_to_gpu
     # what wrapped() gives to torch.compile
     torch._inductor.config.max_pointwise_cat_inputs = 2
     torch._inductor.config.max_complex_pointwise_cat_inputs = 2
