@@ -29,12 +29,13 @@ import sys
 import tempfile
 import types
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["TRITON_INTERPRET"] = "0"  # the tests set 1, but this compiles
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="estimate_step_"))
+GENERATED = tempfile.TemporaryDirectory(prefix="estimate_step_")  # goes when the process ends
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = GENERATED.name
 from harness.command import command
 from train_gpt2 import GPT, Config, UserError
 
@@ -85,6 +86,7 @@ class Kernel:
     launches: int = 0
     bytes: float = 0.0  # of a launch
     instructions: float = None  # of all threads of a launch; None if the kernel loops
+    sizes: list = field(default_factory=list)  # elements of a launch, along each of its directions
 
     def run(self, *args, stream):
         """What generated code calls to launch the kernel."""
@@ -384,6 +386,15 @@ def times(step, extra=()):
     return parts
 
 
+def merged(kernels):
+    """The kernels, with one entry for those of one name and size in several graphs; the longest first."""
+    entries = {}
+    for kernel in kernels:
+        entry = entries.setdefault((kernel.name, kernel.bytes), replace(kernel, launches=0))
+        entry.launches += kernel.launches
+    return sorted(entries.values(), key=lambda kernel: -kernel.seconds(0))
+
+
 def milliseconds(slow_fast):
     slow, fast = slow_fast
     return f"{1000 * fast:.2f} to {1000 * slow:.2f}"
@@ -391,9 +402,8 @@ def milliseconds(slow_fast):
 
 def show(step, extra, tokens, rows):
     """The table of kernels, and the sums."""
-    kernels = sorted(step.kernels + extra, key=lambda kernel: -kernel.seconds(0))
     print(f"{'ms':>16} {'launches':>8} {'GB':>7} {'instr.':>6}  kernel")
-    for kernel in kernels[:rows]:
+    for kernel in merged(step.kernels + extra)[:rows]:
         each = "-"
         if kernel.instructions:
             elements = torch.Size(kernel.sizes).numel()
