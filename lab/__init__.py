@@ -89,4 +89,4 @@ def look(optimizer, **changes):
 
 def legend_below(axes, columns=1):
     """Legend below the axes, where it covers no data."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns, fontsize=8, handlelength=3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns, fontsize=9, handlelength=3)

@@ -19,7 +19,7 @@ import math
 import numpy as np
 import torch
 
-from lab import interval, judge, look, new_figure, thinned
+from lab import interval, judge, legend_below, look, new_figure, thinned
 from lab.training import cpu_config, new_model, open_shards, training_steps
 from optimizers.ef_muon import EFMuon
 from optimizers.polar_muon import msgn
@@ -241,7 +241,7 @@ def figure(numbers):
                title="The convex function (grey: predicted least f of exact Muon)")
     values.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
     draw_plane(panels["plane"], runs)
-    panels["plane"].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=9)
+    legend_below(panels["plane"], columns=2)
     if numbers["cost"]:
         draw_cost(panels["cost"], numbers["cost"])
     else:

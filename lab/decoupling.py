@@ -19,11 +19,11 @@ does: it may grow, as the paper does not say that the sequences attract.
 import numpy as np
 import torch
 
-from lab import exponent, factorisation, in_context, judge, new_figure
-from lab.descent import SOURCE as SOURCE
+from lab import descent, exponent, factorisation, in_context, judge, legend_below, new_figure
 from optimizers.polar_muon import msgn
 from train_gpt2 import newton_schulz
 
+SOURCE = descent.SOURCE
 CONDITION = 100
 REPETITIONS = 5
 ALIGNED = "factorisation, aligned start"
@@ -172,15 +172,13 @@ def summary(numbers):
 
 
 def draw_coordinates(axes, name, coordinates):
-    """Measured as dots, predicted as lines; greys tell the coordinates apart."""
+    """Measured as dots, predicted as lines."""
     measured = np.array(coordinates["measured"])
     t = np.arange(1, len(measured) + 1)
     for i, (dots, line) in enumerate(zip(measured.T, np.array(coordinates["predicted"]).T)):
-        first = i == 0
-        axes.plot(t, line, color="black", linewidth=0.8, label="predicted" if first else None)
-        axes.plot(t, dots, "o", color=f"C{i}", markersize=3.5, label="measured" if first else None)
+        axes.plot(t, line, color="black", linewidth=0.8)
+        axes.plot(t, dots, "o", color=f"C{i}", markersize=3.5)
     axes.set(xlabel="iteration", ylabel="spectral coordinate $a_i$", title=name.capitalize())
-    axes.legend(fontsize=9)
 
 
 def draw_deviations(axes, numbers):
@@ -190,14 +188,15 @@ def draw_deviations(axes, numbers):
         axes.semilogy(range(1, 41), middle, line, color=f"C{i}", marker="osv^D<>P"[i],
                       markevery=(3 * i % 8, 8), markersize=5, label=name)
     axes.set(xlabel="iteration", ylabel="deviation (median)",
-             title="Predicted: at rounding, or at the size of the start")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, handlelength=4)
+             title="Deviation (predicted: at rounding, or at the size of the start)")
+    legend_below(axes, columns=2)
 
 
 def figure(numbers):
-    picture = new_figure(7.5)
+    picture = new_figure(8.5)
     panels = picture.subplot_mosaic([["left", "right"], ["below", "below"]])
     for side, (name, coordinates) in zip(("left", "right"), numbers["coordinates"].items()):
         draw_coordinates(panels[side], name, coordinates)
     draw_deviations(panels["below"], numbers)
+    picture.suptitle("Dots: measured. Lines: predicted.", fontsize=10)
     return picture

@@ -15,8 +15,8 @@ Newton-Schulz steps in place of msgn.
 import torch
 
 from lab import descent
-from lab.descent import SOURCE as SOURCE
 
+SOURCE = descent.SOURCE
 FULL = dict(conditions=(1, 10, 100, 1000), repetitions=5, limits=(20_000, 2_000))
 SMALL = dict(conditions=(1, 30), repetitions=2, limits=(400, 400))
 

@@ -32,7 +32,7 @@ import math
 import numpy as np
 import torch
 
-from lab import all_of, exponent, interval, judge, look, new_figure
+from lab import all_of, exponent, interval, judge, legend_below, look, new_figure
 from optimizers.polar_muon import msgn
 from train_gpt2 import newton_schulz
 
@@ -165,7 +165,7 @@ def draw_norms(axes, numbers):
                       label=f"tail index {alpha}")
         axes.plot(times, middle[0] * (times / times[0]) ** predicted(alpha), ":", color=color)
     axes.set(xscale="log", yscale="log", xlabel="steps T", ylabel="mean of ||grad f||$_F$ over the run",
-             title="Exact polar factor (dotted: slope of the bound)")
+             title="Exact (dotted: slope of the bound)")
 
 
 def draw_slopes(axes, numbers):
@@ -186,7 +186,6 @@ def figure(numbers):
     left, right = picture.subplots(1, 2)
     draw_norms(left, numbers)
     draw_slopes(right, numbers)
-    for axes, columns in ((left, 2), (right, 1)):
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=columns, fontsize=9,
-                    handlelength=3)
+    legend_below(left, columns=2)
+    legend_below(right)
     return picture

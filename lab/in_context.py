@@ -18,8 +18,8 @@ steps is that of `factorisation`.
 import torch
 
 from lab import descent
-from lab.descent import SOURCE as SOURCE
 
+SOURCE = descent.SOURCE
 FULL = dict(conditions=(3, 10, 30, 100, 300, 1000), repetitions=5, limits=(4_000, 1_500))
 SMALL = dict(conditions=(3, 10), repetitions=2, limits=(400, 100))
 TARGET = 1e-6

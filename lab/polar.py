@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import train_gpt2
-from lab import counted, interval, judge, look, new_figure
+from lab import counted, interval, judge, legend_below, look, new_figure
 from lab.training import SMALL, cpu_config, new_model, open_shards, parallel, training_steps
 from optimizers.polar_muon import msgn, polar_express
 from train_gpt2 import evaluate, newton_schulz
@@ -293,7 +293,6 @@ def figure(numbers):
     draw_errors(panels["error"], numbers)
     draw_smallest(panels["smallest"], numbers)
     draw_losses(panels["loss"], numbers)
-    for name in ("error", "smallest"):
-        panels[name].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=9,
-                            ncols=2 if name == "error" else 1)
+    legend_below(panels["error"], columns=2)
+    legend_below(panels["smallest"])
     return picture

@@ -23,7 +23,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harness.pictures import COLORS
-from lab import counted, interval, judge, look, new_figure
+from lab import counted, interval, judge, legend_below, look, new_figure
 from lab.training import SMALL, cpu_config, new_model, open_shards, parallel, training_steps
 from optimizers.polar_muon import msgn
 from train_gpt2 import Muon
@@ -306,9 +306,9 @@ def draw_quadratic(axes, where, found, mean_curvature):
         axes.bar(i, mean, yerr=width if math.isfinite(width) else 0, capsize=4, color=COLORS[optimizer],
                  ecolor="#56b4e9" if optimizer == "sgd" else "black", edgecolor="white", hatch=hatch)
     axes.axhline(mean_curvature, color="black", ls="--", lw=1)
-    axes.text(4.5, mean_curvature + 1, "mean(h), predicted for msgn", ha="right", fontsize=9)
     axes.set_xticks(range(len(BARS)), [label for label, _, _ in BARS.values()], fontsize=8)
-    axes.set(title=f"Quadratic, {where}", xlabel="rule (bars: 95 %)", ylabel="directional sharpness")
+    axes.set(title=f"Quadratic, {where}", ylabel="directional sharpness",
+             xlabel="bars: 95 %; dashed: mean(h), predicted for msgn")
 
 
 def draw_gpt(axes, title, rates, points):
@@ -320,7 +320,7 @@ def draw_gpt(axes, title, rates, points):
     axes.set(title=f"Small GPT {title}, {seeds}", xlabel="training loss (falls to the right)",
              ylabel="directional sharpness of the step")
     axes.invert_xaxis()
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=9)
+    legend_below(axes, columns=2)
 
 
 def figure(numbers):
