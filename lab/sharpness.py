@@ -318,7 +318,7 @@ def draw_gpt(axes, title, rates, points):
                       **look(optimizer, linestyle="", mfc="none"))
     seeds = counted(len(points["Muon"]), "seed")
     axes.set(title=f"Small GPT {title}, {seeds}", xlabel="training loss (falls to the right)",
-             ylabel="directional sharpness of the step")
+             ylabel="directional sharpness (least drawn: 0.001)")
     axes.invert_xaxis()
     legend_below(axes, columns=2)
 
