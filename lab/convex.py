@@ -195,8 +195,8 @@ LOOKS = {"exact, rate t^-0.51": look("muon", marker=""),
          "exact, rate 0.01": look("muon", marker="", linestyle="-."),
          "exact, momentum": look("muon", marker="", linestyle="--"),
          "exact, s(0) = 0": look("muon", marker="", linewidth=3, alpha=0.4),
-         "Newton-Schulz": dict(color="black"),
-         "Newton-Schulz, momentum": dict(color="black", linestyle="--"),
+         "Newton-Schulz": look("muon", markerfacecolor="white", markevery=15),
+         "Newton-Schulz, momentum": look("muon", markerfacecolor="white", markevery=15, linestyle="--"),
          "error feedback": look("error feedback", marker="", linestyle="-"),
          "error feedback, momentum": look("error feedback", marker="", linestyle="--")}
 
@@ -224,12 +224,12 @@ def draw_cost(axes, cost):
         axes.plot(steps, curves.mean(0), label=f"{name}, rate {cost[name]['rate']:g}", **style)
         axes.fill_between(steps, curves.min(0), curves.max(0), alpha=0.3, color=style["color"])
     axes.set(xlabel="step", ylabel="training loss", title="CPU configuration, 3 seeds (band: range)")
-    axes.legend(fontsize=9)
+    legend_below(axes)
 
 
 def figure(numbers):
     runs = numbers["runs"]
-    picture = new_figure(7.5)
+    picture = new_figure(9)
     panels = picture.subplot_mosaic([["values", "values"], ["plane", "cost"]])
     values = panels["values"]
     for name, run in runs.items():
@@ -239,7 +239,7 @@ def figure(numbers):
         values.axhline(least_f(problem), color="gray", linewidth=5, alpha=0.3)
     values.set(xlabel="step", ylabel=f"f, mean of {numbers['window']} steps", ylim=(1e-3, 1e3),
                title="The convex function (grey: predicted least f of exact Muon)")
-    values.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
+    legend_below(values, columns=3)
     draw_plane(panels["plane"], runs)
     legend_below(panels["plane"], columns=2)
     if numbers["cost"]:

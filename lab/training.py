@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from train_gpt2 import (GPT, Config, Shards, UserError, accumulate, build_optimizers, learning_rate_scale,
-                        read_toml)
+                        read_toml, refreshes_in, set_learning_rates)
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT  # where the paths of the shards in the configurations start
@@ -61,23 +61,16 @@ def new_model(config):
     return model, list(build_optimizers(model, config))
 
 
-def refreshes(optimizer, step):
-    """Whether the optimizer wants Z Z^T of this step's batch."""
-    return hasattr(optimizer, "refresh") and (step + 1) % optimizer.defaults["refresh_interval"] == 0
-
-
 def training_steps(config, model, optimizers, shards):
     """Takes config.num_iterations steps of training.
 
     Yields the loss of each batch when its gradient is there, before weights change.
     """
-    table, hidden = optimizers
+    _, hidden = optimizers
     for step in range(config.num_iterations):
-        for optimizer, rate in ((table, config.learning_rate), (hidden, config.hidden_learning_rate)):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * learning_rate_scale(config, step)
+        set_learning_rates(optimizers, learning_rate_scale(config, step))
         batch = shards.batch(range(step * config.batch_size, (step + 1) * config.batch_size))
-        loss, grams = accumulate(model, [batch], refreshes(hidden, step), torch.float32)
+        loss, grams = accumulate(model, [batch], refreshes_in(hidden, step), torch.float32)
         if grams:
             hidden.refresh(grams, batch[0].numel())
         yield float(loss)
