@@ -1,22 +1,28 @@
 """Does the condition number slow Muon down on a linear transformer that learns linear regression in context?
 
-A layer of linear attention reads N examples (x_i, w . x_i) and answers x_q^T Gamma (1/N) sum_i x_i (w . x_i); x ~ N(0, L), w ~ N(0, I),
-a new w in each prompt. Over all prompts its squared error is, with E = (1 + 1/N) L^2 + (tr L / N) L,
+A layer of linear attention reads N examples (x_i, w . x_i) and answers x_q^T Gamma (1/N) sum_i x_i (w . x_i);
+x ~ N(0, L), w ~ N(0, I), a new w in each prompt. Over all prompts its squared error is, with
+E = (1 + 1/N) L^2 + (tr L / N) L,
 
-    f(Gamma) = 1/2 tr(L Gamma E Gamma^T - 2 L Gamma L + L),   gradient L (Gamma E - L),   minimum at Gamma = L E^-1.
+    f(Gamma) = 1/2 tr(L Gamma E Gamma^T - 2 L Gamma L + L),  gradient L (Gamma E - L),  minimum at L E^-1.
 
-The paper proves that simplified Muon (no momentum, exact msgn, geometrically decaying steps) converges linearly in a number of
-iterations that does not depend on the condition number of L.
+The paper proves that simplified Muon (no momentum, exact msgn, geometrically decaying steps) converges
+linearly in a number of iterations that does not depend on the condition number of L.
 
-Chosen here: the merged key and query matrix Gamma is trained, the value weight is 1; population gradients; L (10, 10) with
-eigenvalues from 1 to 1 / condition, evenly spaced in the logarithm, in a random basis (condition 3 and more: at 1 all are equal,
-which is another problem); N = 100; Gamma starts with normal elements of standard deviation 1e-3; done when f - min f <= 1e-6 of its
-value at Gamma = 0. The grid of steps is that of `factorisation`.
+Chosen here: the merged key and query matrix Gamma is trained, the value weight is 1; population gradients;
+L (10, 10) with eigenvalues from 1 to 1 / condition, evenly spaced in the logarithm, in a random basis
+(condition 3 and more: at 1 all are equal, which is another problem); N = 100; Gamma starts with normal
+elements of standard deviation 1e-3; done when f - min f <= 1e-6 of its value at Gamma = 0. The grid of
+steps is that of `factorisation`.
 """
 import torch
 
-from lab import Result
-from lab.descent import SOURCE, growth, sweep
+from lab import descent
+
+SOURCE = descent.SOURCE
+FULL = dict(conditions=(3, 10, 30, 100, 300, 1000), repetitions=5, limits=(4_000, 1_500))
+SMALL = dict(conditions=(3, 10), repetitions=2, limits=(400, 100))
+TARGET = 1e-6
 
 
 def spectra(condition, repetitions, generator, d=10, N=100):
@@ -41,20 +47,46 @@ def problem(condition, repetitions, generator):
     return gradient, error, start
 
 
-def run(size="full", seed=0):
-    conditions, repetitions, limits = ((3, 10, 30, 100, 300, 1000), 5, (4_000, 1_500)) if size == "full" else ((3, 10), 2, (400, 100))
-    rows, figure, medians = sweep(problem, conditions, repetitions, 1e-6, limits, seed, "excess loss / excess loss at Gamma = 0")
-    problems = [problem(condition, repetitions, torch.Generator().manual_seed(seed)) for condition in conditions]
-    # once more from 0, where the spectral coordinates are independent (lab/decoupling.py)
-    problems = [(gradient, error, 0 * start) for gradient, error, start in problems]
-    aligned, _, measured, holds = growth("Muon", problems, conditions, 1e-6, limits[1])
-    rows.insert(1, ("the same from Gamma = 0", measured, holds))
-    shown = {key: f"{count:.0f}" if count < torch.inf else f"more than {limits['Muon' in key[0]]}" for key, count in medians.items()}
-    first, last = conditions[0], conditions[-1]
-    summary = (f"Exact Muon needs {shown['Muon', first]} iterations at condition number {first} and {shown['Muon', last]} at {last} "
-               f"({aligned[0].median():.0f} and {aligned[-1].median():.0f} from Gamma = 0); "
-               f"gradient descent {shown['gradient descent', first]} and {shown['gradient descent', last]}, Adam {shown['Adam', first]} "
-               f"and {shown['Adam', last]}. At the start the gradient's condition number is the square of the features', which the "
-               f"trainer's five Newton-Schulz steps do not flatten: with them Muon needs {shown['Muon, Newton-Schulz', first]} and "
-               f"{shown['Muon, Newton-Schulz', last]}.")
-    return Result(rows, figure, summary, SOURCE)
+def problems_from_zero(conditions, repetitions, seed):
+    """The same from Gamma = 0, where the spectral coordinates are independent (lab/decoupling.py)."""
+    found = []
+    for condition in conditions:
+        gradient, error, start = problem(condition, repetitions, torch.Generator().manual_seed(seed))
+        found.append((gradient, error, 0 * start))
+    return found
+
+
+def measure(size="full", seed=0):
+    sizes = FULL if size == "full" else SMALL
+    numbers = descent.measure_sweep(problem, target=TARGET, seed=seed, **sizes)
+    problems = problems_from_zero(sizes["conditions"], sizes["repetitions"], seed)
+    numbers["from_zero"] = descent.measure_growth("Muon", problems, TARGET, sizes["limits"][1])
+    return numbers
+
+
+def rows(numbers):
+    found = descent.sweep_rows(numbers)
+    found.insert(1, ("the same from Gamma = 0", *descent.growth(numbers["conditions"], numbers["from_zero"])))
+    return found
+
+
+def summary(numbers):
+    first = {}
+    last = {}
+    for method, found in numbers["methods"].items():
+        shown = [f"{count:.0f}" if count < torch.inf else f"more than {found['limit']}"
+                 for count in descent.median_counts(found)]
+        first[method] = shown[0]
+        last[method] = shown[-1]
+    zero = descent.median_counts(numbers["from_zero"])
+    conditions = numbers["conditions"]
+    return (f"Exact Muon needs {first['Muon']} iterations at condition number {conditions[0]} and "
+            f"{last['Muon']} at {conditions[-1]} ({zero[0]:.0f} and {zero[-1]:.0f} from Gamma = 0); "
+            f"gradient descent {first['gradient descent']} and {last['gradient descent']}, Adam "
+            f"{first['Adam']} and {last['Adam']}. At the start the gradient's condition number is the "
+            "square of the features', which the trainer's five Newton-Schulz steps do not flatten: with "
+            f"them Muon needs {first['Muon, Newton-Schulz']} and {last['Muon, Newton-Schulz']}.")
+
+
+def figure(numbers):
+    return descent.sweep_figure(numbers, "excess loss / excess loss at Gamma = 0")
