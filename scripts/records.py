@@ -585,7 +585,7 @@ def main():
     commands = parser.add_subparsers(required=True, metavar="add|page")
     adding = commands.add_parser("add", help="file runs as a record")
     adding.add_argument("run", nargs="+", type=Path, metavar="RUN_DIR")
-    adding.add_argument("--track", required=True, help="cpu, mini, books, speedrun")
+    adding.add_argument("--track", required=True, help="cpu, mini, speedrun")
     adding.add_argument("--name", required=True, help="what was run, in a few words joined by _")
     adding.add_argument("--note", default="", help="a sentence or two for the record's README.md")
     adding.add_argument("--tuning", type=Path, metavar="FILE",

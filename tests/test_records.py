@@ -34,7 +34,7 @@ def test_leaderboard_is_up_to_date(call):
     assert all((ROOT / f"records/{track}/curves.png").exists() for track in records.page()[1])
 
 
-@pytest.mark.parametrize("track", ["books", "cpu", "mini", "speedrun"])
+@pytest.mark.parametrize("track", ["cpu", "mini", "speedrun"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "newton_muon"])
 def test_track_is_what_its_command_trains(track, optimizer):
     fixed = records.read_track(track)
@@ -449,7 +449,7 @@ def test_validation_shard_in_training_is_refused(ledger):
 
 
 def test_unknown_track():
-    with pytest.raises(UserError, match="no track 'gpu'; the tracks are books, cpu, mini, speedrun"):
+    with pytest.raises(UserError, match="no track 'gpu'; the tracks are cpu, mini, speedrun"):
         records.read_track("gpu")
 
 
