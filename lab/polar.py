@@ -115,7 +115,7 @@ def train(method, rate, seed, steps, val_tokens):
     with patch.object(train_gpt2, "newton_schulz", recorded):
         list(training_steps(config, model, optimizers, open_shards(config)))
     validation = open_shards(config, "input_val_bin")
-    loss = evaluate(model, validation, config, torch.device("cpu"), torch.float32, 64, [])
+    loss = evaluate(model, validation, config, torch.device("cpu"), torch.float32, 64)
     values = torch.cat([torch.linalg.svdvals(O).flatten() for O in last.values()])
     return loss, float((values < 0.7).float().mean())
 
