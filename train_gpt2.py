@@ -209,7 +209,7 @@ def load_config(argv):
     parser = argparse.ArgumentParser(usage="[torchrun ...] train_gpt2.py CONFIG.toml [--field value ...]",
                                      description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", metavar="CONFIG.toml", help="for example configs/cpu_muon.toml")
+    parser.add_argument("config", help="CONFIG.toml, for example configs/cpu_muon.toml")
     comments = re.findall(r"(\w+): \w+ = .*?  # (.*(?:\n    # .*)*)\n", inspect.getsource(Config))
     helps = {name: text.replace("\n    #", "") for name, text in comments}
     for field in dataclasses.fields(Config):
@@ -469,7 +469,7 @@ class GPT(nn.Module):
         targets = targets.flatten()
         if self.fused_loss and on_gpu(x):
             x = x.flatten(0, 1).to(matmul_dtype(x))
-            loss, *_ = head_loss(x, self.lm_head.weight, targets, self.vocab_size)
+            loss = head_loss(x, self.lm_head.weight, targets, self.vocab_size)[0]
         else:
             logits = self.lm_head(x)[..., :self.vocab_size].float()
             loss = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-1)
@@ -668,11 +668,10 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        # 1. compute the updates of this process's own matrices, those of one shape as one batch
+        # 1. compute the updates of this process's own matrices
         for group in self.param_groups:
-            mine = [p for p in self.owned(group) if p.grad is not None]
-            for shape in dict.fromkeys(p.shape for p in mine):
-                self.compute_updates([p for p in mine if p.shape == shape], group)
+            if mine := [p for p in self.owned(group) if p.grad is not None]:
+                self.compute_updates(mine, group)
         # 2. gather those of the other processes
         gather_rows(self.updates)
         # 3. apply them all
@@ -683,7 +682,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(changed, [self.update[p] for p in changed], alpha=-group["lr"])
 
     def compute_updates(self, matrices, group):
-        """Writes the updates of these matrices, which are of one shape, into this process's row."""
+        """Writes the updates of these matrices into this process's row."""
         for p in matrices:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -692,8 +691,11 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(M, group["momentum"])
         torch._foreach_add_(M, G)
         U = torch._foreach_add(G, M, alpha=group["momentum"]) if group["nesterov"] else M
-        O = self.orthogonalize(matrices, torch.cat([as_blocks(u) for u in U]), group)  # (all blocks, m, n)
-        torch._foreach_copy_([as_blocks(self.update[p]) for p in matrices], O.chunk(len(matrices)))
+        blocks = dict(zip(matrices, map(as_blocks, U)))
+        for shape in {b.shape for b in blocks.values()}:  # those of one shape as one batch
+            same = [p for p in matrices if blocks[p].shape == shape]
+            O = self.orthogonalize(same, torch.cat([blocks[p] for p in same]), group)
+            torch._foreach_copy_([as_blocks(self.update[p]) for p in same], O.split(shape[0]))
 
     def precondition(self, p, G):
         """What takes the place of the gradient G of matrix p."""
@@ -984,8 +986,8 @@ def checkpoint_step(path):
 
 def checkpoints(folder):
     """The checkpoints of the run in `folder`, the oldest first."""
-    paths = folder.glob("checkpoints/step_*.pt")
-    return sorted((p for p in paths if p.stem[5:].isdecimal()), key=checkpoint_step)
+    return sorted((p for p in folder.glob("checkpoints/step_*.pt") if p.stem[5:].isdecimal()),
+                  key=checkpoint_step)
 
 
 def save_checkpoint(folder, config, model, optimizers, progress):
@@ -1265,8 +1267,8 @@ def wrapped(model, config, device):
     note = ""
     try:
         if device.type == "cuda":
-            x, weight = torch.zeros(2, 128, 128, dtype=fast_dtype(device), device=device)
-            head_loss(x, weight, torch.zeros(128, dtype=torch.int64, device=device), 128)
+            x = torch.zeros(128, 128, dtype=fast_dtype(device), device=device)
+            head_loss(x, x, x[0].long(), 128)
         if config.compile:
             torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(8, device=device))
     except Exception as error:  # no Triton, no C compiler, an old card: each has an exception of its own
@@ -1282,8 +1284,9 @@ def wrapped(model, config, device):
         options = {name: 2 for name in names if hasattr(torch._inductor.config, name)}
         model = torch.compile(model, dynamic=False, options=options)
     if world_size() > 1:
-        since_2_13 = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-        buffers = "forward_sync_buffers" if since_2_13 else "broadcast_buffers"
+        buffers = "forward_sync_buffers"  # before torch 2.13 it had another name
+        if buffers not in inspect.signature(DistributedDataParallel).parameters:
+            buffers = "broadcast_buffers"
         model = DistributedDataParallel(model, gradient_as_bucket_view=True, **{buffers: False})
     return model, note
 
@@ -1370,7 +1373,7 @@ def warm_up(model, raw_model, config, device, dtype, micro_batch):
             hidden.refresh(grams, 2 * idx.numel() * world_size())
         for optimizer in optimizers:
             optimizer.step()
-    raw_model.zero_grad(set_to_none=True)
+    raw_model.zero_grad()
     if ":" in config.optimizer:
         check_state(hidden, config)
     raw_model.load_state_dict(weights)
@@ -1530,7 +1533,7 @@ def run(config):
             hidden.refresh(grams, B * T)
         for optimizer in optimizers:
             optimizer.step()
-        raw_model.zero_grad(set_to_none=True)
+        raw_model.zero_grad()
         # ------------------------------------------------------------------------------------------
 
         if (step + 1) % config.log_every == 0 or step + 1 == N:

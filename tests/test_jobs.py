@@ -107,12 +107,20 @@ def test_no_run_is_left_behind(monkeypatch, failing):
 
 
 def test_runs_side_by_side_are_told_apart(capsys, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(7)))
     code = ("import os, sys; print(os.environ['OMP_NUM_THREADS']); print('and this', file=sys.stderr); "
             "sys.exit(int(sys.argv[1]))")
     assert jobs.launch({"one": ["-c", code, "0"], "two": ["-c", code, "3"]}) == [0, 3]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("one ", "two "))]
     assert sorted(lines) == ["one  3", "one  and this", "two  3", "two  and this"]
+
+
+def test_runs_side_by_side_have_the_users_threads(capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    code = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    assert jobs.launch({"one": ["-c", code], "two": ["-c", code]}) == [0, 0]
+    assert sorted(capsys.readouterr().out.split()) == ["5", "5", "one", "two"]
 
 
 def test_failed_command_says_what_remains(monkeypatch):

@@ -25,10 +25,10 @@ def test_the_step_is_the_trainers():
 
 
 def test_an_optimizer_of_ones_own(start, tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(block("python", "class SignDescent"))
+    (tmp_path / "readme_example.py").write_text(block("python", "class SignDescent"))
     monkeypatch.syspath_prepend(tmp_path)
     fields = tomllib.loads(block("toml", "SignDescent"))
-    fields["optimizer"] = fields["optimizer"].removeprefix("optimizers.")
+    fields["optimizer"] = fields["optimizer"].replace("optimizers.mine", "readme_example")
     done = start(run_name="a", **fields)
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"val_loss:(\S+)", done.stdout)]
