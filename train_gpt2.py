@@ -1295,8 +1295,8 @@ def choose_micro_batch(config, device, per_process, dtype, fused_loss=True):
     """Sequences in one forward pass: device_batch_size or, without one, the largest power of two that
     divides per_process and fits the GPU.
 
-    Per token a bf16 forward pass keeps 37 L C bytes compiled, else 40.5 (records/bench); the rest of the 45
-    allowed for is for the backward pass.
+    Per token a bf16 forward pass keeps 41 L C bytes (records/bench); the rest of the 50 allowed for is for
+    the backward pass.
     """
     if config.device_batch_size:
         return config.device_batch_size
@@ -1308,7 +1308,7 @@ def choose_micro_batch(config, device, per_process, dtype, fused_loss=True):
         memory = share * torch.cuda.get_device_properties(device).total_memory
         memory -= 32 * parameters  # each with gradient, state, update, statistics
         memory -= 2 * CHUNK * rows  # the logits of a chunk
-        token = 22.5 * dtype.itemsize * config.n_layer * config.n_embd  # bytes
+        token = 25 * dtype.itemsize * config.n_layer * config.n_embd  # bytes
         if not fused_loss:
             token += 10 * rows  # all logits: in bf16, in fp32, and their gradient
         tokens = memory / token

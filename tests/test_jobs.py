@@ -120,7 +120,8 @@ def test_runs_side_by_side_have_the_users_threads(capsys, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     code = "import os; print(os.environ['OMP_NUM_THREADS'])"
     assert jobs.launch({"one": ["-c", code], "two": ["-c", code]}) == [0, 0]
-    assert sorted(capsys.readouterr().out.split()) == ["5", "5", "one", "two"]
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(line for line in lines if line.startswith(("one ", "two "))) == ["one  5", "two  5"]
 
 
 def test_failed_command_says_what_remains(monkeypatch):
