@@ -80,10 +80,10 @@ def attention():
 
 
 def loss_kernel():
-    """Launches the Triton kernel of the loss, and compares it with torch's cross-entropy."""
+    """Launches the Triton kernel of the loss, and compares it with torch's. Whether it launches."""
     if not train_gpt2.triton:
         print("the loss's kernel: no Triton here, so the trainer uses torch's cross-entropy")
-        return
+        return False
     tokens, width, vocab_size = (8, 16, 100) if CPU else (4096, 768, 50257)
     rows = -(-vocab_size // 128) * 128
     torch.manual_seed(0)
@@ -95,9 +95,31 @@ def loss_kernel():
     except Exception as error:  # whatever a launch can raise: no compiler, no headers, an old card
         reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
         print(f"the loss's kernel: DOES NOT LAUNCH ({reason})")
-        return
+        return False
     expected = F.cross_entropy((x @ weight.to(x.dtype).mT)[:, :vocab_size].float(), targets).item()
     print(f"the loss's kernel launches: loss {loss:.5f}, torch's cross-entropy {expected:.5f}")
+    return True
+
+
+def kernel_warps():
+    """Time of the loss's kernel on a chunk of logits: with 8 warps, as the trainer has it, and with 16.
+
+    With 16, three programs of a row on each multiprocessor keep 40 MB in flight, and the L2 cache has 50.
+    """
+    tokens, vocab_size, stride, block = (8, 100, 128, 128) if CPU else (train_gpt2.CHUNK, 50257, 50304, 4096)
+    logits = torch.randn(tokens, stride, device=DEVICE, dtype=train_gpt2.fast_dtype(DEVICE))
+    targets = torch.randint(vocab_size, (tokens,), device=DEVICE)
+    losses = torch.empty(tokens, device=DEVICE)
+    scale = torch.ones((), device=DEVICE)
+    rounds = 20
+    for warps in (8, 16):
+        for i in range(rounds + 2):
+            if i == 2:  # the first ones compile and warm up
+                start = synchronized_time(DEVICE)
+            train_gpt2.cross_entropy_kernel[(tokens,)](
+                logits, targets, losses, scale, vocab_size, stride, BLOCK=block, num_warps=warps)
+        ms = 1000 * (synchronized_time(DEVICE) - start) / rounds
+        print(f"the loss's kernel with {warps} warps: {ms:.3f} ms for {tokens} tokens")
 
 
 def main():
@@ -107,7 +129,8 @@ def main():
         hardware()
     attention()
     if "--attention" not in sys.argv:
-        loss_kernel()
+        if loss_kernel():
+            kernel_warps()
 
 
 if __name__ == "__main__":
