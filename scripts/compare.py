@@ -1,7 +1,8 @@
 """Compare runs by their final losses: means with intervals, valid records, and each group against a baseline.
 
     python scripts/compare.py logs/cpu [--baseline muon] [--target 1.75] [--png FILE] [--html FILE]
-    python scripts/compare.py records/cpu/2026-11-25*/*_600_* --readme_png records/cpu/readme_curves.png
+    python scripts/compare.py records/cpu/2026-11-28*/*_600_* records/cpu/2026-11-25_muon*/adamw_600_* \\
+        --readme_png records/cpu/readme_curves.png
 
 A PATH is a run's folder, a log that the speedrun published, or a folder that has such runs and logs in it or
 below. Runs of one optimizer, configuration and number of steps are a group, whatever their seeds, names and
