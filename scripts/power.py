@@ -154,14 +154,14 @@ def what_can_be_told(noise):
     lines = []
     for seeds in (3, 5, 10):
         smallest = detectable(noise, seeds)
-        line = f"- {seeds} seeds tell a saving of {100 * smallest:.1f} % or more from none."
+        line = f"- With {seeds} seeds a saving of {100 * smallest:.1f} % or more can be detected."
         if smallest > 0.06:
             line += " That is more than the claim: most verdicts are undecided."
         elif smallest > 0.03:
             line += " A true saving of half the claim would mostly be missed."
         lines.append(line)
-    lines.append("- Between 4 and 5.5 % true saving the word flips with luck. \"Saves as much as claimed\" "
-                 "needs an interval above 3 %, \"does not\" an interval below 5.5 %, and such a saving can "
+    lines.append("- Between 4 and 5.5 % true saving the verdict depends on chance. "
+                 "\"Saves as much as claimed\" needs an interval above 3 %, \"does not\" an interval below 5.5 %, and such a saving can "
                  "give either.")
     return "\n".join(lines)
 

@@ -199,7 +199,7 @@ def interval(values, form):
 
 HEAD = """# What others measured
 
-Published by others and **not run here**, but for the rows "ours". Two sources are weak: the replication
+Published by others and **not run here**, except the rows "ours". Two sources are weak: the replication
 is an anonymous artifact of a paper under review, and muon_spectra is a repository that nobody has
 reviewed. Their figures are copied as stated, intervals too.
 
@@ -251,7 +251,7 @@ READING = """
 AFTER_TIME = """| [records/bench](../bench/README.md) | H100, estimated, mean step | +0.3 to 0.6 % |
 | ours | CPU track, `scripts/bench.py`, measured | {cpu} |
 
-The estimate counts Z Z^T at assumed rates, and G P. It leaves out:
+The estimate counts only Z Z^T, at assumed rates, and G P. It leaves out:
 
 - the split of the long sum of Z Z^T over multiprocessors, which a 768 x 768 result needs, and which may
   double its time;
@@ -260,7 +260,7 @@ The estimate counts Z Z^T at assumed rates, and G P. It leaves out:
 
 The published figures are of other implementations, which refresh in their own ways.
 
-## Three sentences for the README
+## In short
 
 """
 
@@ -296,7 +296,7 @@ def sentences(rows):
         f"On the speedrun's optimizer track Newton-Muon saves {percent(first)} against the first Muon "
         f"baseline, and nothing against the best tuned one: it takes {more[0]:.1f} % ({more[1]:.1f} to "
         f"{more[2]:.1f}) more.",
-        f"At 1 B parameters the sign turns (its loss is {-large.gain[0]:.4f} above Muon's); our own toy "
+        f"At 1 B parameters it is worse (its loss is {-large.gain[0]:.4f} above Muon's); our own toy "
         f"models of 0.06 to 0.8 M save {low:.1f} to {high:.1f} %."]
 
 

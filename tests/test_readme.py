@@ -40,5 +40,6 @@ def test_links_lead_somewhere(path):
     file, _, anchor = path.partition("#")
     assert (ROOT / file).exists()
     if anchor:
-        headings = re.findall(r"^#+ (.*)$", (ROOT / file if file else ROOT / "README.md").read_text(), re.MULTILINE)
+        text = (ROOT / (file or "README.md")).read_text()
+        headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
         assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]

@@ -32,7 +32,7 @@ How to read the table:
 
 - **Against Muon**: the difference of the final losses, seed by seed, with its 95 % interval. All
   optimizers share the seeds. **=** means that the interval contains 0: the optimizer cannot be told
-  from Muon. Of those that equal Muon, one in twenty will look different.
+  from Muon. One in twenty of those equal to Muon will fail this.
 - **Steps saved**: Muon would need more steps, or fewer, to reach the same loss; this is the share
   that the optimizer does without. Muon's loss at other lengths comes from its runs at 0.5 to 1.5 of
   the steps, interpolated linearly in the logarithm of the steps. The interval is that of the
