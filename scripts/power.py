@@ -161,8 +161,8 @@ def what_can_be_told(noise):
             line += " A true saving of half the claim would mostly be missed."
         lines.append(line)
     lines.append("- Between 4 and 5.5 % true saving the verdict depends on chance. "
-                 "\"Saves as much as claimed\" needs an interval above 3 %, \"does not\" an interval below 5.5 %, and such a saving can "
-                 "give either.")
+                 "\"Saves as much as claimed\" needs an interval above 3 %, \"does not\" an interval below "
+                 "5.5 %, and such a saving can give either.")
     return "\n".join(lines)
 
 
