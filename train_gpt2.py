@@ -433,7 +433,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.vocab_size = config.vocab_size
-        self.fused_loss = True  # on a GPU
+        self.fused_loss = bool(triton)  # on a GPU
         rows = math.ceil(config.vocab_size / 128) * 128  # those added are neither looked up nor predicted
         self.wte = nn.Embedding(rows, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -491,10 +491,10 @@ CHUNK = 16384  # tokens; the logits of all tokens are never in memory together
 
 if triton:
     @triton.jit
-    def log2_odds(logits, columns, vocab_size: tl.constexpr, stride: tl.constexpr):
+    def base2_logits(logits, columns, vocab_size: tl.constexpr, stride: tl.constexpr):
         """logits[columns] / ln 2, since exp2 and log2 are what the hardware has; -inf in the padding."""
         x = tl.load(logits + columns, mask=columns < stride, other=0.0).to(tl.float32) * 1.4426950408889634
-        return tl.where(columns < vocab_size, x, -float("inf"))  # in the load's mask: no wide loads
+        return tl.where(columns < vocab_size, x, -float("inf"))  # the load's mask would split wide loads
 
     @triton.jit
     def cross_entropy_kernel(logits, targets, losses, scale,
@@ -517,7 +517,7 @@ if triton:
         top = -float("inf")
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, vocab_size, BLOCK):
-            x = log2_odds(logits, start + tl.arange(0, BLOCK), vocab_size, stride)
+            x = base2_logits(logits, start + tl.arange(0, BLOCK), vocab_size, stride)
             higher = tl.maximum(top, tl.max(x))
             total = total * tl.exp2(top - higher) + tl.exp2(x - higher)
             top = higher
@@ -527,7 +527,7 @@ if triton:
         # 2. the gradient, in place of the logits
         for start in range(0, stride, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            p = tl.exp2(log2_odds(logits, columns, vocab_size, stride) - lse)
+            p = tl.exp2(base2_logits(logits, columns, vocab_size, stride) - lse)
             gradient = scale * tl.where(columns == target, p - 1.0, p)
             tl.store(logits + columns, gradient.to(logits.dtype.element_ty), mask=columns < stride)
 
@@ -537,19 +537,19 @@ def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, voca
               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, d loss / d x, d loss / d weight in fp32): the mean cross-entropy of `targets` (N,), ignoring -1,
     under the first vocab_size logits of x weight^T, x (N, C) and weight (rows, C)."""
-    rows = weight.to(x.dtype)
+    table = weight.to(x.dtype)
     scale = 1 / (targets >= 0).sum()
     losses = torch.empty(len(x), device=x.device)
     dx = torch.empty_like(x)
     dweight = torch.zeros(weight.shape, device=x.device)
     fp32_sums = {} if x.dtype == torch.float32 else dict(out_dtype=torch.float32)
     for x_, dx_, targets_, losses_ in zip(*(t.split(CHUNK) for t in (x, dx, targets, losses))):
-        logits = x_ @ rows.mT
+        logits = x_ @ table.mT
         cross_entropy_kernel[(len(logits),)](logits, targets_, losses_, scale, vocab_size, logits.stride(0),
                                              BLOCK=4096, num_warps=8)
-        gradient = logits  # the kernel has left it there
-        torch.mm(gradient, rows, out=dx_)
-        torch.addmm(dweight, gradient.mT, x_, out=dweight, **fp32_sums)
+        # the kernel has left their gradient in the logits
+        torch.mm(logits, table, out=dx_)
+        torch.addmm(dweight, logits.mT, x_, out=dweight, **fp32_sums)
     return losses.sum() * scale, dx, dweight
 
 
@@ -575,8 +575,9 @@ head_loss.register_autograd(scale_gradients, setup_context=save_gradients)
 
 def fast_dtype(device, otherwise=torch.float32):
     """bfloat16 on GPUs that multiply it."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if fast else otherwise
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return otherwise
 
 
 def newton_schulz(U, steps=5):
@@ -717,8 +718,8 @@ class Muon(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict):
-        states = state_dict["state"].items()
-        mine = {i: state for i, state in states if self.owner[self.matrices[i]] == rank()}
+        mine = {i: state for i, state in state_dict["state"].items()
+                if self.owner[self.matrices[i]] == rank()}
         super().load_state_dict(state_dict | {"state": mine})
 
 
@@ -1024,8 +1025,9 @@ def find_checkpoint(config, facts):
             print(f"warning: {candidate} cannot be loaded ({type(error).__name__}), looking for an older one",
                   file=sys.stderr)
             continue
-        check_checkpoint(candidate.absolute(), checkpoint, config)
-        folder = candidate.absolute().parent.parent  # not resolved: checkpoints/ may be a link
+        place = candidate.absolute()  # not resolved: checkpoints/ may be a link
+        check_checkpoint(place, checkpoint, config)
+        folder = place.parent.parent
         return checkpoint | {"folder": folder, "facts": read_facts(folder, config, facts)}
     if candidates or config.resume != "auto":
         raise UserError(f"resume = '{config.resume}': no checkpoint there that can be loaded; "
@@ -1049,9 +1051,8 @@ def check_checkpoint(path, checkpoint, config):
         if name not in MAY_CHANGE_ON_RESUME and theirs != ours:
             raise UserError(f"{path} is of a run with {name} = {theirs!r}, not {ours!r}; "
                             f"add --{name} {theirs!r}")
-    folder = path.parent.parent
-    if config.run_name not in ("", folder.name):
-        raise UserError(f"resume = '{config.resume}' continues the run in {folder}, "
+    if config.run_name not in ("", path.parts[-3]):
+        raise UserError(f"resume = '{config.resume}' continues the run in {path.parent.parent}, "
                         f"not run_name = '{config.run_name}'; leave that out")
 
 
@@ -1114,7 +1115,7 @@ def describe_machine(device):
     return dict(
         python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
         cuda=torch.version.cuda, triton=triton and triton.__version__, platform=platform.platform(),
-        cpu=output("sed -n 's/^model name.*: //p; /^model name/q' /proc/cpuinfo") or platform.machine(),
+        cpu=output("sed -n '/^model name/{s/.*: //p;q}' /proc/cpuinfo") or platform.machine(),
         cpu_threads=torch.get_num_threads(),
         gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         git_commit=output("git rev-parse HEAD") or None,
@@ -1140,8 +1141,8 @@ class Log:
             sys.stdout.reconfigure(errors="backslashreplace")
         if checkpoint:
             self.facts = checkpoint["facts"]
-            again = {name: facts[name] for name in ("config", "machine", "world_size")}
-            self.facts["resumed"].append({"time": utc_now(), **again})
+            self.facts["resumed"].append({
+                "time": utc_now(), **{name: facts[name] for name in ("config", "machine", "world_size")}})
         else:
             self.facts = {**facts, "start": utc_now(), "resumed": []}
             name = config.run_name or time.strftime("%Y%m%d-%H%M%S_") + config.optimizer.replace(":", "-")
@@ -1160,8 +1161,9 @@ class Log:
             self.write_head()
         self.write_facts()
         if config.wandb_project:
-            command = [sys.executable, "-c", WANDB, config.wandb_project, str(self.folder)]
-            self.wandb = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+            self.wandb = subprocess.Popen(
+                [sys.executable, "-c", WANDB, config.wandb_project, str(self.folder)],
+                stdin=subprocess.PIPE, start_new_session=True)
 
     def open_files(self, checkpoint):
         """Opens the logs, and removes what came after the checkpoint: it will be logged and saved again."""
@@ -1302,15 +1304,15 @@ def choose_micro_batch(config, device, per_process, dtype, fused_loss=True):
         return config.device_batch_size
     tokens = 16384  # on a CPU more at a time are no faster
     if device.type == "cuda":
-        share = min(0.9, torch.cuda.get_per_process_memory_fraction(device))
+        memory = min(0.9, torch.cuda.get_per_process_memory_fraction(device))
         rows = config.vocab_size + 128
         parameters = 12 * config.n_layer * config.n_embd ** 2 + rows * config.n_embd
-        memory = share * torch.cuda.get_device_properties(device).total_memory
+        memory *= torch.cuda.get_device_properties(device).total_memory
         memory -= 32 * parameters  # each with gradient, state, update, statistics
         memory -= 2 * CHUNK * rows  # the logits of a chunk
         token = 25 * dtype.itemsize * config.n_layer * config.n_embd  # bytes
         if not fused_loss:
-            token += 10 * rows  # all logits: in bf16, in fp32, and their gradient
+            token += 12 * rows  # in fp32: log-probabilities and two gradients
         tokens = memory / token
     size = 1
     while per_process % (2 * size) == 0 and 2 * size * config.sequence_length <= tokens:
@@ -1327,8 +1329,8 @@ def accumulate(model, micro_batches, collect, dtype):
     mean = 0.0
     sums = []
     for i, (idx, targets) in enumerate(micro_batches, start=1):
-        waits = i < n and isinstance(model, DistributedDataParallel)
-        with model.no_sync() if waits else contextlib.nullcontext():
+        more_follow = i < n and isinstance(model, DistributedDataParallel)
+        with model.no_sync() if more_follow else contextlib.nullcontext():
             with autocast(idx.device, dtype):
                 loss, grams = model(idx, targets, collect)
             (loss / n).backward()
@@ -1362,10 +1364,9 @@ def warm_up(model, raw_model, config, device, dtype, micro_batch):
     """
     rng = torch.get_rng_state()
     weights = copy.deepcopy(raw_model.state_dict())
-    optimizers = build_optimizers(raw_model, config)  # a second pair, thrown away after this
-    hidden = optimizers[1]
+    _, hidden = optimizers = build_optimizers(raw_model, config)  # a second pair, thrown away after this
     idx, targets = torch.randint(config.vocab_size, (2, micro_batch, config.sequence_length)).to(device)
-    for collect in (False, False, True):  # twice: DDP rearranges its buckets after the first
+    for collect in (False, False, True):  # twice, as DDP rearranges its buckets; then a refresh
         if collect and refresh_interval(hidden) == math.inf:
             break
         _, grams = accumulate(model, [(idx, targets)] * 2, collect, dtype)
@@ -1382,13 +1383,10 @@ def warm_up(model, raw_model, config, device, dtype, micro_batch):
 
 def check_state(optimizer, config):
     """UserError if its state cannot be saved and loaded: now, rather than at the first checkpoint."""
-    state = optimizer.state_dict()
-    kept = set(gathered(hash(tuple(state["state"])) % 2 ** 52))  # of which parameters
-    if len(kept) > 1 and not isinstance(optimizer, Muon):  # which gathers its state
-        raise UserError(f"optimizer = '{config.optimizer}' keeps the state of other parameters on other "
-                        "processes, where no checkpoint has it; start one process")
     content = io.BytesIO()
     try:
+        state = optimizer.state_dict()
+        names = repr(list(state["state"])).encode()
         torch.save(state, content)
         content.seek(0)
         optimizer.load_state_dict(torch.load(content, map_location="cpu", weights_only=True))
@@ -1398,15 +1396,17 @@ def check_state(optimizer, config):
         found = re.search(r"GLOBAL (\S+)", str(error))  # a class or function
         what = found[1] if found else str(error).partition("\n")[0]
         raise UserError(f"the state of optimizer = '{config.optimizer}' cannot be saved and loaded "
-                        f"({type(error).__name__}: {what}); "
-                        "keep only tensors, numbers and strings there")
+                        f"({type(error).__name__}: {what}); keep only tensors, numbers and strings there")
+    kept = set(gathered(int(sha256(names)[:13], 16)))  # of which parameters
+    if len(kept) > 1 and not isinstance(optimizer, Muon):  # which gathers its state
+        raise UserError(f"optimizer = '{config.optimizer}' keeps the state of other parameters on other "
+                        "processes, where no checkpoint has it; start one process")
 
 
 def results(config, device, progress, val_loss):
     """(facts for run.json, text for the log) at the end of a run."""
     steps = progress.step
     seconds = progress.train_time
-    ms = 1000 * seconds
     speed = steps * config.batch_size * config.sequence_length / max(seconds, 1e-9)
     unit = 1 if sys.platform == "darwin" else 1024
     memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -1415,9 +1415,10 @@ def results(config, device, progress, val_loss):
     memory = int(max(gathered(memory)))
     met = "met at step {}, {:.1f} s".format(*progress.reached) if progress.reached else "not met"
     text = (f"final loss   {val_loss:.4f}; target {config.target_val_loss:g} {met}\n"
-            f"training     {seconds:.1f} s, {ms / max(1, steps):.1f} ms a step, {speed:,.0f} tokens/s\n"
+            f"training     {seconds:.1f} s, {1000 * seconds / max(1, steps):.1f} ms a step, "
+            f"{speed:,.0f} tokens/s\n"
             f"memory       {memory / 2 ** 30:.2f} GiB at most in a process ({device.type})")
-    facts = dict(final_val_loss=val_loss, train_time_ms=ms, steps=steps,
+    facts = dict(final_val_loss=val_loss, train_time_ms=1000 * seconds, steps=steps,
                  tokens_per_second=speed, target_reached=progress.reached, peak_memory_bytes=memory)
     return facts, text
 
@@ -1440,8 +1441,7 @@ def run(config):
     # ---- model and optimizers
     torch.manual_seed(config.seed)
     raw_model = GPT(config).to(device)
-    optimizers = build_optimizers(raw_model, config)
-    hidden = optimizers[1]
+    _, hidden = optimizers = build_optimizers(raw_model, config)
     model, note = wrapped(raw_model, config, device)
     micro_batch = choose_micro_batch(config, device, per_process, dtype, raw_model.fused_loss)
 
@@ -1490,7 +1490,8 @@ def run(config):
     batches = prefetched(train_shards, mine, device)
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # now they end the run after the step
-        signal.signal(number, lambda number, frame: signals.append(number))
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, lambda number, frame: signals.append(number))
 
     clock = synchronized_time(device)
     for step in range(start, N + 1):
@@ -1572,7 +1573,8 @@ def explanation(error):
     if world_size() > 1 and isinstance(error, RuntimeError):
         if re.search("gloo|nccl|connection|timed out", text, re.IGNORECASE):
             return lost_processes(error)
-    return text if isinstance(error, (UserError, OSError)) else None
+    if isinstance(error, (UserError, OSError)):
+        return text
 
 
 def main():
@@ -1580,8 +1582,8 @@ def main():
         code = run(load_config(sys.argv[1:]))
     except (Exception, KeyboardInterrupt) as error:
         message = explanation(error)
-        if message is None:
-            raise
+        if not message:
+            raise  # a bug
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
         if first_to_fail():
             print(f"error: {message}", file=sys.stderr)

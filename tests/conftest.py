@@ -143,7 +143,8 @@ def call(monkeypatch, capfd):
     Returns returncode, stdout and stderr."""
     def call(module, *arguments):
         capfd.readouterr()  # what earlier calls wrote
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        handlers = {number: signal.getsignal(number) for number in numbers}
         code = 0
         message = ""
         try:

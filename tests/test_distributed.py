@@ -149,6 +149,22 @@ def test_memory_of_each_owner_of_the_speedruns_matrices(node, processes, monkeyp
     assert min(expected) > 0
 
 
+def test_state_on_one_process_only_is_refused(start, tmp_path):
+    """As of an optimizer that shares its matrices out, and keeps the state where they are."""
+    (tmp_path / "shared_out.py").write_text(
+        "import torch, train_gpt2\n"
+        "class SharedOut(torch.optim.SGD):\n"
+        "    def step(self, closure=None):\n"
+        "        for i, p in enumerate(self.param_groups[0]['params']):\n"
+        "            if i % train_gpt2.world_size() == train_gpt2.rank():\n"
+        "                self.state[p]['buffer'] = torch.zeros_like(p)\n")
+    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    assert start(processes=1, run_name="a", optimizer="shared_out:SharedOut", env=env).returncode == 0
+    done = start(processes=2, run_name="b", optimizer="shared_out:SharedOut", env=env)
+    assert done.returncode == 1
+    assert "keeps the state of other parameters on other processes" in done.stderr
+
+
 # compiled
 
 

@@ -1,10 +1,14 @@
 """Whole runs of train_gpt2.py, as a user starts them."""
 import dataclasses
+import errno
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
+import signal
+import stat
 import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -119,8 +123,8 @@ def test_a_run_ends_with_its_results(start, tmp_path):
 
 @pytest.mark.parametrize("gigabytes, most", [(80, 128), (40, 64), (24, 32), (16, 16)])
 def test_micro_batch_fits_the_gpu(monkeypatch, gigabytes, most):
-    def chosen(per_process=512, dtype=torch.bfloat16, **fields):
-        return choose_micro_batch(Config(**fields), torch.device("cuda", 0), per_process, dtype)
+    def chosen(per_process=512, dtype=torch.bfloat16, fused_loss=True, **fields):
+        return choose_micro_batch(Config(**fields), torch.device("cuda", 0), per_process, dtype, fused_loss)
 
     properties = SimpleNamespace(total_memory=gigabytes * 1.056e9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -128,6 +132,10 @@ def test_micro_batch_fits_the_gpu(monkeypatch, gigabytes, most):
     assert chosen() == most
     assert chosen(per_process=24) == min(most, 8)
     assert chosen(device_batch_size=4) == 4
+    whole_logits = 12 * 50257  # bytes a token, in fp32: log-probabilities and two gradients
+    needed = 1024 * (50 * 12 * 768 + whole_logits) * chosen(fused_loss=False)
+    available = 0.9 * properties.total_memory - 32 * 123.5e6 - 2 * 16384 * 50257  # parameters, a chunk
+    assert needed < available < 2 * needed
     assert chosen(dtype=torch.float32) == most / 2  # also for dtype = auto on a GPU without bfloat16
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.45)
     assert chosen() <= most / 2
@@ -212,6 +220,29 @@ def test_a_run_is_not_overwritten(start, finished, lost):
 
 def test_resume_needs_the_same_configuration(start, finished):
     refused_and_untouched(start, finished, "momentum = 0.95, not 0.9", resume="auto", momentum=0.9)
+
+
+def test_checkpoints_may_be_a_link(start, finished, tmp_path):
+    (finished / "checkpoints").rename(tmp_path / "scratch")
+    (finished / "checkpoints").symlink_to(tmp_path / "scratch")
+    (tmp_path / "scratch/step_000010.pt").unlink()
+    done = start(run_name="a", save_every=2, resume="auto")
+    assert "resumed at step 8" in done.stdout
+    assert (tmp_path / "scratch/step_000010.pt").exists()
+
+
+def test_a_folder_without_fsync(start, tmp_path, monkeypatch):
+    """As some network file systems have it."""
+    fsync = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    assert start(run_name="a").returncode == 0
+    assert checkpoint(tmp_path / "logs/a", 10)
 
 
 def test_resume_needs_the_same_code(start, finished, monkeypatch):
@@ -305,6 +336,36 @@ def test_a_final_checkpoint_has_the_weights_of_its_loss(start, module, tmp_path)
     assert not same_weights(whole, stopped)
     assert start(run_name="a", optimizer="stopping:Stopping", resume="auto").returncode == 0
     assert same_weights(whole, stopped)
+
+
+HANGING_UP = """
+import os, signal, torch
+class HangingUp(torch.optim.SGD):
+    steps = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.steps += 1
+        if self.steps == 5:
+            os.kill(os.getpid(), signal.SIGHUP)
+"""
+
+
+def test_a_closed_terminal_ends_the_run_with_a_checkpoint(start, module, tmp_path):
+    module("hanging_up", HANGING_UP)
+    done = start(run_name="a", optimizer="hanging_up:HangingUp", val_loss_every=0)
+    assert done.returncode == 128 + signal.SIGHUP
+    assert "stopped by SIGHUP after step 5" in done.stdout
+    assert checkpoint(tmp_path / "logs/a", 5)
+
+
+def test_nohup_is_respected(start, module, monkeypatch):
+    module("hanging_up", HANGING_UP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert start(run_name="a", optimizer="hanging_up:HangingUp", val_loss_every=0).returncode == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_another_target_is_met_again(start, tmp_path):
@@ -585,6 +646,17 @@ def test_learning_rate_schedule():
     assert scales == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
 
 
+def test_validation_shards_are_not_trained_on(start, shards, tmp_path):
+    """Whatever their names."""
+    (tmp_path / "mine").mkdir()
+    for path in shards.iterdir():
+        (tmp_path / f"mine/{path.name}").write_bytes(path.read_bytes())
+    (tmp_path / "mine/val_000000.bin").rename(tmp_path / "mine/train_000009.bin")
+    done = start(input_bin=tmp_path / "mine/*.bin")
+    refused(done, "train_000009.bin, one of input_bin", "is also one of input_val_bin")
+    assert not (tmp_path / "logs").exists()
+
+
 # bad input: one sentence that names the thing, an exit code, and no traceback
 
 
@@ -596,6 +668,7 @@ def test_learning_rate_schedule():
     (dict(val_tokens=100), ["val_tokens = 100", "sequence_length = 16"]),
     (dict(input_bin="nowhere/*.bin"), ["nowhere/*.bin", "data/"]),
     (dict(n_head=3), ["n_head = 3", "n_embd = 16"]),
+    (dict(n_head=3, env=dict(LOCAL_RANK="1")), ["n_head = 3"]),  # a process of no group
     (dict(momentum=1.5), ["momentum = 1.5", "below 1"]),
     (dict(learning_rate="nan"), ["learning_rate = nan"]),
     (dict(warmdown_iters=11), ["warmdown_iters = 11", "num_iterations = 10"]),
