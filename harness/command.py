@@ -1,4 +1,4 @@
-"""How a script begins and ends: errors in one sentence, Ctrl-C, and one process at a time in a folder."""
+"""How a script begins and ends, its lock on a folder, and its tables."""
 import contextlib
 import fcntl
 import functools
@@ -47,6 +47,12 @@ def command(interrupted="interrupted; run the same command again to continue"):
                 sys.exit("error: " + "\n".join(map(printable, str(error).split("\n"))))
         return run
     return decorate
+
+
+def markdown(rows):
+    """A table; the first row is its head. Cells are Markdown."""
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body]) + "\n"
 
 
 @contextlib.contextmanager

@@ -304,18 +304,27 @@ def paired_gains(baseline, candidate, shorter):
     return Gains("paired", x, y, cov / len(common), len(common) - 1, cov, 1)
 
 
-def saved_from(gains, fraction):
-    """Saved by Fieller's interval for x / y."""
-    ends = fieller(gains.x, gains.y, gains.cov, t_quantile(0.975, gains.df))
-    low, high = (end * fraction for end in ends)
+def trusted_interval(x, y, cov, quantile, fraction):
+    """(mean, low, high) of fraction * x / y by Fieller's interval, as far as a straight line is trusted.
+
+    That is `fraction` past either end. Beyond it a bound is infinite, and then the mean is None.
+    """
+    low, high = (end * fraction for end in fieller(x, y, cov, quantile))
     low = min(low, 2 * fraction) if low > -fraction else -math.inf
     high = max(high, -fraction) if high < 2 * fraction else math.inf
-    mean = float(fraction * gains.x / gains.y) if math.isfinite(high - low) else None
+    mean = float(fraction * x / y) if math.isfinite(high - low) else None
+    return mean, float(low), float(high)
+
+
+def saved_from(gains, fraction):
+    """Saved by the trusted part of Fieller's interval for x / y."""
+    quantile = t_quantile(0.975, gains.df)
+    mean, low, high = trusted_interval(gains.x, gains.y, gains.cov, quantile, fraction)
     scale = np.array([1, 1 / fraction])
     return Saved(
         mean=mean,
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         way=gains.way,
         gain=float(gains.x),
         slope=float(gains.y / fraction),

@@ -20,7 +20,7 @@ import numpy as np
 from scipy import optimize, special, stats
 
 from harness.command import ROOT
-from harness.estimates import fieller, steps_saved, t_quantile, verdict
+from harness.estimates import steps_saved, t_quantile, trusted_interval, verdict
 from train_gpt2 import UserError, write_atomically
 
 ALPHA = 0.05
@@ -79,12 +79,8 @@ def at_level(saved, fraction, seeds, level):
     y = saved.slope * fraction
     scale = np.array([1, fraction])
     cov = saved.cov * np.outer(scale, scale) / seeds
-    ends = fieller(x, y, cov, t_quantile((1 + level) / 2, saved.df * (seeds - 1)))
-    low, high = (end * fraction for end in ends)
-    # as in steps_saved(): a straight line is trusted up to `fraction` past either end
-    low = min(low, 2 * fraction) if low > -fraction else -math.inf
-    high = max(high, -fraction) if high < 2 * fraction else math.inf
-    mean = fraction * x / y if math.isfinite(high - low) else None
+    quantile = t_quantile((1 + level) / 2, saved.df * (seeds - 1))
+    mean, low, high = trusted_interval(x, y, cov, quantile, fraction)
     return saved._replace(mean=mean, low=low, high=high)
 
 

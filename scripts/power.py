@@ -14,13 +14,12 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from harness.command import ROOT, command
+from harness.command import ROOT, command, markdown
 import numpy as np
 
 from harness import runs
 from harness.estimates import SPEEDRUN_SD, SPEEDRUN_SLOPE
 from harness.sequential import Noise, detectable, is_wrong, levels, simulate
-from scripts.records import markdown
 from train_gpt2 import UserError
 
 RECORDS = ROOT / "records" / "power"

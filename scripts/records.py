@@ -31,7 +31,7 @@ from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from harness.command import ROOT, command, printable
+from harness.command import ROOT, command, markdown, printable
 from harness import forms
 from harness import runs as reading
 from harness.forms import read_bytes, read_json, read_text
@@ -439,12 +439,6 @@ def add(args):
 def cell(text):
     """`text`, escaped for Markdown."""
     return re.sub(r"[\\`*\[\]|<>&]", r"\\\g<0>", printable(str(text)))
-
-
-def markdown(rows):
-    """A table; the first row is its head. Cells are Markdown."""
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body]) + "\n"
 
 
 def crossing(curve, target):

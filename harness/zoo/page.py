@@ -10,14 +10,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from harness import estimates
-from harness.command import ROOT
+from harness.command import ROOT, markdown
 from harness.estimates import Estimate
 from harness.pictures import COLORS
 from harness.tuning import RATES
 from harness.zoo.optimizers import ZOO
 from harness.zoo.table import SEEDS, TUNING_SEEDS, Table, read_overhead
 from harness.zoo.training import LENGTHS
-from scripts.records import markdown
 from train_gpt2 import UserError
 
 RECORDS = ROOT / "records" / "zoo"
