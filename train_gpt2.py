@@ -22,6 +22,7 @@ import ctypes
 import dataclasses
 import difflib
 import fcntl
+import fnmatch
 import glob
 import hashlib
 import importlib
@@ -110,6 +111,7 @@ class Config:
     ewma: float = 0.95  # newton_muon: weight of the past in the second moment of the inputs
     ridge: float = 0.2  # newton_muon: ridge, relative to the mean eigenvalue of the second moment
     optimizer_args: str = "{}"  # further arguments of the optimizer, as a JSON object
+    groups: str = "{}"  # settings by parameter name, as a JSON object: {"h.*.c_fc.weight": {"lr": 0.001}}
 
     # machine
     seed: int = 0  # seed of the initial weights
@@ -210,15 +212,18 @@ def load_config(argv):
                                      description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="CONFIG.toml, for example configs/cpu_muon.toml")
-    comments = re.findall(r"(\w+): \w+ = .*?  # (.*(?:\n    # .*)*)\n", inspect.getsource(Config))
-    helps = {name: text.replace("\n    #", "") for name, text in comments}
-    for field in dataclasses.fields(Config):
+    helps = {}
+    if {"-h", "--help"} & set(argv):  # not in threads: inspect uses ast, which cannot stand them
+        comments = re.findall(r"(\w+): \w+ = .*?  # (.*(?:\n    # .*)*)\n", inspect.getsource(Config))
+        helps = {name: text.replace("\n    #", "") for name, text in comments}
+    fields = dataclasses.fields(Config)
+    for field in fields:
         parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type,
                             metavar=field.type.__name__, default=argparse.SUPPRESS,
-                            help=f"{helps[field.name]} (default: {json.dumps(field.default)})")
+                            help=f"{helps.get(field.name)} (default: {json.dumps(field.default)})")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = nearest(unknown[0], [f"--{name}" for name in helps])
+        near = nearest(unknown[0], [f"--{field.name}" for field in fields])
         parser.error(f"unknown argument '{unknown[0]}'; the nearest valid one is '{near}' (--help lists all)")
     given = vars(args)
     config = Config(**read_toml(given.pop("config")) | given)
@@ -399,11 +404,10 @@ def gram(z, n):
 
 
 class Block(nn.Module):
-    matrices = "c_attn", "attn_proj", "c_fc", "mlp_proj"  # the order of hidden_matrices() and of the grams
-
-    def __init__(self, config):
+    def __init__(self, config, name):
         super().__init__()
         C = config.n_embd
+        self.name = name
         self.n_head = config.n_head
         self.attn_scale = 1 / math.sqrt(2 * config.n_layer)
         self.c_attn = nn.Linear(C, 3 * C, bias=False)
@@ -412,7 +416,7 @@ class Block(nn.Module):
         self.mlp_proj = nn.Linear(4 * C, C, bias=False)
 
     def forward(self, x, cos, sin, grams):
-        """x (B, T, C) after this block. Z Z^T of its matrices' inputs go to the list `grams`, if any."""
+        """x (B, T, C) after this block. Sets the values of `grams`, {name of a weight: its gram}."""
         B, T, C = x.size()
         z = norm(x)
         q, k, v = self.c_attn(z).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, n_head, D)
@@ -423,9 +427,10 @@ class Block(nn.Module):
         x = x.add(self.attn_proj(y), alpha=self.attn_scale)
         u = norm(x)
         h = F.gelu(self.c_fc(u))  # (B, T, 4 C)
-        if grams is not None:
-            inputs = dict(c_attn=z, attn_proj=y, c_fc=u, mlp_proj=h)
-            grams += [gram(inputs[name], C) for name in self.matrices]
+        for layer, inputs in dict(c_attn=z, attn_proj=y, c_fc=u, mlp_proj=h).items():
+            name = f"{self.name}.{layer}.weight"
+            if name in grams:
+                grams[name] = gram(inputs, C)
         return x + self.mlp_proj(h)
 
 
@@ -436,7 +441,7 @@ class GPT(nn.Module):
         self.fused_loss = bool(triton)  # on a GPU
         rows = math.ceil(config.vocab_size / 128) * 128  # those added are neither looked up nor predicted
         self.wte = nn.Embedding(rows, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, f"h.{i}") for i in range(config.n_layer))
         self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
         self.wte.weight = self.lm_head.weight
         D = config.n_embd // config.n_head
@@ -446,24 +451,24 @@ class GPT(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def features(self, idx, collect=False):
+    def features(self, idx, collect=()):
         """Input (B, T, C) of the head for tokens `idx` (B, T), and the grams of forward()."""
         T = idx.size(1)
-        grams = [] if collect else None
+        grams = dict.fromkeys(collect)
         x = self.wte(idx)
         for block in self.h:
             x = block(x, self.cos[:T], self.sin[:T], grams)
-        return norm(x), grams
+        return norm(x), list(grams.values())
 
     def logits(self, idx):
         """Logits (B, T, vocab_size) fp32 for tokens `idx` (B, T)."""
         x, _ = self.features(idx)
         return self.lm_head(x)[..., :self.vocab_size].float()
 
-    def forward(self, idx, targets, collect=False):
+    def forward(self, idx, targets, collect=()):
         """(mean cross-entropy of `targets` (B, T), ignoring -1, given the tokens `idx` (B, T); grams).
 
-        With `collect`, grams has Z Z^T of the inputs of each of hidden_matrices(), else it is None.
+        grams has Z Z^T of the inputs of each of the hidden matrices whose names are in `collect`.
         """
         x, grams = self.features(idx, collect)
         targets = targets.flatten()
@@ -476,9 +481,8 @@ class GPT(nn.Module):
         return loss, grams
 
     def hidden_matrices(self):
-        """{name: weight} of the matrices in the blocks, in the order of the grams."""
-        names = [f"h.{i}.{matrix}.weight" for i in range(len(self.h)) for matrix in Block.matrices]
-        return {name: self.get_parameter(name) for name in names}
+        """{name: weight} of the matrices in the blocks."""
+        return {name: p for name, p in self.named_parameters() if name.startswith("h.")}
 
     def num_parameters(self):
         """Parameters, without the rows that pad the table."""
@@ -630,11 +634,11 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr=3.6e-4, momentum=0.95, nesterov=True, ns_steps=5, weight_decay=0.0,
                  more={}):  # the settings of a subclass
-        settings = dict(lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps,
-                        weight_decay=weight_decay, **more)
-        if wrong := out_of_range(settings):
-            raise ValueError(wrong)
-        super().__init__(params, settings)
+        super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps,
+                                      weight_decay=weight_decay, **more))
+        for group in self.param_groups:
+            if wrong := out_of_range(group):
+                raise ValueError(wrong)
         self.matrices = [p for group in self.param_groups for p in group["params"]]
         for p in self.matrices:
             if p.ndim != 2:
@@ -745,6 +749,7 @@ class NewtonMuon(Muon):
             if p.size(1) % min(p.shape):
                 raise ValueError(f"a matrix of shape {tuple(p.shape)}: must be square, tall, "
                                  "or a whole number of times wider than tall")
+        self.preconditioned = self.matrices  # in the order of the grams
         self.failures = torch.zeros((), dtype=torch.int64, device=p.device)
 
     def invert(self, A):
@@ -756,15 +761,16 @@ class NewtonMuon(Muon):
 
     @torch.no_grad()
     def refresh(self, grams, tokens):
-        """Updates K and P. grams: of each matrix in turn, the sum of z z^T over this process's inputs
-        (n / m or 1, n, n); overwritten. tokens: N, over all processes."""
-        grams = dict(zip(self.matrices, grams, strict=True))
+        """Updates K and P. grams: of each of self.preconditioned in turn, the sum of z z^T over this
+        process's inputs (n / m or 1, n, n); overwritten. tokens: N, over all processes."""
+        grams = dict(zip(self.preconditioned, grams, strict=True))
         if world_size() > 1:
             for work in [dist.reduce(gram, self.owner[p], async_op=True) for p, gram in grams.items()]:
                 work.wait()
         for group in self.param_groups:
-            for n in {min(p.shape) for p in self.owned(group)}:
-                same = {p: grams[p] for p in self.owned(group) if min(p.shape) == n}
+            mine = [p for p in self.owned(group) if p in grams]
+            for n in {min(p.shape) for p in mine}:
+                same = {p: grams[p] for p in mine if min(p.shape) == n}
                 self.refresh_blocks(same, tokens, group)
 
     def refresh_blocks(self, grams, tokens, group):
@@ -795,14 +801,39 @@ class NewtonMuon(Muon):
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "muon": Muon, "newton_muon": NewtonMuon, "sgd": torch.optim.SGD}
 
 
-def build_optimizers(model, config):
-    """(optimizer of the tied embedding and head, optimizer of the hidden matrices).
+def make_optimizer(kind, parameters, patterns, **settings):
+    """The optimizer `kind` of `parameters`, {name: p}.
 
-    UserError if the second cannot be made.
+    patterns: {pattern of names: {setting: value}}; a name belongs to the first that it matches, if any.
+    """
+    if not patterns:
+        return kind(list(parameters.values()), **settings)
+    groups = {}
+    for name, p in parameters.items():
+        pattern = next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), "")
+        groups.setdefault(pattern, {"params": [], **patterns.get(pattern, {})})["params"].append(p)
+    optimizer = kind(list(groups.values()), **settings)
+    for name in set().union(*optimizer.param_groups) - {"params"}:
+        if name not in optimizer.defaults:
+            raise ValueError(f"{kind.__name__} has no setting '{name}', only {', '.join(optimizer.defaults)}")
+    return optimizer
+
+
+def build_optimizers(model, config):
+    """(AdamW of the tied embedding and head, optimizer of the hidden matrices).
+
+    UserError if they cannot be made.
     """
     adamw = dict(betas=(config.beta1, config.beta2), fused=True)
-    table = torch.optim.AdamW([model.lm_head.weight], lr=config.learning_rate, weight_decay=0.0, **adamw)
+    matrices = model.hidden_matrices()
+    others = {name: p for name, p in model.named_parameters() if name not in matrices}
     try:
+        patterns = json.loads(config.groups)
+        for pattern in patterns:
+            if not fnmatch.filter([*others, *matrices], pattern):
+                raise ValueError(f"no parameter is named '{pattern}', only {', '.join([*others, *matrices])}")
+        table = make_optimizer(torch.optim.AdamW, others, patterns, lr=config.learning_rate,
+                               weight_decay=0.0, **adamw)
         if config.optimizer in OPTIMIZERS:  # its settings are the fields of their names
             kind = OPTIMIZERS[config.optimizer]
             names = inspect.signature(kind).parameters
@@ -814,12 +845,12 @@ def build_optimizers(model, config):
             kind = getattr(importlib.import_module(module), name)
             settings = {}
         inspect.signature(kind.step).bind(None)  # TypeError if it needs a closure, which the loop has not
-        hidden = kind(list(model.hidden_matrices().values()), lr=config.hidden_learning_rate,
-                      **settings, **json.loads(config.optimizer_args))
+        hidden = make_optimizer(kind, matrices, patterns, lr=config.hidden_learning_rate, **settings,
+                                **json.loads(config.optimizer_args))
         set_mode(hidden, "train")
     except Exception as error:  # whatever somebody else's code raises
         raise UserError(f"optimizer = '{config.optimizer}' with optimizer_args = '{config.optimizer_args}' "
-                        f"cannot be made: {type(error).__name__}: {error}")
+                        f"and groups = '{config.groups}' cannot be made: {type(error).__name__}: {error}")
     return table, hidden
 
 
@@ -844,6 +875,12 @@ def refresh_interval(optimizer):
 def refreshes_in(optimizer, step):
     """Whether the optimizer wants the grams of step `step`, from 0."""
     return (step + 1) % refresh_interval(optimizer) == 0
+
+
+def with_grams(model, optimizer):
+    """Names of the matrices whose grams optimizer.refresh() takes, in their order."""
+    names = {p: name for name, p in model.hidden_matrices().items()}
+    return [names[p] for p in getattr(optimizer, "preconditioned", names)]
 
 
 # ---- Several processes: these functions also work in a single one without a process group --------
@@ -1323,7 +1360,7 @@ def choose_micro_batch(config, device, per_process, dtype, fused_loss=True):
 def accumulate(model, micro_batches, collect, dtype):
     """Adds the gradient of the mean loss of `micro_batches`, [(idx, targets), ...]; DDP averages it.
 
-    Returns that loss and, with `collect`, grams.
+    Returns that loss and the grams of the matrices whose names are in `collect`.
     """
     n = len(micro_batches)
     mean = 0.0
@@ -1366,7 +1403,8 @@ def warm_up(model, raw_model, config, device, dtype, micro_batch):
     weights = copy.deepcopy(raw_model.state_dict())
     _, hidden = optimizers = build_optimizers(raw_model, config)  # a second pair, thrown away after this
     idx, targets = torch.randint(config.vocab_size, (2, micro_batch, config.sequence_length)).to(device)
-    for collect in (False, False, True):  # twice, as DDP rearranges its buckets; then a refresh
+    names = with_grams(raw_model, hidden)
+    for collect in ((), (), names):  # twice, as DDP rearranges its buckets; then a refresh
         if collect and refresh_interval(hidden) == math.inf:
             break
         _, grams = accumulate(model, [(idx, targets)] * 2, collect, dtype)
@@ -1442,6 +1480,7 @@ def run(config):
     torch.manual_seed(config.seed)
     raw_model = GPT(config).to(device)
     _, hidden = optimizers = build_optimizers(raw_model, config)
+    names = with_grams(raw_model, hidden)
     model, note = wrapped(raw_model, config, device)
     micro_batch = choose_micro_batch(config, device, per_process, dtype, raw_model.fused_loss)
 
@@ -1529,7 +1568,8 @@ def run(config):
         scale = learning_rate_scale(config, step)
         set_learning_rates(optimizers, scale)
         idx, targets = (t.to(device, non_blocking=True).split(micro_batch) for t in next(batches))
-        loss, grams = accumulate(model, list(zip(idx, targets)), refreshes_in(hidden, step), dtype)
+        collect = names if refreshes_in(hidden, step) else ()
+        loss, grams = accumulate(model, list(zip(idx, targets)), collect, dtype)
         if grams:
             hidden.refresh(grams, B * T)
         for optimizer in optimizers:

@@ -16,7 +16,7 @@ RATES = (0.0, *(0.01 * 2.0 ** torch.arange(10)))  # at which the fall along a di
 def gradients(model, batch):
     """{name: (gradient, K of its inputs (blocks, n, n))} of the hidden matrices on the batch."""
     model.zero_grad(set_to_none=True)
-    _, grams = accumulate(model, [batch], True, torch.float32)
+    _, grams = accumulate(model, [batch], list(model.hidden_matrices()), torch.float32)
     tokens = batch[0].numel()
     matrices = model.hidden_matrices()
     return {name: (p.grad.clone(), K / tokens) for (name, p), K in zip(matrices.items(), grams)}

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from train_gpt2 import (GPT, Config, Shards, UserError, accumulate, build_optimizers, learning_rate_scale,
-                        read_toml, refreshes_in, set_learning_rates)
+                        read_toml, refreshes_in, set_learning_rates, with_grams)
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT  # where the paths of the shards in the configurations start
@@ -67,10 +67,12 @@ def training_steps(config, model, optimizers, shards):
     Yields the loss of each batch when its gradient is there, before weights change.
     """
     _, hidden = optimizers
+    names = with_grams(model, hidden)
     for step in range(config.num_iterations):
         set_learning_rates(optimizers, learning_rate_scale(config, step))
         batch = shards.batch(range(step * config.batch_size, (step + 1) * config.batch_size))
-        loss, grams = accumulate(model, [batch], refreshes_in(hidden, step), torch.float32)
+        collect = names if refreshes_in(hidden, step) else ()
+        loss, grams = accumulate(model, [batch], collect, torch.float32)
         if grams:
             hidden.refresh(grams, batch[0].numel())
         yield float(loss)

@@ -63,8 +63,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params, **settings):
         super().__init__(params, settings)
-        check(**settings)
         for group in self.param_groups:
+            check(**{name: group[name] for name in settings})
             for p in group["params"]:
                 if p.ndim != 2:
                     raise ValueError(f"a parameter of shape {tuple(p.shape)}: {type(self).__name__} "

@@ -49,8 +49,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports that
 
 import train_gpt2  # before torch: it says how CPU threads wait
 from train_gpt2 import (GPT, UserError, accumulate, autocast, build_optimizers, choose_micro_batch,
-                        load_config, rank, start_processes, synchronized_time, training_dtype, wrapped,
-                        write_atomically)
+                        load_config, rank, start_processes, synchronized_time, training_dtype,
+                        with_grams, wrapped, write_atomically)
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -165,9 +165,10 @@ def trainer_step(config, device, dtype):
     optimizers = build_optimizers(raw, config)
     hidden = optimizers[1]
     refresh_interval = train_gpt2.refresh_interval(hidden)
+    names = with_grams(raw, hidden)
 
     def step(batches, refresh):
-        _, grams = accumulate(model, batches, refresh, dtype)
+        _, grams = accumulate(model, batches, names if refresh else (), dtype)
         if refresh:
             with record_function("bench:statistics"):
                 hidden.refresh(grams, config.batch_size * config.sequence_length)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness.command import command
 import train_gpt2  # before torch: it says how CPU threads wait
 from train_gpt2 import (
-    GPT, OPTIMIZERS, Config, UserError, autocast, build_optimizers, head_loss, set_learning_rates)
+    GPT, OPTIMIZERS, Config, UserError, autocast, build_optimizers, head_loss, set_learning_rates, with_grams)
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -50,7 +50,7 @@ def check_step(config):
     hidden = optimizers[1]
     idx = torch.zeros(4, config.sequence_length, dtype=torch.int64, device=DEVICE)
     for step in range(2):  # the second has state
-        collect = hasattr(hidden, "refresh")
+        collect = with_grams(model, hidden) if hasattr(hidden, "refresh") else ()
         with autocast(DEVICE, torch.bfloat16):
             loss, grams = model(idx, idx, collect)
         for p in model.parameters():
@@ -62,7 +62,7 @@ def check_step(config):
             optimizer.step()
     with torch.no_grad(), autocast(DEVICE, torch.bfloat16):
         evaluated, _ = model(idx, idx)
-    return {"loss": loss.dtype, "evaluation": evaluated.dtype, "grams": {gram.dtype for gram in grams or ()}}
+    return {"loss": loss.dtype, "evaluation": evaluated.dtype, "grams": {gram.dtype for gram in grams}}
 
 
 @command(interrupted="interrupted")

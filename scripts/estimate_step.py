@@ -448,7 +448,8 @@ def main():
     pretend()
     model = GPT(config)
     idx = torch.zeros(args.sequences, config.sequence_length, dtype=torch.long)
-    step = count(model, [idx, idx, args.collect], args.ddp)
+    names = list(model.hidden_matrices()) if args.collect else []
+    step = count(model, [idx, idx, names], args.ddp)
     form = "with DDP" if args.ddp else "on one GPU"
     collect = ", with statistics" if args.collect else ""
     print(f"{args.n_layer} layers, {args.sequences} x {config.sequence_length} tokens, {form}{collect}; "

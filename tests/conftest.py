@@ -112,6 +112,10 @@ def logged(folder):
     return losses
 
 
+def checkpoint(folder, step):
+    return torch.load(folder / f"checkpoints/step_{step:06d}.pt", weights_only=True)
+
+
 def same_weights(a, b):
     """Whether the newest checkpoints of the runs in folders a and b have the same weights, bit for bit."""
     weights = []

@@ -41,7 +41,8 @@ def trainer(collect=True):
     import train_gpt2
     config = train_gpt2.Config(n_layer=2, n_head=2, n_embd=128, vocab_size=1000, sequence_length=64)
     idx = torch.zeros(8, 64, dtype=torch.long)
-    return train_gpt2.GPT(config), [idx, idx, collect]
+    model = train_gpt2.GPT(config)
+    return model, [idx, idx, list(model.hidden_matrices()) if collect else []]
 
 
 def trainer_ddp():

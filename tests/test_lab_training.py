@@ -145,7 +145,7 @@ def test_noise_of_layers_and_their_two_directions(text, monkeypatch):
     gradients = []
     for i in range(24):
         batch = shards.batch(range(16 * i, 16 * i + 16))
-        _, grams = layers.accumulate(model, [batch], True, torch.float32)
+        _, grams = layers.accumulate(model, [batch], list(model.hidden_matrices()), torch.float32)
         gradients.append([p.grad.clone() for p in model.hidden_matrices().values()])
         model.zero_grad(set_to_none=True)
         if i == 0:
@@ -293,7 +293,8 @@ def test_largest_fall_of_a_layer(text):
     model, optimizers = training.new_model(config)
     shards = training.open_shards(config)
     list(training.training_steps(config, model, optimizers, shards))
-    _, grams = layers.accumulate(model, [shards.batch(range(320, 336))], True, torch.float32)
+    batch = shards.batch(range(320, 336))
+    _, grams = layers.accumulate(model, [batch], list(model.hidden_matrices()), torch.float32)
     W = model.hidden_matrices()["h.0.attn_proj.weight"]
     G = W.grad.clone()
     start = W.detach().clone()

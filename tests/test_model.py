@@ -67,7 +67,7 @@ def model(tiny):
 def test_model_agrees_with_its_equations_in_float64(model, tiny):
     idx = torch.randint(64, (1, 16), generator=torch.Generator().manual_seed(1))
     targets = idx.roll(-1, 1)
-    loss, grams = model(idx, targets, collect=True)
+    loss, grams = model(idx, targets, collect=list(model.hidden_matrices()))
     x = model.wte.weight.detach().double()[idx[0]]
     inputs = []
     for block in model.h:
@@ -88,7 +88,7 @@ def test_padding_rows_stay(model, tiny):
     assert model.logits(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 64)
     before = model.lm_head.weight[64:].clone()
     idx = torch.randint(64, (4, 16))
-    accumulate(model, [(idx, idx)], False, torch.float32)
+    accumulate(model, [(idx, idx)], (), torch.float32)
     for optimizer in build_optimizers(model, tiny):
         optimizer.step()
     assert torch.equal(model.lm_head.weight[64:], before)
@@ -122,7 +122,7 @@ def test_accumulation_equals_the_whole_batch(tiny, optimizer):
     for model, size in ((whole, 12), (parts, 3)):
         optimizers = build_optimizers(model, config)
         micro_batches = list(zip(idx.split(size), targets.split(size)))
-        _, grams = accumulate(model, micro_batches, True, torch.float32)
+        _, grams = accumulate(model, micro_batches, list(model.hidden_matrices()), torch.float32)
         if optimizer == "newton_muon":
             optimizers[1].refresh(grams, idx.numel())
         for o in optimizers:

@@ -142,7 +142,7 @@ def test_failed_factorisation(kind):
     (NewtonMuon, "ewma", 1.0),
     (NewtonMuon, "ridge", 0.0),
     (NewtonMuon, "ridge", math.nan),
-    (PowerNewtonMuon, "power", 0.0),
+    (PowerNewtonMuon, "power", -0.5),
     (Signum, "nesterov", "false"),
     (Dion, "seed", True),
     (PolarMuon, "exact", "no"),

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import train_gpt2
-from conftest import HANGS, ROOT, refused, same_weights
+from conftest import HANGS, ROOT, checkpoint, refused, same_weights
 from harness.runs import read_run
 from train_gpt2 import Config, UserError, choose_micro_batch, learning_rate_scale, load_config
 
@@ -34,10 +34,6 @@ def losses(folder):
 
 def facts_of(folder):
     return json.loads((folder / "run.json").read_text())
-
-
-def checkpoint(folder, step):
-    return torch.load(folder / f"checkpoints/step_{step:06d}.pt", weights_only=True)
 
 
 def contents(folder):

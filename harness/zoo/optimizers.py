@@ -14,6 +14,7 @@ class Entry:
     arguments: dict = field(default_factory=dict)
     rates: tuple = (0.02, 0.002)  # learning_rate, hidden_learning_rate: where tuning starts on the CPU track
     title: str = ""  # in the picture, where the name of the class would not do
+    groups: dict = field(default_factory=dict)  # the field `groups` of the configuration
 
     @property
     def label(self):

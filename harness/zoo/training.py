@@ -25,6 +25,8 @@ def fields(entry, point):
     if ":" in entry.optimizer:
         arguments = {"optimizer_args": json.dumps(arguments)}
     values = {"optimizer": entry.optimizer, **arguments}
+    if entry.groups:
+        values["groups"] = json.dumps(entry.groups)
     for rate in RATES:
         values[rate] = getattr(point, rate)
     values |= {"seed": point.seed, "data_seed": point.seed, "num_iterations": point.steps}
@@ -43,9 +45,11 @@ class Track:
     """The runs of a track, `jobs` at a time, into folders of `logs`.
 
     `given` are the fields of the configuration from the command line; finished runs are added to `table`.
+    `entries` are the optimizers, {name in the table: Entry}.
     """
 
-    def __init__(self, name, jobs, logs, given, table):
+    def __init__(self, name, jobs, logs, given, table, entries=ZOO):
+        self.entries = entries
         self.jobs = jobs
         self.logs = logs
         self.given = given
@@ -100,7 +104,7 @@ class Track:
             schedule[key] = round(getattr(self.full, key) * point.steps / self.steps)
         last = {"val_loss_every": 0, "log_dir": self.logs, "run_name": name, "resume": "auto"}
         arguments = [self.config, "--save_every", "250", *self.given,
-                     *fields(ZOO[point.optimizer], point), *flags(schedule), *flags(last)]
+                     *fields(self.entries[point.optimizer], point), *flags(schedule), *flags(last)]
         finished(folder, load_config(arguments))  # refuses what other code has left there
         loss = self.training.train(arguments, folder)
         if loss is None:
@@ -123,7 +127,7 @@ class Track:
 
     def tune(self, name):
         """(learning_rate, hidden_learning_rate, setting) of the best of 12 points."""
-        entry = ZOO[name]
+        entry = self.entries[name]
         centre = self.centre(entry)
         tried = {}  # (pair, setting) -> mean loss
 
@@ -164,7 +168,7 @@ class Track:
         measured = read_overhead(path)
         if name in measured:
             return
-        entry = ZOO[name]
+        entry = self.entries[name]
         untuned = Point(name, self.steps, *self.centre(entry), "", 0)
         config = load_config([self.config, *self.given, *fields(entry, untuned)])
         costs = {} if entry.optimizer == "muon" else self.time_of_step(config)

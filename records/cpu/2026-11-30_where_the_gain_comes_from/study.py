@@ -1,0 +1,168 @@
+"""Which matrices does Newton-Muon's preconditioner help? The CPU track, seven arms, all tuned alike.
+
+    python records/cpu/2026-11-30_where_the_gain_comes_from/study.py --jobs 2    run what is missing
+    python records/cpu/2026-11-30_where_the_gain_comes_from/study.py --page      only write results.md
+
+The arms: Muon, and the preconditioner to the power 1 (Newton-Muon) and 1/2 on all matrices, on mlp_proj
+alone, and on all others. README.md has the plan. Every finished run is a line of runs.csv: the same command
+continues, on any machine that has that file.
+"""
+import argparse
+import math
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from harness import estimates, runs
+from harness.command import command
+from harness.tuning import at_edge, next_pairs, rates
+from harness.zoo.optimizers import Entry
+from harness.zoo.page import steps_saved
+from harness.zoo.table import Point, Table
+from harness.zoo.training import Track
+
+HERE = Path(__file__).resolve().parent
+CENTRE = (0.014, 0.0028)  # of the rates, for all arms
+PAIRS = 12  # of rates, for each arm
+SEEDS = range(21, 33)  # of the results
+LENGTHS = (540, 660)  # at which Muon says what a step is worth
+LENGTH_SEEDS = range(21, 27)
+
+
+def arm(optimizer, groups={}, **arguments):
+    return Entry(optimizer, setting="momentum", values=(), source="", groups=groups, rates=CENTRE,
+                 arguments={"momentum": 0.9, **arguments})
+
+
+def power_arm(mlp_proj, others):
+    """Newton-Muon with these powers of the preconditioner; 0 is Muon."""
+    return arm("optimizers.power_newton_muon:PowerNewtonMuon", {"h.*.mlp_proj.weight": {"power": mlp_proj}},
+               power=others)
+
+
+ARMS = {
+    "muon": arm("muon"),
+    "newton_muon": arm("newton_muon"),
+    "mlp_proj_alone": power_arm(mlp_proj=1, others=0),
+    "all_but_mlp_proj": power_arm(mlp_proj=0, others=1),
+    "half": power_arm(mlp_proj=0.5, others=0.5),
+    "half_mlp_proj_alone": power_arm(mlp_proj=0.5, others=0),
+    "half_all_but_mlp_proj": power_arm(mlp_proj=0, others=0.5),
+}
+
+
+def tune(track, name):
+    """(learning_rate, hidden_learning_rate) of the best pair by the protocol of harness/tuning.py."""
+    tried = {}  # pair -> mean loss over the tuning seeds that it has had
+
+    def mean_loss(pair):
+        point = (name, track.steps, *rates(CENTRE, pair), "")
+        return track.losses_of([point], min(tried.values(), default=math.inf))[point]
+
+    while len(tried) < PAIRS or at_edge(tried):
+        pairs = next_pairs(tried)
+        if not pairs:
+            break
+        for pair in pairs:
+            tried[pair] = mean_loss(pair)
+    while True:  # until the best has had both seeds
+        best = min(tried, key=tried.get)
+        before = tried[best]
+        tried[best] = mean_loss(best)
+        if tried[best] == before:
+            return rates(CENTRE, best)
+
+
+def train(jobs):
+    """Trains what is missing: the tuning of all arms, then the results seed by seed."""
+    table = Table(HERE / "runs.csv")
+    track = Track("cpu", jobs, Path("logs/where_the_gain_comes_from"), [], table, ARMS)
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            best = dict(zip(ARMS, pool.map(lambda name: tune(track, name), ARMS)))
+        except BaseException:
+            track.training.stop()
+            raise
+    points = [Point(name, track.steps, *best[name], "", seed) for seed in SEEDS for name in ARMS]
+    points += [Point("muon", steps, *best["muon"], "", seed) for seed in LENGTH_SEEDS for steps in LENGTHS]
+    track.train(points)
+
+
+def holm(p_values):
+    """p-values corrected for their number by Holm's method, in the order given."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def compare(results):
+    """[(first, second, difference of the mean final loss, half width, p), ...] of all pairs of arms.
+
+    Paired by seed, t-test. The intervals hold together with 95 % (Bonferroni), p is Holm's.
+    """
+    pairs = list(combinations(results, 2))
+    rows = []
+    for first, second in pairs:
+        gaps = np.array([results[first][seed] - results[second][seed] for seed in SEEDS])
+        half = estimates.t_quantile(1 - 0.025 / len(pairs), len(gaps) - 1) * stats.sem(gaps)
+        rows.append((first, second, gaps.mean(), half, stats.ttest_1samp(gaps, 0).pvalue))
+    corrected = holm([row[-1] for row in rows])
+    return [(*row[:-1], p) for row, p in zip(rows, corrected)]
+
+
+def write_page():
+    table = Table(HERE / "runs.csv")
+    results = {name: table.results(name, 600) for name in ARMS}
+    results = {name: finals for name, finals in results.items() if set(finals) >= set(SEEDS)}
+    lines = [f"Written by study.py; {len(table.losses)} runs.", "",
+             "| arm | rates | final loss (95 %) | against Muon, by pairs (95 %) | steps saved |",
+             "|" + " --- |" * 5]
+    lengths = (540, 600, 660)
+    curve = {}
+    for steps in lengths:
+        finals = table.results("muon", steps)
+        if finals:
+            curve[steps] = float(np.mean([finals[seed] for seed in LENGTH_SEEDS if seed in finals]))
+    for name, finals in results.items():
+        loss = estimates.mean_interval(list(finals.values()))
+        cells = ["", ""]
+        if name != "muon" and len(curve) == len(lengths):
+            gap = estimates.mean_interval([finals[seed] - results["muon"][seed] for seed in SEEDS])
+            cells = [f"{gap.mean:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})", steps_saved(gap, curve, 600)]
+        point = next(point for point in table.losses if (point.optimizer, point.seed) == (name, SEEDS[0]))
+        lines.append(f"| {name} | {point.learning_rate:g}, {point.hidden_learning_rate:g} "
+                     f"| {loss.mean:.4f} ({loss.low:.4f} to {loss.high:.4f}) | {' | '.join(cells)} |")
+    if len(results) == len(ARMS):
+        lines += ["", "All pairs, corrected for their number: intervals by Bonferroni, p by Holm.", "",
+                  "| first | second | first - second | p |", "|" + " --- |" * 4]
+        for first, second, gap, half, p in compare(results):
+            lines.append(f"| {first} | {second} | {gap:+.4f} ({gap - half:+.4f} to {gap + half:+.4f}) "
+                         f"| {p:.2g} |")
+    (HERE / "results.md").write_text("\n".join(lines) + "\n")
+
+
+@command(interrupted="stopped; the same command continues")
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--page", action="store_true", help="train nothing")
+    args = parser.parse_args()
+    os.chdir(runs.ROOT)
+    if not args.page:
+        train(args.jobs)
+    write_page()
+
+
+if __name__ == "__main__":
+    main()
