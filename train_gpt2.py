@@ -159,6 +159,8 @@ def check_config(c):
 
     if wrong := out_of_range(vars(c)):
         raise UserError(wrong)
+    for name, value in vars(c).items():
+        require("\0" not in str(value), name, "without NUL bytes, which no file's name can have")
     require(c.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
     require(c.dtype in ("auto", "float32", "bfloat16"), "dtype", "auto, float32 or bfloat16")
     require(c.warmup_iters + c.warmdown_iters <= c.num_iterations,
@@ -294,7 +296,8 @@ class Shards:
         self.T = sequence_length
         self.vocab_size = vocab_size
         self.allow_repeat = allow_repeat
-        self.paths = sorted(glob.glob(pattern))
+        # a folder's name may have brackets
+        self.paths = sorted(glob.glob(pattern) or glob.glob(pattern.replace("[", "[[]")))
         if not self.paths:
             raise UserError(f"no file matches '{pattern}' from {os.getcwd()}; "
                             "data/fineweb.py, data/shakespeare.py and data/tokenize_text.py make shards")
@@ -893,10 +896,18 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def from_torchrun(name, otherwise):
+    """The number that torchrun puts into the environment variable `name`."""
+    text = os.environ.get(name) or str(otherwise)
+    if not text.isdecimal():
+        raise UserError(f"{name} = {text!r} is no number; unset it, or start the processes with torchrun")
+    return int(text)
+
+
 def start_processes(config):
     """Joins the process group when torchrun started this process. Returns the device of this process."""
-    world = int(os.environ.get("WORLD_SIZE") or 1)
-    local_rank = int(os.environ.get("LOCAL_RANK") or 0)
+    world = from_torchrun("WORLD_SIZE", 1)
+    local_rank = from_torchrun("LOCAL_RANK", 0)
     gpus = torch.cuda.device_count()
     if config.device == "cuda" and not gpus:
         raise UserError(f"device = 'cuda', but torch {torch.__version__} finds no GPU here; "
@@ -919,12 +930,27 @@ def join_group(backend, timeout):
     try:
         store, process, world = next(dist.rendezvous("env://", timeout=timeout))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun's own store outlives a restart, with the old addresses
-            store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+            store = dist.PrefixStore(name_of_this_attempt(store, process, world, timeout), store)
         dist.init_process_group(backend, store=store, rank=process, world_size=world, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot find each other "
                         f"({str(error).splitlines()[0]}); start them with torchrun")
+
+
+def name_of_this_attempt(store, process, world, timeout):
+    """A name that all processes of this attempt find, and none of an earlier one.
+
+    `store` is torchrun's own, which outlives a restart with all that was written there. So each process
+    writes something new, and what they read together is the name if all of them have read the same.
+    """
+    store.set(f"new/{process}", os.urandom(8))
+    for second in range(int(timeout.total_seconds())):
+        name = sha256(b"".join(store.get(f"new/{other}") for other in range(world)))
+        store.set(f"{name}/{process}", "")
+        with contextlib.suppress(RuntimeError):  # some of it was old
+            store.wait([f"{name}/{other}" for other in range(world)], timedelta(seconds=1))
+            return name
+    raise RuntimeError("some are missing")
 
 
 def keep_freed_memory():
@@ -960,17 +986,17 @@ def first_to_fail():
 
 
 def lost_processes(error):
-    """A sentence about the RuntimeError of a collective: which processes do not answer within 5 seconds."""
-    store = dist.group.WORLD.get_group_store()
+    """A sentence about the RuntimeError of a collective: which processes do not answer within 15 seconds."""
     missing = []
-    for other in range(world_size()):
-        try:
-            store.set(f"alive/{rank()}", "")
-            store.wait([f"alive/{other}"], timedelta(seconds=5))
-        except RuntimeError:
-            missing.append(str(other))
+    with contextlib.suppress(RuntimeError):  # the store's process is gone, too
+        store = dist.group.WORLD.get_group_store()
+        store.set(f"alive/{rank()}", "")
+        keys = {str(process): f"alive/{process}" for process in range(world_size())}
+        with contextlib.suppress(RuntimeError):
+            store.wait(list(keys.values()), timedelta(seconds=15))
+        missing = [process for process, key in keys.items() if not store.check([key])]
     reason = "processes lost each other"
-    if 0 < len(missing) < world_size():
+    if missing:
         reason = f"process {', '.join(missing)} does not answer any more"
     cause = str(error).splitlines()[0].split(". ")[0]
     return f"process {rank()}: {reason} ({cause}); what was saved is kept; continue with --resume"
@@ -1028,15 +1054,19 @@ def checkpoints(folder):
                   key=checkpoint_step)
 
 
+def not_finite(model):
+    """Name of the first parameter with an infinite or NaN element, or None."""
+    return next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+
+
 def save_checkpoint(folder, config, model, optimizers, progress):
     """Writes checkpoints/step_XXXXXX.pt and keeps the one before it. All processes must call it.
 
     UserError if it cannot, or a weight is not finite.
     """
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            raise UserError(f"{name} is not finite after step {progress.step}, so nothing was saved; "
-                            "start another run with lower learning rates")
+    if name := not_finite(model):
+        raise UserError(f"{name} is not finite after step {progress.step}, so nothing was saved; "
+                        "start another run with lower learning rates")
     states = [optimizer.state_dict() for optimizer in optimizers]
     if rank() == 0:
         checkpoint = dict(config=vars(config), code_sha256=code_sha256(), progress=vars(progress),
@@ -1063,7 +1093,10 @@ def find_checkpoint(config, facts):
                   file=sys.stderr)
             continue
         place = candidate.absolute()  # not resolved: checkpoints/ may be a link
-        check_checkpoint(place, checkpoint, config)
+        try:
+            check_checkpoint(place, checkpoint, config)
+        except (LookupError, TypeError, AttributeError):
+            raise UserError(f"{place} is no checkpoint of train_gpt2.py; move it away")
         folder = place.parent.parent
         return checkpoint | {"folder": folder, "facts": read_facts(folder, config, facts)}
     if candidates or config.resume != "auto":
@@ -1077,9 +1110,8 @@ def find_checkpoint(config, facts):
 
 def check_checkpoint(path, checkpoint, config):
     """UserError if a run of `config` by this code could not have written the checkpoint at `path`."""
-    parts = {"config", "code_sha256", "progress", "model", "optimizers", "rng"}
-    if not isinstance(checkpoint, dict) or parts - checkpoint.keys() or path.parent.name != "checkpoints":
-        raise UserError(f"{path}: not a checkpoint of train_gpt2.py in the checkpoints/ of its run's folder")
+    if path.parent.name != "checkpoints":
+        raise UserError(f"{path} is not in the checkpoints/ of its run's folder; move it back")
     if checkpoint["code_sha256"] != code_sha256():
         raise UserError(f"{path} was written by another version of train_gpt2.py; "
                         "resume with the one in the run's folder")
@@ -1091,6 +1123,29 @@ def check_checkpoint(path, checkpoint, config):
     if config.run_name not in ("", path.parts[-3]):
         raise UserError(f"resume = '{config.resume}' continues the run in {path.parent.parent}, "
                         f"not run_name = '{config.run_name}'; leave that out")
+
+
+def restore(checkpoint, config, model, optimizers):
+    """Loads the checkpoint into the model and the optimizers. Returns its Progress.
+
+    UserError if it does not fit them.
+    """
+    try:
+        progress = Progress(**checkpoint["progress"])
+        if not 0 <= progress.step <= config.num_iterations or min(progress.log_bytes.values()) < 0:
+            raise ValueError(progress)
+        model.load_state_dict(checkpoint["model"])
+        if name := not_finite(model):
+            raise ValueError(f"{name} is not finite")
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        torch.set_rng_state(checkpoint["rng"])
+    except Exception as error:  # whatever the bytes make these raise
+        raise UserError(f"the newest checkpoint in {checkpoint['folder']} does not fit this run "
+                        f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); move it away")
+    if checkpoint["config"]["target_val_loss"] != config.target_val_loss:
+        progress.reached = None
+    return progress
 
 
 def read_facts(folder, config, facts):
@@ -1107,8 +1162,8 @@ def read_facts(folder, config, facts):
             if any(then != now for then, now in pairs):
                 raise UserError(f"'{pattern}' has other shards than the run in {folder} began with; "
                                 "restore them")
-        return began
-    except (OSError, ValueError, LookupError, TypeError):
+        return began | {"resumed": [*began["resumed"]]}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f"{folder} has checkpoints but no run.json that can be read; "
                         "restore it, or move the checkpoints away")
 
@@ -1464,7 +1519,7 @@ def results(config, device, progress, val_loss):
 def run(config):
     """This process's part of a training run. Returns the exit code: 0, or 128 + the signal that ended it."""
     B, T, N = config.batch_size, config.sequence_length, config.num_iterations
-    per_process = sequences_per_process(config, int(os.environ.get("WORLD_SIZE") or 1))
+    per_process = sequences_per_process(config, from_torchrun("WORLD_SIZE", 1))
     device = start_processes(config)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU multiplies fp32: preconditioning
     dtype = training_dtype(config, device)
@@ -1504,6 +1559,8 @@ def run(config):
     if world_size() > 1:
         dist.broadcast_object_list(found)
     checkpoint = found[0]
+    progress = restore(checkpoint, config, raw_model, optimizers) if checkpoint else Progress()
+    gathered(0)  # no log is touched before all processes have it
     log = Log(config, checkpoint, facts, source)
     if note:
         log.print(note)
@@ -1513,15 +1570,7 @@ def run(config):
 
     # ---- state before the first step
     warm_up(model, raw_model, config, device, dtype, micro_batch)
-    progress = Progress()
     if checkpoint:
-        progress = Progress(**checkpoint["progress"])
-        if checkpoint["config"]["target_val_loss"] != config.target_val_loss:
-            progress.reached = None
-        raw_model.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
-        torch.set_rng_state(checkpoint["rng"])
         log.print(f"resumed at step {progress.step}")
     start = progress.step
     failures = 0

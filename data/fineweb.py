@@ -22,6 +22,7 @@ import threading
 import time
 from base64 import b64encode
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from email.utils import parsedate_to_datetime
 from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -198,6 +199,9 @@ def asked_wait(error):
     after = error.response.headers.get("Retry-After", "").strip()
     if re.fullmatch("[0-9]+", after):
         return float(after)  # of any length, unlike int
+    with contextlib.suppress(ValueError):  # no date either
+        seconds = parsedate_to_datetime(after).timestamp() - time.time()
+        return seconds if seconds > 0 else None
     limit = re.search(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*([0-9]+)", error.response.headers.get("RateLimit", ""))
     return float(limit[1]) if limit else None
 

@@ -270,8 +270,16 @@ def test_a_long_wait_is_left_to_the_user(hub, faulty, how, headers, seconds):
     assert done.waits == []
 
 
-def test_a_wait_that_is_not_understood_is_a_short_one(faulty):
-    done = faulty(gets=[dict(status=429, headers={"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"})])
+def test_a_wait_until_a_date(faulty):
+    date = {"Retry-After": "Fri, 31 Dec 9999 23:59:59 GMT"}
+    done = faulty(gets=itertools.repeat(dict(status=429, headers=date)))
+    assert re.search(r"asks to wait [\d,]{15} s", done.error)  # 250,000,000,000 and more
+    assert done.waits == []
+
+
+@pytest.mark.parametrize("text", ["Wed, 21 Oct 2015 07:28:00 GMT", "soon", ""])
+def test_a_wait_that_is_not_understood_is_a_short_one(faulty, text):
+    done = faulty(gets=[dict(status=429, headers={"Retry-After": text})])
     assert done.error is None
     assert done.waits == [2]
 

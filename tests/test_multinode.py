@@ -1,12 +1,15 @@
 """Two nodes: network namespaces of this machine, joined by a virtual cable. Each is started by
-scripts/launch_multinode.sh."""
+scripts/launch_multinode.sh. And what makes processes of one attempt find each other."""
 import os
 import signal
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
 import train_gpt2
 from conftest import HANGS, PATHS, ROOT, logged, run, write_config
@@ -98,3 +101,29 @@ def test_two_nodes_survive_a_death(nodes, shards, tmp_path, call, launch, monkey
     together = logged(tmp_path / "logs/together")
     alone = logged(tmp_path / "logs/alone")
     assert together == pytest.approx(alone, rel=2e-4)
+
+
+def test_a_name_for_each_attempt():
+    """Processes agree on a name, also where the store still has those of an attempt that lost one of them."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def name(process):
+        client = dist.TCPStore("127.0.0.1", store.port, wait_for_workers=False)
+        return train_gpt2.name_of_this_attempt(client, process, 3, timedelta(seconds=HANGS))
+
+    with ThreadPoolExecutor(3) as pool:
+        first = set(pool.map(name, range(3)))
+        there = store.num_keys()
+        unfinished = [pool.submit(name, process) for process in (0, 1)]
+        while store.num_keys() < there + 2:  # each tries the name with the old word of the third
+            pass
+        second = {name(2), *(attempt.result() for attempt in unfinished)}
+    assert len(first) == len(second) == 1
+    assert first != second
+
+
+def test_a_process_that_does_not_come():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("new/1", "of an earlier attempt")
+    with pytest.raises(RuntimeError, match="missing"):
+        train_gpt2.name_of_this_attempt(store, 0, 2, timedelta(seconds=1))

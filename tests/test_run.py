@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -261,7 +262,35 @@ def test_a_finished_run_without_checkpoints(start, finished):
     refused_and_untouched(start, finished, "holds a finished run without a checkpoint", resume="auto")
 
 
-@pytest.mark.parametrize("text", [None, "", "{}", "[]", "{"])
+@pytest.mark.parametrize("damage, word", [
+    (lambda c: c["progress"].update(step=11), "step=11"),
+    (lambda c: c["progress"].update(step="10"), "TypeError"),
+    (lambda c: c["progress"].update(log_bytes={}), "ValueError"),
+    (lambda c: c["progress"].pop("train_time") and c["progress"].update(time=1.0), "'time'"),
+    (lambda c: c["model"].popitem(), "Missing key"),
+    (lambda c: c["model"].update({"h.0.c_fc.weight": torch.zeros(2, 2)}), "mismatch for h.0.c_fc.weight"),
+    (lambda c: c["model"]["h.1.c_fc.weight"].fill_(math.nan), "h.1.c_fc.weight is not finite"),
+    (lambda c: c["optimizers"].pop(), "ValueError"),
+    (lambda c: c["optimizers"][1]["param_groups"].pop(), "parameter groups"),
+    (lambda c: c.update(rng=torch.zeros(3)), "TypeError"),
+    (lambda c: c.pop("rng"), "'rng'"),
+    (lambda c: c.pop("config"), "is no checkpoint of train_gpt2.py"),
+    (lambda c: c["config"].update(colour="red"), "is no checkpoint of train_gpt2.py"),
+])
+def test_a_damaged_checkpoint_is_refused(start, finished, damage, word):
+    content = checkpoint(finished, 10)
+    damage(content)
+    torch.save(content, finished / "checkpoints/step_000010.pt")
+    refused_and_untouched(start, finished, word, "logs/a", "move it away", resume="auto")
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(start, finished):
+    torch.save([1, 2], finished / "checkpoints/step_000010.pt")
+    refused_and_untouched(start, finished, "step_000010.pt is no checkpoint", resume="auto")
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", "[]", "{", "[" * 100_000,
+                                  '{"optimizer_sha256": null, "train_shards": [], "val_shards": []}'])
 def test_resume_needs_run_json(start, finished, text):
     for name in ("log.txt", "metrics.jsonl", "run.json"):
         (finished / name).unlink()
@@ -642,6 +671,13 @@ def test_learning_rate_schedule():
     assert scales == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
 
 
+def test_a_folder_with_brackets(start, shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "run[1]")
+    assert start(input_bin=tmp_path / "run[1]/train_*.bin", run_name="a").returncode == 0
+    assert start(input_bin=shards / "train_00000[12].bin", run_name="b").returncode == 0
+    assert same_weights(tmp_path / "logs/a", tmp_path / "logs/b")
+
+
 def test_validation_shards_are_not_trained_on(start, shards, tmp_path):
     """Whatever their names."""
     (tmp_path / "mine").mkdir()
@@ -683,6 +719,9 @@ def test_validation_shards_are_not_trained_on(start, shards, tmp_path):
     (dict(resume="nowhere"), ["resume = 'nowhere'"]),
     (dict(resume="auto"), ["run_name"]),
     (dict(run_name="a/b"), ["run_name = 'a/b'"]),
+    (dict(config='log_dir = "a\\u0000b"\n'), ["log_dir = 'a\\x00b'", "NUL"]),
+    (dict(env=dict(WORLD_SIZE="two")), ["WORLD_SIZE = 'two'", "torchrun"]),
+    (dict(env=dict(LOCAL_RANK="-1")), ["LOCAL_RANK = '-1'", "torchrun"]),
     (dict(log_dir="/proc/none"), ["/proc/none", "log_dir"]),
     pytest.param(dict(device="cuda"), ["device = 'cuda'", "--device cpu"],
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
