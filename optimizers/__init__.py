@@ -1,4 +1,5 @@
 """Optimizers of the hidden matrices, one file each. scripts/zoo.py compares them in records/zoo/.
+input_moments.py is for Newton-Muon in a model of your own.
 
     python train_gpt2.py configs/cpu_muon.toml --optimizer optimizers.lion:Lion \\
         --hidden_learning_rate 0.002
