@@ -1364,10 +1364,12 @@ def wrapped(model, config, device):
             x = torch.zeros(128, 128, dtype=fast_dtype(device), device=device)
             head_loss(x, x, x[0].long(), 128)
         if config.compile:
-            torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(8, device=device))
+            torch.compile(torch.sin)(torch.ones(8, device=device))
+    except torch.OutOfMemoryError:  # says nothing about kernels
+        raise
     except Exception as error:  # no Triton, no C compiler, an old card: each has an exception of its own
         note = ("no kernels can be compiled here, so training goes without torch.compile and fused loss "
-                f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]})")
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]})")
     if any(gathered(bool(note))):
         note = note or "no kernels can be compiled on another process, so training goes without them"
         model.fused_loss = False
