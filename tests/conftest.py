@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels then run on the CPU, slowly
 
+import forks
 import train_gpt2
 from data.shards import write_shard
 from train_gpt2 import Config
@@ -72,17 +74,27 @@ def run(*command, env={}, **options):
     return subprocess.run([*map(str, command)], env=environment(env), **options)
 
 
+def fork(*words, env={}, cwd=ROOT):
+    """run(sys.executable, *words), in a process that has torch imported when it starts: see forks.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, errors = (Path(folder, name) for name in ("out", "errors"))
+        process = forks.start(words, environment(env), cwd, str(out), str(errors))
+        process.join(HANGS)
+        if process.exitcode is None:
+            process.kill()
+            raise TimeoutError(f"{words} hangs: {out.read_text()}{errors.read_text()}")
+        return SimpleNamespace(returncode=process.exitcode, stdout=out.read_text(), stderr=errors.read_text())
+
+
 def torchrun(processes):
-    """The command that starts this number of processes of the script that follows."""
-    if processes == 1:
-        return [sys.executable]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    """What Python's command line begins with to start this number of processes of the script that follows."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
 
 
 def sequence(*groups):
     """Runs [(processes, [[ARGUMENT, ...], ...]), ...] by sequence.py. Returns its output and
     {(processes, run name): reports in order of rank}."""
-    done = run(sys.executable, ROOT / "tests/sequence.py", json.dumps(groups), env=PATHS)
+    done = fork(ROOT / "tests/sequence.py", json.dumps(groups), env=PATHS)
     assert done.returncode == 0, done.stderr
     found = [json.loads(text) for text in re.findall(r"REPORT (\{.*?\})", done.stdout)]
     reports = {}
@@ -192,7 +204,8 @@ def start(shards, tmp_path, monkeypatch, call):
 
     `config` is the text of the TOML file; `words` and `fields` become command-line arguments. With
     processes = 0 it trains in this process, because an import of torch takes seconds; with 1 in a process
-    of its own; with more in several, by torchrun. Returns returncode, stdout and stderr.
+    of its own; with more in several, by torchrun. These are forks, see forks.py, but on a GPU, which no fork
+    can use after the process that it comes from has looked for one. Returns returncode, stdout and stderr.
     """
     def start(*words, processes=0, config=None, env={}, **fields):
         path = write_config(tmp_path / "config.toml", shards, allow_repeat=False)
@@ -200,8 +213,12 @@ def start(shards, tmp_path, monkeypatch, call):
             path.write_text(config)
         command = [path, *words, *arguments(fields)]
         if processes > 0:
-            script = ROOT / "train_gpt2.py"
-            return run(*torchrun(processes), script, *command, cwd=tmp_path, env=env)
+            command = [ROOT / "train_gpt2.py", *command]
+            if processes > 1:
+                command = [*torchrun(processes), *command]
+            if fields.get("device") == "cuda":
+                return run(sys.executable, *command, cwd=tmp_path, env=env)
+            return fork(*command, cwd=tmp_path, env=env)
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)
             for name, value in env.items():

@@ -3,6 +3,7 @@
 Needs nothing but torch, numpy and pytest. The most important tests come first, because GPU time is scarce.
 """
 import re
+import sys
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_two_processes_on_one_gpu(start, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_ON_ONE_GPU)
     words = [tmp_path / "config.toml", "--run_name", "2", *arguments(fields)]
-    done = run(*torchrun(2), script, *words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    done = run(sys.executable, *torchrun(2), script, *words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert logged(tmp_path / "logs/2") == pytest.approx(logged(tmp_path / "logs/1"), rel=0.002)
 

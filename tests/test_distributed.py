@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import train_gpt2
-from conftest import (HANGS, PATHS, ROOT, arguments, logged, refused, run, same_weights, sequence, torchrun,
+from conftest import (HANGS, PATHS, ROOT, arguments, fork, logged, refused, same_weights, sequence, torchrun,
                       write_config)
 from faults import full_disk
 from train_gpt2 import GPT, Config, NewtonMuon
 
 OPTIMIZERS = ("adamw", "muon", "newton_muon")
-STEPS = 40
-REFRESH = 10
+STEPS = 20
+REFRESH = 5
 
 
 # the same result, with the work and the memory divided
@@ -28,15 +28,15 @@ REFRESH = 10
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory, shards):
-    """40 steps of each optimizer on 1 to 4 processes, with micro-batches of different sizes:
+    """20 steps of each optimizer on 1 to 4 processes, with micro-batches of different sizes:
     ({processes: folder of the logs}, reports of sequence())."""
     folders = {}
     groups = []
     for processes, size in ((1, 12), (2, 2), (3, 4), (4, 3)):
         folder = tmp_path_factory.mktemp(f"world{processes}")
         config = write_config(
-            folder / "config.toml", shards, num_iterations=STEPS, warmdown_iters=20, refresh_interval=REFRESH,
-            data_seed=1, save_every=20, device_batch_size=size,
+            folder / "config.toml", shards, num_iterations=STEPS, warmdown_iters=10, refresh_interval=REFRESH,
+            data_seed=1, save_every=10, device_batch_size=size,
             val_tokens=16 * 23)  # 23 sequences: no number of processes divides them
         runs = [[str(config), "--optimizer", name, "--run_name", name] for name in OPTIMIZERS]
         groups.append((processes, runs))
@@ -96,12 +96,12 @@ def test_resume_on_three_processes(worlds, tmp_path):
     before = folders[2] / "newton_muon"
     after = tmp_path / "logs/newton_muon"
     shutil.copytree(before, after)
-    (after / "checkpoints/step_000040.pt").unlink()
+    (after / "checkpoints/step_000020.pt").unlink()
     words = [str(before.parents[1] / "config.toml"), "--optimizer", "newton_muon",
              "--run_name", "newton_muon", "--resume", "auto",
              "--device_batch_size", "0", "--log_dir", str(tmp_path / "logs")]
     output, _ = sequence((3, [words]))
-    assert "resumed at step 20" in output
+    assert "resumed at step 10" in output
     assert logged(after) == pytest.approx(logged(before), rel=2e-4)
 
 
@@ -178,7 +178,7 @@ def test_compiled_processes(start, tmp_path, backend):
     assert start(run_name="eager", **fields).returncode == 0
     words = [tmp_path / "config.toml", "--run_name", "compiled", "--compile", "true", *arguments(fields)]
     env = {**PATHS, "BACKEND": backend}
-    done = run(*torchrun(2), ROOT / "tests/compiled_ddp.py", *words, cwd=tmp_path, env=env)
+    done = fork(*torchrun(2), ROOT / "tests/compiled_ddp.py", *words, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "logs/compiled/run.json").read_text())
     assert facts["compiled"] and facts["world_size"] == 2
@@ -197,7 +197,7 @@ def test_twenty_kills(shards, tmp_path):
     config = write_config(
         tmp_path / "config.toml", shards, num_iterations=60, warmdown_iters=20, save_every=1,
         val_loss_every=10, optimizer="newton_muon", refresh_interval=4)
-    done = run(sys.executable, ROOT / "tests/kills.py", config, env=PATHS)
+    done = fork(ROOT / "tests/kills.py", config, env=PATHS)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [-9] * 20 + [0], done.stdout + done.stderr
     whole = tmp_path / "logs/whole"
@@ -247,7 +247,7 @@ def test_stopped_processes_resume_exactly(launch, shards, tmp_path):
     config = write_config(
         tmp_path / "config.toml", shards, num_iterations=40, val_loss_every=1,
         optimizer="faults:WaitsForSIGTERM", optimizer_args='{"refresh_interval": 3}')
-    command = [*torchrun(2), ROOT / "train_gpt2.py", config, "--run_name", "stopped"]
+    command = [sys.executable, *torchrun(2), ROOT / "train_gpt2.py", config, "--run_name", "stopped"]
     process = launch(*command, env={**PATHS, "FAULT_WAITS": "1"})
     output = output_until(process, "step:4/")
     process.send_signal(signal.SIGTERM)

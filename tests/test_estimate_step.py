@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from conftest import PATHS, ROOT, run
+from conftest import PATHS, ROOT, fork, run
 from estimated import ROWS, product
 
 pytest.importorskip("triton", reason="triton is not installed; there are versions for Linux only")
 
 @pytest.fixture(scope="module")
 def found():
-    done = run(sys.executable, ROOT / "tests/estimated.py", env=PATHS, timeout=1200)
+    done = run(sys.executable, ROOT / "tests/estimated.py", env=PATHS)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -93,6 +93,6 @@ def test_times_are_ranges(found):
 
 
 def test_usage_error():
-    done = run(sys.executable, ROOT / "scripts/estimate_step.py", "--n_layer", "0", timeout=1200)
+    done = fork(ROOT / "scripts/estimate_step.py", "--n_layer", 0)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "error: --n_layer 0 --sequences 64: must be at least 1"

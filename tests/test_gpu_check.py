@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import ROOT, refused, run
+from conftest import ROOT, fork, refused, run
 from scripts import bench, gpu_check
 from train_gpt2 import Shards, load_config, open_shard, sequences_per_process
 
 
 def check(*arguments, **env):
-    return run(ROOT / "scripts/gpu_check.sh", *arguments, cwd="/", timeout=1800,
-               env={"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **env})
+    return fork(ROOT / "scripts/gpu_check.py", *arguments, cwd="/", env={"CUDA_VISIBLE_DEVICES": "", **env})
 
 
 def test_gpu_check_without_a_gpu_says_so(tmp_path):
-    done = check(OUT=str(tmp_path / "out"))
+    done = run(ROOT / "scripts/gpu_check.sh", cwd="/",
+               env=dict(PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="", OUT=str(tmp_path / "out")))
     refused(done, "finds no GPU on this machine")
     assert not (tmp_path / "out").exists()
 
@@ -46,7 +46,7 @@ def test_without_shards_tokens_are_made(tmp_path):
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory):
-    """The folder of gpu_check.sh --cpu, with limits that a busy machine does not reach."""
+    """The folder of gpu_check.py --cpu, with limits that a busy machine does not reach."""
     folder = tmp_path_factory.mktemp("checked")
     done = check("--cpu", "--seconds", 8000, OUT=str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -212,5 +212,5 @@ def test_the_commands_for_a_gpu_are_valid(tmp_path, monkeypatch):
     gpu_check.tests(report)
     chosen = [argument for argument in report.commands[-1] if "::" in argument]
     assert len(chosen) == len(set(chosen)) > len(gpu_check.FIRST_TESTS)
-    done = run(sys.executable, "-m", "pytest", "-o", "addopts=", "--collect-only", "-q", *chosen, cwd=ROOT)
+    done = fork("-m", "pytest", "-o", "addopts=", "--collect-only", "-q", *chosen)
     assert done.returncode == 0, done.stdout

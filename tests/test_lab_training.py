@@ -1,9 +1,12 @@
 import json
+import os
+import pickle
 
 import numpy as np
 import pytest
 import torch
 
+import forks
 from lab import batch_size, convex, layers, newton, polar, sharpness, step_size, training
 from optimizers.polar_muon import msgn
 from data.shards import write_shard
@@ -22,8 +25,25 @@ def text(tmp_path, monkeypatch):
     return tmp_path / "data/shakespeare"
 
 
+def test_parallel(monkeypatch):
+    """Results in the order of the items, from other processes with one thread each."""
+    monkeypatch.setattr(training, "get_context", lambda method: forks.CONTEXT)  # which has torch imported
+    code = "({}, __import__('os').getpid(), __import__('torch').get_num_threads())"
+    numbers, processes, threads = zip(*training.parallel(eval, [code.format(i) for i in range(5)]))
+    assert numbers == (0, 1, 2, 3, 4) and set(threads) == {1}
+    assert len(set(processes)) <= 2 and os.getpid() not in processes
+
+
+def in_this_process(function, items):
+    """parallel() without its processes, which take seconds to import torch."""
+    function, items = pickle.loads(pickle.dumps((function, items)))
+    return [function(item) for item in items]
+
+
 @pytest.mark.parametrize("module", [step_size, newton, polar, batch_size, sharpness])
-def test_small_size(module):
+def test_small_size(module, monkeypatch):
+    if hasattr(module, "parallel"):
+        monkeypatch.setattr(module, "parallel", in_this_process)
     numbers = json.loads(json.dumps(module.measure("small")))  # as they come out of the file
     for prediction, measured, verdict in module.rows(numbers):
         assert isinstance(prediction, str) and isinstance(measured, str) and verdict in (True, False, None)

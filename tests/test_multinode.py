@@ -65,13 +65,16 @@ def kill_node(process):
 def test_two_nodes_survive_a_death(nodes, shards, tmp_path, call, launch, monkeypatch):
     """All processes wait in step 11 until the test has killed the second node."""
     marker = tmp_path / "killed"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/forks.py "$@"\n')
+    python.chmod(0o755)
     config = write_config(
         tmp_path / "config.toml", shards, num_iterations=30, warmdown_iters=20, val_loss_every=2,
         save_every=2,
         optimizer="faults:WaitsForFile", optimizer_args='{"refresh_interval": 5}')
 
     def join(prefix, address, interface):
-        env = dict(PATHS, NPROC="2", PYTHON=sys.executable, LOCAL_ADDR=address, GLOO_SOCKET_IFNAME=interface,
+        env = dict(PATHS, NPROC="2", PYTHON=str(python), LOCAL_ADDR=address, GLOO_SOCKET_IFNAME=interface,
                    JOB="together", FAULT_MARKER=str(marker))
         command = [*prefix, ROOT / "scripts/launch_multinode.sh", 2, nodes[0][1], config]
         return launch(*command, env=env, stderr=subprocess.STDOUT)

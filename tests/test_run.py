@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import train_gpt2
-from conftest import HANGS, ROOT, checkpoint, refused, same_weights
+from conftest import HANGS, PATHS, ROOT, arguments, checkpoint, fork, refused, run, same_weights, write_config
 from harness.runs import read_run
 from train_gpt2 import Config, UserError, choose_micro_batch, learning_rate_scale, load_config
 
@@ -55,16 +55,12 @@ def module(tmp_path, monkeypatch):
 # what a run writes
 
 
-@pytest.fixture
-def newton_muon_run(start, tmp_path):
-    """Folder of a run of Newton-Muon in a process of its own."""
-    done = start(processes=1, run_name="a", optimizer="newton_muon", refresh_interval=3)
+def test_files_of_a_run(tmp_path, shards):
+    """In a new process, as a user starts it."""
+    config = write_config(tmp_path / "config.toml", shards, optimizer="newton_muon", refresh_interval=3)
+    done = run(sys.executable, ROOT / "train_gpt2.py", config, "--run_name", "a")
     assert done.returncode == 0, done.stderr
-    return tmp_path / "logs/a"
-
-
-def test_files_of_a_run(newton_muon_run, shards):
-    folder = newton_muon_run
+    folder = tmp_path / "logs/a"
     code = (ROOT / "train_gpt2.py").read_text()
     names = {path.name for path in folder.iterdir()}
     assert names == {"log.txt", "metrics.jsonl", "run.json", "train_gpt2.py", "checkpoints"}
@@ -75,10 +71,10 @@ def test_files_of_a_run(newton_muon_run, shards):
     last_line = r"^step:10/10 val_loss:\d\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$"
     assert re.search(last_line, log, re.MULTILINE)
 
-    run = read_run(folder)
-    assert run.steps == [0, 5, 10]
-    assert run.seconds[0] == 0 and run.seconds == sorted(run.seconds)
-    assert [(step, round(loss, 4)) for step, loss in losses(folder)] == list(zip(run.steps, run.losses))
+    found = read_run(folder)
+    assert found.steps == [0, 5, 10]
+    assert found.seconds[0] == 0 and found.seconds == sorted(found.seconds)
+    assert [(step, round(loss, 4)) for step, loss in losses(folder)] == list(zip(found.steps, found.losses))
 
     metrics = records(folder)
     assert [record["step"] for record in metrics if "train_loss" in record] == list(range(1, 11))
@@ -91,7 +87,7 @@ def test_files_of_a_run(newton_muon_run, shards):
     assert facts["machine"]["torch"] == torch.__version__
     assert facts["parameters"] == 2 * 12 * 16 ** 2 + 64 * 16
     assert len(facts["code_sha256"]) == 64
-    assert facts["final_val_loss"] == pytest.approx(run.losses[-1], abs=1e-4)
+    assert facts["final_val_loss"] == pytest.approx(found.losses[-1], abs=1e-4)
     assert facts["end"] >= facts["start"]
     assert [shard["tokens"] for shard in facts["train_shards"]] == [3000, 3000]
     content = (shards / "val_000000.bin").read_bytes()
@@ -542,14 +538,21 @@ def test_unsavable_state_is_refused(start, module, tmp_path, value, word):
     assert not losses(tmp_path / "logs/a")  # before training
 
 
+LOGGED = """
+import torch, train_gpt2
+torch._logging.set_logs(recompiles=True, graph_code=True)
+train_gpt2.main()
+"""
+
+
 def test_compiled_newton_muon(start, tmp_path):
     if not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler on the CPU, and g++ is not on the PATH")
     fields = dict(optimizer="newton_muon", refresh_interval=2, n_layer=1,
                   val_tokens=16 * 20)  # 20 sequences: the last batch is not full
     assert start(run_name="eager", **fields).returncode == 0
-    done = start(processes=1, run_name="compiled", compile="true",
-                 env={"TORCH_LOGS": "recompiles,graph_code"}, **fields)
+    words = [tmp_path / "config.toml", "--run_name", "compiled", "--compile", "true", *arguments(fields)]
+    done = fork("-c", LOGGED, *words, env=PATHS)
     assert done.returncode == 0, done.stderr
     # the trial's, and those with and without the statistics; validation has none of its own
     assert done.stderr.count("TRACED GRAPH") == 3
