@@ -25,12 +25,12 @@ import fcntl
 import fnmatch
 import glob
 import hashlib
-import importlib
 import inspect
 import io
 import json
 import math
 import os
+import pkgutil
 import platform
 import re
 import resource
@@ -92,6 +92,7 @@ class Config:
     stop_at_target: bool = False  # end the run when an evaluation reaches target_val_loss
 
     # model
+    model: str = "gpt"  # gpt, or module:Class of one with the methods of GPT in this file
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads
     n_embd: int = 768  # width
@@ -438,6 +439,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    """The trainer's model. Another, model = module:Class, is made from the Config, too, and has forward(),
+    logits(), hidden_matrices(), num_parameters() and fused_loss, set to False where kernels do not compile.
+    AdamW trains all but the hidden matrices. It may be a subclass with features() of its own."""
+
     def __init__(self, config):
         super().__init__()
         self.vocab_size = config.vocab_size
@@ -469,10 +474,8 @@ class GPT(nn.Module):
         return self.lm_head(x)[..., :self.vocab_size].float()
 
     def forward(self, idx, targets, collect=()):
-        """(mean cross-entropy of `targets` (B, T), ignoring -1, given the tokens `idx` (B, T); grams).
-
-        grams has Z Z^T of the inputs of each of the hidden matrices whose names are in `collect`.
-        """
+        """(mean cross-entropy of `targets` (B, T), ignoring -1, given the tokens `idx` (B, T); grams: Z Z^T
+        of the inputs of each of the hidden matrices whose names are in `collect`)."""
         x, grams = self.features(idx, collect)
         targets = targets.flatten()
         if self.fused_loss and on_gpu(x):
@@ -490,6 +493,17 @@ class GPT(nn.Module):
     def num_parameters(self):
         """Parameters, without the rows that pad the table."""
         return sum(p.numel() for p in self.parameters()) - self.lm_head.weight[self.vocab_size:].numel()
+
+
+def make_model(config):
+    """The model that the configuration names. UserError if it cannot be made."""
+    if config.model == "gpt":
+        return GPT(config)
+    try:
+        return pkgutil.resolve_name(config.model)(config)
+    except Exception as error:  # whatever somebody else's code raises
+        raise UserError(f"model = '{config.model}' cannot be made ({type(error).__name__}: {error}); "
+                        "it must be gpt or module:Class")
 
 
 # ---- Loss on a GPU: head and cross-entropy by chunks of tokens, with their gradients -------------
@@ -844,8 +858,7 @@ def build_optimizers(model, config):
             if kind is torch.optim.AdamW:
                 settings |= adamw
         else:
-            module, name = config.optimizer.split(":")
-            kind = getattr(importlib.import_module(module), name)
+            kind = pkgutil.resolve_name(config.optimizer)
             settings = {}
         inspect.signature(kind.step).bind(None)  # TypeError if it needs a closure, which the loop has not
         hidden = make_optimizer(kind, matrices, patterns, lr=config.hidden_learning_rate, **settings,
@@ -1385,26 +1398,21 @@ def wrapped(model, config, device):
     return model, note
 
 
-def choose_micro_batch(config, device, per_process, dtype, fused_loss=True):
+def choose_micro_batch(model, config, device, per_process, dtype):
     """Sequences in one forward pass: device_batch_size or, without one, the largest power of two that
-    divides per_process and fits the GPU.
-
-    Per token a bf16 forward pass keeps 41 L C bytes (records/bench); the rest of the 50 allowed for is for
-    the backward pass.
-    """
+    divides per_process and fits the GPU. Per token a bf16 forward pass keeps 41 L C bytes (records/bench);
+    the rest of the 50 allowed for is for the backward pass."""
     if config.device_batch_size:
         return config.device_batch_size
     tokens = 16384  # on a CPU more at a time are no faster
     if device.type == "cuda":
         memory = min(0.9, torch.cuda.get_per_process_memory_fraction(device))
-        rows = config.vocab_size + 128
-        parameters = 12 * config.n_layer * config.n_embd ** 2 + rows * config.n_embd
         memory *= torch.cuda.get_device_properties(device).total_memory
-        memory -= 32 * parameters  # each with gradient, state, update, statistics
-        memory -= 2 * CHUNK * rows  # the logits of a chunk
+        memory -= 32 * model.num_parameters()  # each with gradient, state, update, statistics
+        memory -= 2 * CHUNK * config.vocab_size  # the logits of a chunk
         token = 25 * dtype.itemsize * config.n_layer * config.n_embd  # bytes
-        if not fused_loss:
-            token += 12 * rows  # in fp32: log-probabilities and two gradients
+        if not model.fused_loss:
+            token += 12 * config.vocab_size  # in fp32: log-probabilities and two gradients
         tokens = memory / token
     size = 1
     while per_process % (2 * size) == 0 and 2 * size * config.sequence_length <= tokens:
@@ -1533,11 +1541,11 @@ def run(config):
 
     # ---- model and optimizers
     torch.manual_seed(config.seed)
-    raw_model = GPT(config).to(device)
+    raw_model = make_model(config).to(device)
     _, hidden = optimizers = build_optimizers(raw_model, config)
     names = with_grams(raw_model, hidden)
     model, note = wrapped(raw_model, config, device)
-    micro_batch = choose_micro_batch(config, device, per_process, dtype, raw_model.fused_loss)
+    micro_batch = choose_micro_batch(raw_model, config, device, per_process, dtype)
 
     # ---- what there is to resume, and the log
     source = inspect.getsourcefile(type(hidden)) if ":" in config.optimizer else None
