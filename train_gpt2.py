@@ -512,33 +512,35 @@ CHUNK = 16384  # tokens; the logits of all tokens are never in memory together
 
 if triton:
     @triton.jit
-    def base2_logits(logits, columns, vocab_size: tl.constexpr, stride: tl.constexpr):
-        """logits[columns] / ln 2, since exp2 and log2 are what the hardware has; -inf in the padding."""
-        x = tl.load(logits + columns, mask=columns < stride, other=0.0).to(tl.float32) * 1.4426950408889634
-        return tl.where(columns < vocab_size, x, -float("inf"))  # the load's mask would split wide loads
+    def load_logits(logits, columns, mask, vocab_size, cap):
+        """y = x / sqrt(1 + (x / cap)^2) of x = logits[columns], or x without a cap; y / ln 2, since exp2 and
+        log2 are what the hardware has, -inf in the padding, where a mask would split wide loads; dy / dx."""
+        x = tl.load(logits + columns, mask=mask, other=0.0).to(tl.float32)
+        r = tl.rsqrt(1 + x * x / (cap * cap)) if cap > 0 else 1.0
+        y = x * r
+        return y, tl.where(columns < vocab_size, y * 1.4426950408889634, -float("inf")), r * r * r
 
     @triton.jit
-    def cross_entropy_kernel(logits, targets, losses, scale,
-                             vocab_size: tl.constexpr, stride: tl.constexpr, BLOCK: tl.constexpr):
-        """One program per row of `logits`, whose columns from vocab_size on are padding:
+    def cross_entropy_kernel(logits, targets, losses, scale, vocab_size: tl.constexpr, stride: tl.constexpr,
+                             cap: tl.constexpr, BLOCK: tl.constexpr):
+        """One program per row x of `logits`, whose columns from vocab_size on are padding, with y as above:
 
-            losses <- logsumexp(row) - row[target]
-            row    <- scale (softmax(row) - onehot(target)), 0 in the padding
-
-        For a target of -1 both are 0.
+            losses <- logsumexp(y) - y[target], 0 for a target of -1
+            row    <- scale (softmax(y) - onehot(target)) dy / dx, 0 for a target of -1 and in the padding
         """
         row = tl.program_id(0)
         logits += row.to(tl.int64) * stride
         target = tl.load(targets + row).to(tl.int32)
         counts = target >= 0
-        at_target = tl.load(logits + target, mask=counts, other=0.0).to(tl.float32)
+        at_target = load_logits(logits, target, counts, vocab_size, cap)[0]
         scale = tl.where(counts, tl.load(scale), 0.0)
 
         # 1. the running maximum, and the sums of exponentials relative to it
         top = -float("inf")
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, vocab_size, BLOCK):
-            x = base2_logits(logits, start + tl.arange(0, BLOCK), vocab_size, stride)
+            columns = start + tl.arange(0, BLOCK)
+            x = load_logits(logits, columns, columns < stride, vocab_size, cap)[1]
             higher = tl.maximum(top, tl.max(x))
             total = total * tl.exp2(top - higher) + tl.exp2(x - higher)
             top = higher
@@ -548,16 +550,17 @@ if triton:
         # 2. the gradient, in place of the logits
         for start in range(0, stride, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            p = tl.exp2(base2_logits(logits, columns, vocab_size, stride) - lse)
-            gradient = scale * tl.where(columns == target, p - 1.0, p)
+            _, x, slope = load_logits(logits, columns, columns < stride, vocab_size, cap)
+            p = tl.exp2(x - lse)
+            gradient = scale * tl.where(columns == target, p - 1.0, p) * slope
             tl.store(logits + columns, gradient.to(logits.dtype.element_ty), mask=columns < stride)
 
 
 @torch.library.custom_op("train_gpt2::head_loss", mutates_args=())
-def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int,
+def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, cap: float = 0.0,
               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, d loss / d x, d loss / d weight in fp32): the mean cross-entropy of `targets` (N,), ignoring -1,
-    under the first vocab_size logits of x weight^T, x (N, C) and weight (rows, C)."""
+    under the first vocab_size logits of x weight^T, x (N, C) and weight (rows, C). cap: 0, or a soft cap."""
     table = weight.to(x.dtype)
     scale = 1 / (targets >= 0).sum()
     losses = torch.empty(len(x), device=x.device)
@@ -567,7 +570,7 @@ def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, voca
     for x_, dx_, targets_, losses_ in zip(*(t.split(CHUNK) for t in (x, dx, targets, losses))):
         logits = x_ @ table.mT
         cross_entropy_kernel[(len(logits),)](logits, targets_, losses_, scale, vocab_size, logits.stride(0),
-                                             BLOCK=4096, num_warps=8)
+                                             cap, BLOCK=4096, num_warps=8)
         # the kernel has left their gradient in the logits
         torch.mm(logits, table, out=dx_)
         torch.addmm(dweight, logits.mT, x_, out=dweight, **fp32_sums)
@@ -575,7 +578,7 @@ def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, voca
 
 
 @head_loss.register_fake
-def head_loss_shapes(x, weight, targets, vocab_size):
+def head_loss_shapes(x, weight, *_):
     return x.new_empty((), dtype=torch.float32), torch.empty_like(x), torch.empty_like(weight)
 
 
@@ -585,8 +588,7 @@ def save_gradients(ctx, inputs, output):
 
 
 def scale_gradients(ctx, gradient, *_):
-    dx, dweight = ctx.saved_tensors
-    return gradient * dx, gradient * dweight, None, None
+    return *(gradient * saved for saved in ctx.saved_tensors), None, None, None
 
 
 head_loss.register_autograd(scale_gradients, setup_context=save_gradients)
