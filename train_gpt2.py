@@ -25,12 +25,12 @@ import fcntl
 import fnmatch
 import glob
 import hashlib
-import importlib
 import inspect
 import io
 import json
 import math
 import os
+import pkgutil
 import platform
 import re
 import resource
@@ -92,6 +92,7 @@ class Config:
     stop_at_target: bool = False  # end the run when an evaluation reaches target_val_loss
 
     # model
+    model: str = "gpt"  # gpt, or module:Class of one with the methods of GPT in this file
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads
     n_embd: int = 768  # width
@@ -438,6 +439,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    """The trainer's model. Another, model = module:Class, is made from the Config, too, and has forward(),
+    logits(), hidden_matrices(), num_parameters() and fused_loss, set to False where kernels do not compile.
+    AdamW trains all but the hidden matrices. It may be a subclass with features() of its own."""
+
     def __init__(self, config):
         super().__init__()
         self.vocab_size = config.vocab_size
@@ -469,10 +474,8 @@ class GPT(nn.Module):
         return self.lm_head(x)[..., :self.vocab_size].float()
 
     def forward(self, idx, targets, collect=()):
-        """(mean cross-entropy of `targets` (B, T), ignoring -1, given the tokens `idx` (B, T); grams).
-
-        grams has Z Z^T of the inputs of each of the hidden matrices whose names are in `collect`.
-        """
+        """(mean cross-entropy of `targets` (B, T), ignoring -1, given the tokens `idx` (B, T); grams: Z Z^T
+        of the inputs of each of the hidden matrices whose names are in `collect`)."""
         x, grams = self.features(idx, collect)
         targets = targets.flatten()
         if self.fused_loss and on_gpu(x):
@@ -492,39 +495,52 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - self.lm_head.weight[self.vocab_size:].numel()
 
 
+def make_model(config):
+    """The model that the configuration names. UserError if it cannot be made."""
+    if config.model == "gpt":
+        return GPT(config)
+    try:
+        return pkgutil.resolve_name(config.model)(config)
+    except Exception as error:  # whatever somebody else's code raises
+        raise UserError(f"model = '{config.model}' cannot be made ({type(error).__name__}: {error}); "
+                        "it must be gpt or module:Class")
+
+
 # ---- Loss on a GPU: head and cross-entropy by chunks of tokens, with their gradients -------------
 
 CHUNK = 16384  # tokens; the logits of all tokens are never in memory together
 
 if triton:
     @triton.jit
-    def base2_logits(logits, columns, vocab_size: tl.constexpr, stride: tl.constexpr):
-        """logits[columns] / ln 2, since exp2 and log2 are what the hardware has; -inf in the padding."""
-        x = tl.load(logits + columns, mask=columns < stride, other=0.0).to(tl.float32) * 1.4426950408889634
-        return tl.where(columns < vocab_size, x, -float("inf"))  # the load's mask would split wide loads
+    def load_logits(logits, columns, mask, vocab_size, cap):
+        """y = x / sqrt(1 + (x / cap)^2) of x = logits[columns], or x without a cap; y / ln 2, since exp2 and
+        log2 are what the hardware has, -inf in the padding, where a mask would split wide loads; dy / dx."""
+        x = tl.load(logits + columns, mask=mask, other=0.0).to(tl.float32)
+        r = tl.rsqrt(1 + x * x / (cap * cap)) if cap > 0 else 1.0
+        y = x * r
+        return y, tl.where(columns < vocab_size, y * 1.4426950408889634, -float("inf")), r * r * r
 
     @triton.jit
-    def cross_entropy_kernel(logits, targets, losses, scale,
-                             vocab_size: tl.constexpr, stride: tl.constexpr, BLOCK: tl.constexpr):
-        """One program per row of `logits`, whose columns from vocab_size on are padding:
+    def cross_entropy_kernel(logits, targets, losses, scale, vocab_size: tl.constexpr, stride: tl.constexpr,
+                             cap: tl.constexpr, BLOCK: tl.constexpr):
+        """One program per row x of `logits`, whose columns from vocab_size on are padding, with y as above:
 
-            losses <- logsumexp(row) - row[target]
-            row    <- scale (softmax(row) - onehot(target)), 0 in the padding
-
-        For a target of -1 both are 0.
+            losses <- logsumexp(y) - y[target], 0 for a target of -1
+            row    <- scale (softmax(y) - onehot(target)) dy / dx, 0 for a target of -1 and in the padding
         """
         row = tl.program_id(0)
         logits += row.to(tl.int64) * stride
         target = tl.load(targets + row).to(tl.int32)
         counts = target >= 0
-        at_target = tl.load(logits + target, mask=counts, other=0.0).to(tl.float32)
+        at_target = load_logits(logits, target, counts, vocab_size, cap)[0]
         scale = tl.where(counts, tl.load(scale), 0.0)
 
         # 1. the running maximum, and the sums of exponentials relative to it
         top = -float("inf")
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, vocab_size, BLOCK):
-            x = base2_logits(logits, start + tl.arange(0, BLOCK), vocab_size, stride)
+            columns = start + tl.arange(0, BLOCK)
+            x = load_logits(logits, columns, columns < stride, vocab_size, cap)[1]
             higher = tl.maximum(top, tl.max(x))
             total = total * tl.exp2(top - higher) + tl.exp2(x - higher)
             top = higher
@@ -534,16 +550,17 @@ if triton:
         # 2. the gradient, in place of the logits
         for start in range(0, stride, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            p = tl.exp2(base2_logits(logits, columns, vocab_size, stride) - lse)
-            gradient = scale * tl.where(columns == target, p - 1.0, p)
+            _, x, slope = load_logits(logits, columns, columns < stride, vocab_size, cap)
+            p = tl.exp2(x - lse)
+            gradient = scale * tl.where(columns == target, p - 1.0, p) * slope
             tl.store(logits + columns, gradient.to(logits.dtype.element_ty), mask=columns < stride)
 
 
 @torch.library.custom_op("train_gpt2::head_loss", mutates_args=())
-def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int,
+def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, cap: float = 0.0,
               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, d loss / d x, d loss / d weight in fp32): the mean cross-entropy of `targets` (N,), ignoring -1,
-    under the first vocab_size logits of x weight^T, x (N, C) and weight (rows, C)."""
+    under the first vocab_size logits of x weight^T, x (N, C) and weight (rows, C). cap: 0, or a soft cap."""
     table = weight.to(x.dtype)
     scale = 1 / (targets >= 0).sum()
     losses = torch.empty(len(x), device=x.device)
@@ -553,7 +570,7 @@ def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, voca
     for x_, dx_, targets_, losses_ in zip(*(t.split(CHUNK) for t in (x, dx, targets, losses))):
         logits = x_ @ table.mT
         cross_entropy_kernel[(len(logits),)](logits, targets_, losses_, scale, vocab_size, logits.stride(0),
-                                             BLOCK=4096, num_warps=8)
+                                             cap, BLOCK=4096, num_warps=8)
         # the kernel has left their gradient in the logits
         torch.mm(logits, table, out=dx_)
         torch.addmm(dweight, logits.mT, x_, out=dweight, **fp32_sums)
@@ -561,7 +578,7 @@ def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, voca
 
 
 @head_loss.register_fake
-def head_loss_shapes(x, weight, targets, vocab_size):
+def head_loss_shapes(x, weight, *_):
     return x.new_empty((), dtype=torch.float32), torch.empty_like(x), torch.empty_like(weight)
 
 
@@ -571,8 +588,7 @@ def save_gradients(ctx, inputs, output):
 
 
 def scale_gradients(ctx, gradient, *_):
-    dx, dweight = ctx.saved_tensors
-    return gradient * dx, gradient * dweight, None, None
+    return *(gradient * saved for saved in ctx.saved_tensors), None, None, None
 
 
 head_loss.register_autograd(scale_gradients, setup_context=save_gradients)
@@ -844,8 +860,7 @@ def build_optimizers(model, config):
             if kind is torch.optim.AdamW:
                 settings |= adamw
         else:
-            module, name = config.optimizer.split(":")
-            kind = getattr(importlib.import_module(module), name)
+            kind = pkgutil.resolve_name(config.optimizer)
             settings = {}
         inspect.signature(kind.step).bind(None)  # TypeError if it needs a closure, which the loop has not
         hidden = make_optimizer(kind, matrices, patterns, lr=config.hidden_learning_rate, **settings,
@@ -1387,26 +1402,21 @@ def wrapped(model, config, device):
     return model, note
 
 
-def choose_micro_batch(config, device, per_process, dtype, fused_loss=True):
+def choose_micro_batch(model, config, device, per_process, dtype):
     """Sequences in one forward pass: device_batch_size or, without one, the largest power of two that
-    divides per_process and fits the GPU.
-
-    Per token a bf16 forward pass keeps 41 L C bytes (records/bench); the rest of the 50 allowed for is for
-    the backward pass.
-    """
+    divides per_process and fits the GPU. Per token a bf16 forward pass keeps 41 L C bytes (records/bench);
+    the rest of the 50 allowed for is for the backward pass."""
     if config.device_batch_size:
         return config.device_batch_size
     tokens = 16384  # on a CPU more at a time are no faster
     if device.type == "cuda":
         memory = min(0.9, torch.cuda.get_per_process_memory_fraction(device))
-        rows = config.vocab_size + 128
-        parameters = 12 * config.n_layer * config.n_embd ** 2 + rows * config.n_embd
         memory *= torch.cuda.get_device_properties(device).total_memory
-        memory -= 32 * parameters  # each with gradient, state, update, statistics
-        memory -= 2 * CHUNK * rows  # the logits of a chunk
+        memory -= 32 * model.num_parameters()  # each with gradient, state, update, statistics
+        memory -= 2 * CHUNK * config.vocab_size  # the logits of a chunk
         token = 25 * dtype.itemsize * config.n_layer * config.n_embd  # bytes
-        if not fused_loss:
-            token += 12 * rows  # in fp32: log-probabilities and two gradients
+        if not model.fused_loss:
+            token += 12 * config.vocab_size  # in fp32: log-probabilities and two gradients
         tokens = memory / token
     size = 1
     while per_process % (2 * size) == 0 and 2 * size * config.sequence_length <= tokens:
@@ -1535,11 +1545,11 @@ def run(config):
 
     # ---- model and optimizers
     torch.manual_seed(config.seed)
-    raw_model = GPT(config).to(device)
+    raw_model = make_model(config).to(device)
     _, hidden = optimizers = build_optimizers(raw_model, config)
     names = with_grams(raw_model, hidden)
     model, note = wrapped(raw_model, config, device)
-    micro_batch = choose_micro_batch(config, device, per_process, dtype, raw_model.fused_loss)
+    micro_batch = choose_micro_batch(raw_model, config, device, per_process, dtype)
 
     # ---- what there is to resume, and the log
     source = inspect.getsourcefile(type(hidden)) if ":" in config.optimizer else None

@@ -19,7 +19,7 @@ leaves what was measured. Its columns:
     refresh ms    the step in which Newton-Muon refreshes its statistics, timed once a round
     mean ms       the mean step, with one refresh in refresh_interval steps
     tokens/s, MFU of the mean step; model FLOPs of a token, forward and backward, are 6 N + 12 L C T
-                  (N parameters, L layers, width C, context T)
+                  (N parameters, without an embedding that is not the head, too; L layers, width C, context T)
     GPU GiB       peak memory of this side alone
 
 Below it stand ratios of mean steps of the same round: their median and, from 6 rounds on, its 95 % interval
@@ -48,8 +48,8 @@ from harness.command import command
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports that it starts and stops
 
 import train_gpt2  # before torch: it says how CPU threads wait
-from train_gpt2 import (GPT, UserError, accumulate, autocast, build_optimizers, choose_micro_batch,
-                        load_config, rank, start_processes, synchronized_time, training_dtype,
+from train_gpt2 import (UserError, accumulate, autocast, build_optimizers, choose_micro_batch,
+                        load_config, make_model, rank, start_processes, synchronized_time, training_dtype,
                         with_grams, wrapped, write_atomically)
 import torch
 import torch.distributed as dist
@@ -158,9 +158,8 @@ def plain_step(config, device, dtype):
     return step, 0
 
 
-def trainer_step(config, device, dtype):
-    """(step(batches, refresh), steps between refreshes or 0) of the trainer with config.optimizer."""
-    raw = GPT(config).to(device)
+def trainer_step(raw, config, device, dtype):
+    """(step(batches, refresh), steps between refreshes or 0) of the trainer for the model `raw`."""
     model, _ = wrapped(raw, config, device)
     optimizers = build_optimizers(raw, config)
     hidden = optimizers[1]
@@ -193,8 +192,9 @@ def build(name, config, device, dtype, idx):
         micro_batch = max(1, min(len(idx), 16384 // config.sequence_length))
         step, refresh_interval = plain_step(config, device, dtype)
     else:
-        micro_batch = choose_micro_batch(config, device, len(idx), dtype)
-        step, refresh_interval = trainer_step(config, device, dtype)
+        model = make_model(config).to(device)
+        step, refresh_interval = trainer_step(model, config, device, dtype)
+        micro_batch = choose_micro_batch(model, config, device, len(idx), dtype)
     batches = [(part, part.roll(-1, 1)) for part in idx.split(micro_batch)]
     kinds = [False, False]
     if refresh_interval:
@@ -241,7 +241,13 @@ def attention_kernel(config, device, dtype):
 
 def describe(args, config, device, dtype):
     """What is measured, and on what: the part of the result that does not change from round to round."""
-    parameters = GPT(config).num_parameters()
+    model = make_model(config)
+    parameters = model.num_parameters()
+    multiplied = {layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)}
+    looked_up = 0  # parameters that nothing is multiplied by: an embedding that is not the head, too
+    for layer in model.modules():
+        if isinstance(layer, nn.Embedding) and layer.weight not in multiplied:
+            looked_up += layer.weight.numel()
     attention_flops = 12 * config.n_layer * config.n_embd * config.sequence_length
     machine = train_gpt2.describe_machine(device)
     peak = None
@@ -255,7 +261,7 @@ def describe(args, config, device, dtype):
                 torch=torch.__version__, dtype=str(dtype), compile=config.compile,
                 batch_size=config.batch_size, sequence_length=config.sequence_length,
                 refresh_interval=config.refresh_interval, code_sha256=train_gpt2.code_sha256(),
-                parameters=parameters, flops_per_token=6 * parameters + attention_flops,
+                parameters=parameters, flops_per_token=6 * (parameters - looked_up) + attention_flops,
                 peak_flops=peak, attention=attention_kernel(config, device, dtype), steps=args.steps)
 
 
@@ -447,6 +453,9 @@ def parse_arguments():
         if ":" not in side:
             argv += ["--optimizer_args", "{}"]
         configs[side] = load_config(argv)
+        if side == "plain" and configs[side].model != "gpt":
+            raise UserError(f"--sides {args.sides}: plain is the trainer's own model, not "
+                            f"model = '{configs[side].model}'; leave it out")
     return args, configs
 
 

@@ -57,7 +57,7 @@ import torch
 
 from harness import estimates, jobs, runs, sequential
 from scripts import compare
-from train_gpt2 import GPT, Config, UserError, code_sha256, load_config
+from train_gpt2 import Config, UserError, code_sha256, load_config, make_model
 
 FIRST_SEED = {"cpu": 1, "mini": 0, "speedrun": 0}
 CLAIM = {"steps": 0.06, "time": 0.04}  # arXiv:2604.01472, abstract
@@ -149,7 +149,7 @@ def read_overhead(path, config=None, processes=1):
 
 def is_measured_with(measured, config, processes):
     with torch.device("meta"):
-        parameters = GPT(config).num_parameters()
+        parameters = make_model(config).num_parameters()
     ours = dict(parameters=parameters, batch_size=config.batch_size, sequence_length=config.sequence_length,
                 processes=processes, code_sha256=code_sha256())
     return all(measured[name] == value for name, value in ours.items())

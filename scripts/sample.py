@@ -2,9 +2,9 @@
 
     python scripts/sample.py logs/cpu/muon_600_seed-1 --prompt "ROMEO"
 
-Tokens are bytes for a vocabulary of 256, and GPT-2's BPE for one of 50257. Runs on other tokens cannot
-be sampled. Each next token is drawn from softmax(logits / temperature) over the --top_k most likely
-ones, until there are --tokens of them or the document ends.
+Tokens are bytes for a vocabulary of 256, and GPT-2's BPE for one of 50257, or of 50304 with 47 that no
+text has. Runs on other tokens cannot be sampled. Each next token is drawn from softmax(logits /
+temperature) over the --top_k most likely ones, until there are --tokens of them or the document ends.
 """
 import argparse
 import codecs
@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness.command import command
-from train_gpt2 import GPT, Config, UserError, checkpoints  # before torch: it says how CPU threads wait
+from train_gpt2 import (  # before torch: it says how CPU threads wait
+    Config, UserError, checkpoints, make_model)
 import torch
 
 
@@ -30,9 +31,11 @@ def load_model(path):
     try:
         checkpoint = torch.load(files[-1], map_location="cpu", weights_only=True)
         config = Config(**checkpoint["config"])
-        model = GPT(config)
+        model = make_model(config)
         model.load_state_dict(checkpoint["model"])
         return model.eval(), config, checkpoint["progress"]["step"]
+    except UserError:  # the model is no longer there
+        raise
     except Exception as error:  # torch.load raises whatever the bytes make it raise
         fault = type(error).__name__
         raise UserError(f"{files[-1]} is not a checkpoint of this train_gpt2.py ({fault})") from None
@@ -42,12 +45,16 @@ def tokenizer(vocab_size):
     """(encode: str -> tokens, decode: token -> bytes, the token that starts a document)"""
     if vocab_size == 256:
         return lambda text: list(text.encode()), lambda token: bytes([token]), 255
-    if vocab_size == 50257:
+    if vocab_size in (50257, 50304):
         from data.shards import gpt2_encoding
         encoding = gpt2_encoding()
-        return encoding.encode_ordinary, encoding.decode_single_token_bytes, encoding.eot_token
-    raise UserError(f"vocab_size = {vocab_size}: neither bytes (256) nor GPT-2's BPE (50257), "
-                    "so its tokens have no known text")
+
+        def decode(token):
+            return encoding.decode_single_token_bytes(token) if token < 50257 else b""
+
+        return encoding.encode_ordinary, decode, encoding.eot_token
+    raise UserError(f"vocab_size = {vocab_size}: neither bytes (256) nor GPT-2's BPE (50257, or 50304 with "
+                    "padding), so its tokens have no known text")
 
 
 @torch.no_grad()
@@ -59,7 +66,7 @@ def generate(model, tokens, number, sequence_length, temperature=1.0, top_k=None
     temperature 0 takes the most likely token; top_k limits the choice to that many.
     """
     tokens = list(tokens)
-    device = model.lm_head.weight.device
+    device = next(model.parameters()).device
     for _ in range(number):
         logits = model.logits(torch.tensor([tokens[-sequence_length:]], device=device))[0, -1].cpu()
         if not logits.max() < float("inf"):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import train_gpt2
 from conftest import ROOT, run
-from train_gpt2 import GPT, Config, head_loss
+from train_gpt2 import Config, head_loss, make_model
 
 pytest.importorskip("triton", reason="triton is not installed; there are versions for Linux only")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU by Triton's interpreter (conftest.py)
@@ -24,8 +24,9 @@ def fused(monkeypatch):
     torch.set_float32_matmul_precision(precision)
 
 
+@pytest.mark.parametrize("cap", [0.0, 2.5])
 @pytest.mark.parametrize("vocab_size, rows", [(5000, 5120), (4096, 4096), (100, 128)])
-def test_head_loss_is_cross_entropy(fused, monkeypatch, vocab_size, rows):
+def test_head_loss_is_cross_entropy(fused, monkeypatch, vocab_size, rows, cap):
     monkeypatch.setattr(train_gpt2, "CHUNK", 7)  # of 20 tokens
     torch.manual_seed(0)
     x = torch.randn(20, 16).to(DEVICE).requires_grad_()
@@ -34,12 +35,14 @@ def test_head_loss_is_cross_entropy(fused, monkeypatch, vocab_size, rows):
     targets[[3, 19]] = -1
     targets[[0, 1]] = torch.tensor([0, vocab_size - 1])
     targets = targets.to(DEVICE)
-    loss = head_loss(x, weight, targets, vocab_size)[0]
+    loss = head_loss(x, weight, targets, vocab_size, cap)[0]
     (3 * loss).backward()
 
     x64 = x.detach().double().requires_grad_()
     weight64 = weight.detach().double().requires_grad_()
     logits = (x64 @ weight64.T)[:, :vocab_size]
+    if cap:
+        logits = cap * logits / (logits ** 2 + cap ** 2).sqrt()
     expected = F.cross_entropy(logits, targets, ignore_index=-1)
     (3 * expected).backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -49,29 +52,35 @@ def test_head_loss_is_cross_entropy(fused, monkeypatch, vocab_size, rows):
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # of the padding, which is masked afterwards
-def test_kernel_with_huge_logits(fused):
+@pytest.mark.parametrize("cap", [0.0, 15.0])
+def test_kernel_with_huge_logits(fused, cap):
     logits = torch.tensor([[1e4, -1e4, 0.0, 9e3], [5.0, 5.0, 5.0, 9e3]], device=DEVICE).bfloat16()
     targets = torch.tensor([1, 2], device=DEVICE)
     losses = torch.empty(2, device=DEVICE)
     scale = torch.tensor(0.5, device=DEVICE)
-    expected = logits[:, :3].double().log_softmax(1)
-    train_gpt2.cross_entropy_kernel[(2,)](logits, targets, losses, scale, 3, 4, BLOCK=4)
-    torch.testing.assert_close(losses, -expected[[0, 1], [1, 2]].float())
-    gradient = 0.5 * (expected.exp() - F.one_hot(targets, 3))
+    x = logits[:, :3].double().requires_grad_()
+    expected = F.cross_entropy(cap * x / (x ** 2 + cap ** 2).sqrt() if cap else x, targets, reduction="none")
+    gradient, = torch.autograd.grad(0.5 * expected.sum(), x)
+    train_gpt2.cross_entropy_kernel[(2,)](logits, targets, losses, scale, 3, 4, cap, BLOCK=4)
+    torch.testing.assert_close(losses, expected.detach().float())
     # the interpreter truncates to bf16, GPUs round
     torch.testing.assert_close(logits[:, :3].double(), gradient, rtol=2 ** -7, atol=0)
     assert logits[:, 3].tolist() == [0, 0]
 
 
-def test_both_losses_agree_in_the_model(fused, monkeypatch):
-    config = Config(n_layer=1, n_head=2, n_embd=32, vocab_size=300, sequence_length=16)
+@pytest.mark.parametrize("name", ["gpt", "models.optimizer_track:GPT"])
+def test_both_losses_agree_in_the_model(fused, monkeypatch, name):
+    config = Config(n_layer=1, n_head=2, n_embd=32, vocab_size=300, sequence_length=16, model=name)
     torch.manual_seed(0)
-    model = GPT(config).to(DEVICE)
+    model = make_model(config).to(DEVICE)
+    with torch.no_grad():
+        for p in model.parameters():  # the track's model has zeros at first
+            p += 0.05 * torch.randn_like(p)
     idx = torch.randint(300, (2, 16), device=DEVICE)
 
     def results():
         """The loss, the gradients and the grams."""
-        loss, grams = model(idx, idx.roll(-1, 1), True)
+        loss, grams = model(idx, idx.roll(-1, 1), list(model.hidden_matrices()))
         loss.backward()
         gradients = [p.grad.clone() for p in model.parameters()]
         model.zero_grad()
@@ -88,13 +97,14 @@ def test_head_loss_passes_opcheck(fused):
     weight = torch.randn(128, 16, device=DEVICE, requires_grad=True)
     targets = torch.randint(100, (5,), device=DEVICE)
     torch.library.opcheck(head_loss, (x, weight, targets, 100))
+    torch.library.opcheck(head_loss, (x, weight, targets, 100, 15.0))
 
 
 COMPILE = """
 import sys, train_gpt2, triton
 types = dict(logits="*bf16", targets="*i64", losses="*fp32", scale="*fp32",
-             vocab_size="constexpr", stride="constexpr", BLOCK="constexpr")
-sizes = {(4,): 50257, (5,): 50304, (6,): 4096}
+             vocab_size="constexpr", stride="constexpr", cap="constexpr", BLOCK="constexpr")
+sizes = {(4,): 50257, (5,): 50304, (6,): float(sys.argv[2]), (7,): 4096}
 aligned = {(i,): [["tt.divisibility", 16]] for i in range(4)}
 source = triton.compiler.ASTSource(fn=train_gpt2.cross_entropy_kernel, signature=types, constexprs=sizes,
                                    attrs=aligned)
@@ -104,10 +114,11 @@ print(len(code["cubin"]), code["ptx"])
 """
 
 
+@pytest.mark.parametrize("cap", [0.0, 15.0])
 @pytest.mark.parametrize("capability", [80, 89, 90])
-def test_kernel_compiles(capability, tmp_path):
+def test_kernel_compiles(capability, cap, tmp_path):
     env = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = run(sys.executable, "-c", COMPILE, capability, env=env, cwd=ROOT)
+    done = run(sys.executable, "-c", COMPILE, capability, cap, env=env, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert f".target sm_{capability}" in done.stdout
     assert "ld.global.v4" in done.stdout  # 16 bytes at a time; single elements would double the instructions

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, run
+from conftest import ROOT, checkpoint, refused, run
 from train_gpt2 import GPT, Config, accumulate, build_optimizers
 
 
@@ -148,3 +148,44 @@ assert "wandb" not in sys.modules
 assert "tiktoken" not in sys.modules
 """
     run("env", "-i", f"PYTHONPATH={ROOT}", "PATH=", sys.executable, "-c", code, cwd=tmp_path, check=True)
+
+
+# a model of one's own
+
+
+@pytest.mark.parametrize("model, word", [
+    ("gpt2", "No module named 'gpt2'"),
+    ("torch.nn", "TypeError"),
+    ("train_gpt2:Nothing", "AttributeError"),
+    ("nowhere:GPT", "ModuleNotFoundError"),
+    ("no module", "ValueError"),
+    ("", "ValueError"),
+])
+def test_unknown_model(start, model, word):
+    refused(start(model=model), f"model = '{model}' cannot be made", word, "gpt or module:Class")
+
+
+OWN = """
+import torch
+import train_gpt2
+
+class GPT(train_gpt2.GPT):
+    def __init__(self, config):
+        super().__init__(config)
+        self.gains = torch.nn.Parameter(torch.ones(config.n_embd))
+
+    def features(self, idx, collect=()):
+        x, grams = super().features(idx, collect)
+        return x * self.gains, grams
+"""
+
+
+def test_a_model_of_ones_own(start, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    groups = '{"gains": {"lr": 0.1}}'
+    done = start(run_name="a", model="own:GPT", optimizer="newton_muon", refresh_interval=2, groups=groups)
+    assert done.returncode == 0, done.stderr
+    state = checkpoint(tmp_path / "logs/a", 10)
+    assert (state["model"]["gains"] - 1).abs().min() > 0.01
+    assert [len(group["params"]) for group in state["optimizers"][1]["param_groups"]] == [4 * 2]

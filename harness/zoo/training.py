@@ -11,7 +11,7 @@ from harness.jobs import Jobs, finished, start
 from harness.tuning import RATES, next_pairs, rates
 from harness.zoo.optimizers import ZOO
 from harness.zoo.table import SEEDS, TUNING_SEEDS, Point, read_overhead
-from train_gpt2 import GPT, UserError, build_optimizers, code_sha256, load_config, write_atomically
+from train_gpt2 import UserError, build_optimizers, code_sha256, load_config, make_model, write_atomically
 
 HOPELESS = 0.02  # a point whose first seed ends so far above the best is not run again
 LENGTHS = (1.0, 0.94, 0.5, 0.75, 1.25, 1.5)  # of Muon's runs, in the track's steps
@@ -198,7 +198,7 @@ def state_bytes(config):
 
     It is read after a refresh and two steps, because the first step of some rules only initialises.
     """
-    model = GPT(config)
+    model = make_model(config)
     hidden = build_optimizers(model, config)[1]
     matrices = list(model.hidden_matrices().values())
     for p in matrices:

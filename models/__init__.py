@@ -1,0 +1,1 @@
+"""Other models, one file each, for `model = "models.NAME:Class"` in a configuration."""
