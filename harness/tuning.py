@@ -39,3 +39,21 @@ def at_edge(tried):
 def rates(centre, pair):
     """[learning_rate, hidden_learning_rate] of a pair, to three digits."""
     return [float(f"{middle * 2 ** (exponent / 2):.3g}") for middle, exponent in zip(centre, pair)]
+
+
+def open_sides(best, tried):
+    """[(axis, side), ...] of `best` on which nothing was tried: side 1 is larger, -1 smaller.
+
+    Points are tuples of numbers. One lies on a side of `best` if it differs from it on that axis alone. An
+    axis whose other side was tried comes first: there the loss is known to fall towards `best`.
+    """
+    sides = {}  # axis -> those that were tried
+    for point in tried:
+        axes = [axis for axis, (value, own) in enumerate(zip(point, best)) if value != own]
+        if len(axes) == 1:
+            axis, = axes
+            sides.setdefault(axis, set()).add(1 if point[axis] > best[axis] else -1)
+    found = []
+    for axis in sorted(range(len(best)), key=lambda axis: axis not in sides):
+        found += [(axis, side) for side in (1, -1) if side not in sides.get(axis, ())]
+    return found

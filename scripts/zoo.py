@@ -2,6 +2,7 @@
 
     python scripts/zoo.py --jobs 2                     all on the CPU track, half an hour each on two cores
     python scripts/zoo.py --optimizers soap,normuon    these, and Muon, with which all are compared
+    python scripts/zoo.py --optimizers soap --refine   this, and Muon, tuned until no value is at an end
     python scripts/zoo.py --track mini                 the same on a GPU, with configs/mini_*.toml
     python scripts/zoo.py --page                       only write the page of what has been run
     python scripts/zoo.py --records logs/wide --n_embd 128    a comparison of your own
@@ -16,6 +17,14 @@ point would hardly win. The 12 points are
   the square root of 2.
 The centre of the pairs is set for the CPU track; elsewhere it scales with the rates of the track's
 Muon configuration.
+
+The best of them may have a rate or setting at an end of what was tried. With --refine the tuning goes
+on until the best point is inside: until, along both rates and the setting, points were tried on both
+sides of it that differ in nothing else, or the axis ends there (a momentum of 0, a power of 1). The next
+to try is always a neighbour of the best, on an axis and side without one, first on an axis whose other
+side was tried: half or twice a rate or setting, and of 1 - value for a beta or momentum. It stops after
+12 more points, the same for all. Then the results are run again where the best point has changed; the
+older ones stay in runs.csv, and in a sentence of the page.
 
 Results: the best point with the seeds 1 to 6. Muon is also run at 0.5 to 1.5 of the steps: that
 says how many steps a difference in loss is worth. Time: scripts/bench.py alternates 10 steps of the
@@ -43,7 +52,7 @@ from harness.zoo.training import Track
 from train_gpt2 import MAY_CHANGE_ON_RESUME, UserError
 
 
-def compare_all(track, names, records):
+def compare_all(track, names, records, refine=False):
     """Measures, tunes and runs the optimizers, and writes the page after each.
 
     UserError if some of them are not complete.
@@ -54,7 +63,7 @@ def compare_all(track, names, records):
     # several at once: while one optimizer waits for a run that decides its next, another trains
     with ThreadPoolExecutor(track.jobs) as pool:
         try:
-            endings = [(name, pool.submit(track.compare, name)) for name in names]
+            endings = [(name, pool.submit(track.compare, name, refine)) for name in names]
             for name, ending in endings:
                 error = ending.exception()  # waits
                 if error and not isinstance(error, (UserError, OSError)):
@@ -87,6 +96,8 @@ def parse():
     parser.add_argument("--optimizers", default=",".join(ZOO), metavar="NAME,...",
                         help=f"of {', '.join(ZOO)} (default: all)")
     parser.add_argument("--track", choices=("cpu", "mini"), default="cpu", help="(default: cpu)")
+    parser.add_argument("--refine", action="store_true",
+                        help="go on tuning until no best value is at an end, with 12 more points at most")
     parser.add_argument("--jobs", type=int, default=1,
                         help="runs at a time; they share the CPU cores (default: 1)")
     parser.add_argument("--log_dir", type=Path,
@@ -118,7 +129,7 @@ def main():
     track = Track(args.track, args.jobs, logs, given, table)
     fetch_data(args.track, given)
     with_muon = dict.fromkeys(["muon", *names])  # all are compared with it
-    compare_all(track, list(with_muon), args.records)
+    compare_all(track, list(with_muon), args.records, args.refine)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,13 @@
 """The optimizers that scripts/zoo.py compares, and around which values each of them is tuned."""
+import importlib
+import inspect
+import json
+import math
 from dataclasses import dataclass, field
 
 from harness.pictures import short_name
+from harness.tuning import RATES, open_sides
+from train_gpt2 import Config
 
 
 @dataclass
@@ -15,10 +21,63 @@ class Entry:
     rates: tuple = (0.02, 0.002)  # learning_rate, hidden_learning_rate: where tuning starts on the CPU track
     title: str = ""  # in the picture, where the name of the class would not do
     groups: dict = field(default_factory=dict)  # the field `groups` of the configuration
+    most: float = math.inf  # that the setting may be
 
     @property
     def label(self):
         return self.title or short_name(self.optimizer)
+
+    @property
+    def default(self):
+        """Value of the setting where a point names none."""
+        if self.setting in self.arguments:
+            return self.arguments[self.setting]
+        module, _, kind = self.optimizer.partition(":")
+        if kind:
+            own = inspect.signature(getattr(importlib.import_module(module), kind)).parameters
+            if self.setting in own:
+                return own[self.setting].default
+        return getattr(Config(), self.setting)
+
+    def value(self, setting):
+        """The number that `setting` of a line of runs.csv stands for."""
+        return json.loads(setting) if setting else self.default
+
+    def next_value(self, value, side):
+        """The next larger (side 1) or smaller (-1) value of the setting to try; None where its range ends.
+
+        For a momentum or beta 1 - value changes by a factor of 2, until the value is 0; for all others the
+        value does, up to `most`.
+        """
+        if self.setting.startswith(("beta", "momentum")):
+            rest = float(f"{(1 - value) * 2.0 ** -side:.3g}")
+            found = round(1 - min(rest, 1.0), 9)
+        else:
+            found = min(float(f"{value * 2.0 ** side:.3g}"), self.most)
+        return None if found == value else found
+
+    def neighbours(self, point, tried):
+        """[(name, side, neighbour), ...] of `point` that must be tried before it is known to be inside.
+
+        It is inside if, along both rates and the setting, points lie on both sides of it that differ in
+        nothing else, or the axis ends there. `name` is what changes: a rate by a factor of 2, the setting as
+        in next_value(). Points are (optimizer, steps, learning_rate, hidden_learning_rate, setting).
+        """
+        def numbers(point):
+            return (*point[2:4], self.value(point[4]))
+
+        found = []
+        for axis, side in open_sides(numbers(point), [numbers(other) for other in tried]):
+            changed = list(point)
+            if axis < len(RATES):
+                changed[2 + axis] = float(f"{point[2 + axis] * 2.0 ** side:.3g}")
+                found.append((RATES[axis], side, tuple(changed)))
+                continue
+            value = self.next_value(self.value(point[4]), side)
+            if value is not None:
+                changed[4] = "" if value == self.default else json.dumps(value)
+                found.append((self.setting, side, tuple(changed)))
+        return found
 
 
 # No optimizer starts with a longer memory than this, unless that is its tuned setting.
@@ -65,15 +124,15 @@ ZOO = {
     "low_rank_muon": Entry(
         "optimizers.low_rank_muon:LowRankMuon", source="arXiv:2509.11983",
         arguments=SHORTER_MEMORY,
-        setting="rank_fraction", values=(0.125, 0.5)),
+        setting="rank_fraction", values=(0.125, 0.5), most=1.0),
     "dion": Entry(
         "optimizers.dion:Dion", source="arXiv:2504.05295",
         arguments=SHORTER_MEMORY,
-        setting="rank_fraction", values=(0.125, 0.5)),
+        setting="rank_fraction", values=(0.125, 0.5), most=1.0),
     "orth_dion": Entry(
         "optimizers.dion:OrthDion", source="arXiv:2605.16341",
         arguments=SHORTER_MEMORY,
-        setting="rank_fraction", values=(0.125, 0.5)),
+        setting="rank_fraction", values=(0.125, 0.5), most=1.0),
     "ef_muon": Entry(
         "optimizers.ef_muon:EFMuon", source="arXiv:2605.08980",
         setting="momentum", values=(0.9, 0.98), rates=(0.02, 4.0)),
@@ -84,7 +143,7 @@ ZOO = {
     "power_newton_muon": Entry(
         "optimizers.power_newton_muon:PowerNewtonMuon", source="arXiv:2604.01472",
         arguments=SHORTER_MEMORY,
-        setting="power", values=(0.25, 0.75)),
+        setting="power", values=(0.25, 0.75), most=1.0),
     "shampoo": Entry(
         "optimizers.shampoo:Shampoo", source="arXiv:1802.09568",
         setting="beta2", values=(0.9, 0.98)),
@@ -99,7 +158,7 @@ ZOO = {
     "pmuon": Entry(
         "optimizers.pmuon:PMuon", source="modded-nanogpt, optimizer track, record 18",
         arguments=SHORTER_MEMORY,
-        setting="power", values=(0.2, 0.4)),
+        setting="power", values=(0.2, 0.4), most=0.5),
     "soap_muon": Entry(
         "optimizers.soap_muon:SOAPMuon", source="modded-nanogpt, optimizer track, record 44",
         arguments=SHORTER_MEMORY,

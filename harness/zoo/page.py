@@ -2,7 +2,6 @@
 import ast
 import importlib
 import inspect
-import json
 import math
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from train_gpt2 import UserError
 
 RECORDS = ROOT / "records" / "zoo"
 PICTURE = "differences.png"
+ARROWS = {1: "↑", -1: "↓"}
 
 HEAD = """# The optimizers people ask about
 
@@ -42,7 +42,10 @@ How to read the table:
   relatives share updates.
 - **Lines**: lines of code in the optimizer's file, without what it imports from others.
 - **Rates, setting**: the tuned values. Which setting is tuned was our choice: one of the
-  optimizer's own where it has any, else the momentum.
+  optimizer's own where it has any, else the momentum. **An arrow marks an end of what was tried**: no
+  larger value (↑), no smaller one (↓) or neither (↕) was tried with the other two as they are, so the
+  optimizer may be better than its place. Tuning tries 12 points of each; `--refine` goes on until
+  there is no arrow, with 12 more at most.
 """
 
 
@@ -89,25 +92,20 @@ def steps_saved(gap, curve, steps):
     return f"{middle} ({' to '.join(ends)})"
 
 
-def at_ends(table, point):
-    """Names of the rates and of the setting whose value in `point` is the smallest or largest tried.
+def marked_values(table, best):
+    """Text of the rates and the setting of the point `best`, with an arrow at each end of what was tried.
 
-    `point` is the optimizer's best one.
+    A setting that has its default and no arrow is left out.
     """
-    tried = []
-    for other in table.losses:
-        if (other.optimizer, other.steps) == (point.optimizer, point.steps) and other.seed in TUNING_SEEDS:
-            tried.append(other)
-    found = []
-    for rate in RATES:
-        values = [getattr(other, rate) for other in tried]
-        if values and getattr(point, rate) in (min(values), max(values)):
-            found.append(rate)
-    if point.setting:  # the default lies between the others
-        values = [json.loads(other.setting) for other in (*tried, point) if other.setting]
-        if json.loads(point.setting) in (min(values), max(values)):
-            found.append(ZOO[point.optimizer].setting)
-    return found
+    name, steps, *values = best
+    entry = ZOO[name]
+    arrows = {}
+    for what, side, _ in entry.neighbours(best, table.tried(name, steps)):
+        arrows[what] = "↕" if what in arrows else ARROWS[side]
+    texts = [f"{value:g}{arrows.get(rate, '')}" for rate, value in zip(RATES, values)]
+    if values[-1] or entry.setting in arrows:
+        texts.append(f"{entry.setting} {entry.value(values[-1]):g}{arrows.get(entry.setting, '')}")
+    return ", ".join(texts)
 
 
 def lines_of_code(entry):
@@ -140,10 +138,11 @@ def is_equal(gap):
     return gap.low is not None and gap.low * gap.high <= 0
 
 
-def result(table, name, point, costs, muon, curve):
-    """The Result of an optimizer whose best point is `point`; `muon` is {seed: Muon's final loss}."""
+def result(table, best, costs, muon, curve):
+    """The Result of an optimizer whose best point is `best`; `muon` is {seed: Muon's final loss}."""
+    name, steps, *_ = best
     entry = ZOO[name]
-    finals = table.results(name, point.steps)
+    finals = table.results(name, steps, best)
     loss = mean_loss(finals)
     gap = None
     against = ""
@@ -153,16 +152,13 @@ def result(table, name, point, costs, muon, curve):
         against = interval(gap, "+.4f")
         if is_equal(gap):
             against += " ="
-        saved = steps_saved(gap, curve, point.steps)
+        saved = steps_saved(gap, curve, steps)
     time = ""
     if "mean_step" in costs:
         time = f"{costs['mean_step']:.2f} ({costs['low']:.2f} to {costs['high']:.2f})"
-    rates = f"{point.learning_rate:g}, {point.hidden_learning_rate:g}"
-    if point.setting:
-        rates += f", {entry.setting} {point.setting}"
     lines = str(lines_of_code(entry) or "")
     cells = (f"`{name}`", interval(loss, ".4f"), against, saved, time, f"{costs['state_bytes']:.1f}",
-             lines, rates, entry.source)
+             lines, marked_values(table, best), entry.source)
     return Result(name, loss, gap, cells)
 
 
@@ -171,26 +167,30 @@ def section(folder):
     table = Table(folder / "runs.csv")
     costs = read_overhead(folder / "overhead.json")
     steps = max((point.steps for point in table.losses if point.seed in TUNING_SEEDS), default=0)
+    best = {}  # name -> point
+    for name in ZOO:
+        tried = table.tried(name, steps)
+        best[name] = min(tried, key=tried.get, default=None)
     curve = {}  # of Muon: steps -> mean final loss
     for length in LENGTHS:
-        finals = table.results("muon", round(length * steps))
+        finals = table.results("muon", round(length * steps), best["muon"])
         if set(finals) == set(SEEDS):
             curve[round(length * steps)] = float(np.mean(list(finals.values())))
 
     results = []
     waiting = []
-    ends = []
+    older = []
     for name in ZOO:
-        has_run = set(table.results(name, steps)) == set(SEEDS)
+        has_run = set(table.results(name, steps, best[name])) == set(SEEDS)
         if not (has_run and name in costs and len(curve) == len(LENGTHS)):
             waiting.append(f"`{name}`")
             continue
-        best = next(point for point in table.losses
-                    if point.optimizer == name and point.steps == steps and point.seed in SEEDS)
-        results.append(result(table, name, best, costs[name], table.results("muon", steps), curve))
-        names = at_ends(table, best)
-        if names:
-            ends.append(f"`{name}` ({', '.join(names)})")
+        muon = table.results("muon", steps, best["muon"])
+        results.append(result(table, best[name], costs[name], muon, curve))
+        for point, finals in table.results_by_point(name, steps).items():
+            if point != best[name][2:]:
+                values = ", ".join(str(value) for value in point if value != "")
+                older.append(f"`{name}` {mean_loss(finals).mean:.4f} ({values})")
     results.sort(key=lambda found: math.inf if math.isnan(found.loss.mean) else found.loss.mean)
 
     head = ("optimizer", "final loss (95 %)", "against Muon, by pairs", "steps saved", "time of a step",
@@ -199,8 +199,8 @@ def section(folder):
             f"{steps} steps, {len(SEEDS)} seeds; {len(results)} of {len(ZOO)} optimizers.\n",
             f"![difference of the final loss to Muon's]({folder.name}/{PICTURE})\n",
             markdown([head, *(found.cells for found in results)])]
-    if ends:
-        text.append(f"Best at an end of the values tried, so perhaps better beyond it: {', '.join(ends)}.\n")
+    if older:
+        text.append(f"Final losses at the best points before the tuning went on: {', '.join(older)}.\n")
     if waiting:
         text.append(f"Not run yet, or not to the end: {', '.join(waiting)}.\n")
     return "\n".join(text), results

@@ -78,16 +78,39 @@ class Table:
         loss = np.mean(found)
         return loss if math.isfinite(loss) else math.inf
 
-    def results(self, optimizer, steps):
-        """{seed: final loss} of the runs that are not tuning."""
+    def tried(self, optimizer, steps):
+        """{(optimizer, steps, learning_rate, hidden_learning_rate, setting): mean loss} of its tuning."""
+        found = {}
+        for *point, seed in list(self.losses):  # a copy: other threads add to it
+            if point[:2] == [optimizer, steps] and seed in TUNING_SEEDS:
+                found[tuple(point)] = self.mean(*point, TUNING_SEEDS)
+        return found
+
+    def results_by_point(self, optimizer, steps):
+        """{(learning_rate, hidden_learning_rate, setting): {seed: final loss}} of all runs but tuning."""
         found = {}
         for point, loss in self.losses.items():
             if point.optimizer == optimizer and point.steps == steps and point.seed not in TUNING_SEEDS:
-                found[point] = loss
-        if len({point._replace(seed=0) for point in found}) > 1:
+                found.setdefault(point[2:5], {})[point.seed] = loss
+        return found
+
+    def results(self, optimizer, steps, best=None):
+        """{seed: final loss} of the runs that are not tuning, those of the point `best` if it is given.
+
+        Other points then have older results, from before the tuning went on. UserError if these are not
+        complete, and if there are several points without `best`.
+        """
+        found = self.results_by_point(optimizer, steps)
+        if best:
+            chosen = found.pop(best[2:5], {})
+            alone = all(set(finals) >= set(SEEDS) for finals in found.values())
+        else:
+            chosen = next(iter(found.values()), {})
+            alone = len(found) < 2
+        if not alone:
             raise UserError(f"{self.path} has results of {optimizer} with several rates or settings; "
                             "remove the lines of all but one")
-        return {point.seed: loss for point, loss in found.items()}
+        return chosen
 
 
 def read_overhead(path):

@@ -13,6 +13,7 @@ from harness.zoo.optimizers import ZOO
 from harness.zoo.table import SEEDS, TUNING_SEEDS, Point, read_overhead
 from train_gpt2 import UserError, build_optimizers, code_sha256, load_config, make_model, write_atomically
 
+MORE_POINTS = 12  # at most, of an optimizer whose tuning goes on
 HOPELESS = 0.02  # a point whose first seed ends so far above the best is not run again
 LENGTHS = (1.0, 0.94, 0.5, 0.75, 1.25, 1.5)  # of Muon's runs, in the track's steps
 
@@ -126,7 +127,7 @@ class Track:
         return {point: self.table.mean(*point, TUNING_SEEDS) for point in points}
 
     def tune(self, name):
-        """(learning_rate, hidden_learning_rate, setting) of the best of 12 points."""
+        """The 12 points that every optimizer gets, after their training, each without a seed."""
         entry = self.entries[name]
         centre = self.centre(entry)
         tried = {}  # (pair, setting) -> mean loss
@@ -152,12 +153,39 @@ class Track:
         _, setting = best_of(*((pair, json.dumps(value)) for value in entry.values))
         same_setting = {pair: loss for (pair, other), loss in tried.items() if other == setting}
         neighbour, = next_pairs(same_setting)
-        pair, setting = best_of((neighbour, setting))
-        return *rates(centre, pair), setting
+        best_of((neighbour, setting))
+        return [point_of(*candidate) for candidate in tried]
 
-    def compare(self, name):
+    def best(self, points):
+        """The best of the points, after it has had all tuning seeds."""
+        while True:
+            losses = {point: self.table.mean(*point, TUNING_SEEDS) for point in points}
+            best = min(losses, key=losses.get)
+            if self.losses_of([best])[best] == losses[best]:
+                return best
+
+    def refine(self, name, points):
+        """Goes on after `points`, a neighbour of the best at a time, until that is inside on every axis.
+
+        It ends after MORE_POINTS of them, too. Returns all points.
+        """
+        points = list(points)
+        for _ in range(MORE_POINTS):
+            best = self.best(points)
+            neighbours = self.entries[name].neighbours(best, points)
+            if not neighbours:
+                break
+            *_, point = neighbours[0]
+            self.losses_of([point], self.table.mean(*best, TUNING_SEEDS))
+            points.append(point)
+        return points
+
+    def compare(self, name, refine=False):
         """Tunes one optimizer and runs it with the seeds of the results."""
-        best = self.tune(name)
+        points = self.tune(name)
+        if refine:
+            self.refine(name, points)
+        _, _, *best = self.best(self.table.tried(name, self.steps))
         lengths = LENGTHS if name == "muon" else (1.0,)
         steps = [round(length * self.steps) for length in lengths]
         self.train([Point(name, number, *best, seed) for number in steps for seed in SEEDS])

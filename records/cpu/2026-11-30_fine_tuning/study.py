@@ -1,0 +1,259 @@
+"""How many steps does Newton-Muon save, if both are tuned finely? The CPU track, 600 steps, three arms.
+
+    python records/cpu/2026-11-30_fine_tuning/study.py --third half --jobs 2    run what is missing
+    python records/cpu/2026-11-30_fine_tuning/study.py --page                   only write results.md
+
+The arms: Muon, Newton-Muon and, with --third, the best other arm of the study "where the gain comes from".
+README.md has the plan. Every finished run is a line of runs.csv: the same command continues, on any machine
+that has that file and runs.csv of the first study.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import module_from_spec, spec_from_file_location
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[2])]
+from harness import estimates, runs
+from harness.command import command
+from harness.zoo.table import TUNING_SEEDS, Point, Table
+from harness.zoo.training import Track
+from quadratic import DESIGN, difference, draws, fit, next_place
+from train_gpt2 import UserError
+
+FIRST = HERE.with_name("2026-11-30_where_the_gain_comes_from")
+STEPS = 600
+FACTORS = (3, math.sqrt(2), 1.7)  # of learning_rate, hidden_learning_rate, 1 - momentum: a step of the design
+AXES = ("learning_rate", "hidden_learning_rate", "1 - momentum")
+FIT_SEEDS = range(102, 106)
+MOST_ADDED = 4  # points of an arm beyond the design
+SEEDS = (*range(33, 41), *range(44, 56))  # of the results; 41 to 43 have been used
+LENGTHS = (540, 660)  # at which Muon says what a step is worth
+LENGTH_SEEDS = SEEDS[:6]
+DRAWS = 10_000
+
+
+def load_arms():
+    """The arms of the first study, {name: Entry}. Their momentum is 0.9 where a point names none."""
+    spec = spec_from_file_location("where_the_gain_comes_from", FIRST / "study.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.ARMS
+
+
+ARMS = load_arms()
+OTHERS = [name for name in ARMS if name not in ("muon", "newton_muon")]
+
+
+def open_table(names):
+    """The Table of this study, which knows the tuning runs of the first one too."""
+    table = Table(HERE / "runs.csv")
+    first = Table(FIRST / "runs.csv").losses
+    for name in names:
+        known = {point: loss for point, loss in first.items()
+                 if point.optimizer == name and point.steps == STEPS and point.seed in TUNING_SEEDS}
+        if not known:
+            raise UserError(f"{FIRST / 'runs.csv'} has no tuning of {name}; run {FIRST / 'study.py'} first")
+        table.losses.update(known)
+    return table
+
+
+def first_points(name):
+    """The points, without a seed, that the first study tried for the arm."""
+    return list(Table(FIRST / "runs.csv").tried(name, STEPS))
+
+
+def coordinates(point):
+    """Logarithms of the rates and of 1 - momentum, in steps of the design."""
+    _, _, learning_rate, hidden_learning_rate, setting, *_ = point
+    momentum = json.loads(setting) if setting else ARMS[point[0]].default
+    values = (learning_rate, hidden_learning_rate, 1 - momentum)
+    return np.array([math.log(value, factor) for value, factor in zip(values, FACTORS)])
+
+
+def point_at(name, x):
+    """The point, without a seed, at these coordinates, its values to three digits."""
+    values = [float(f"{factor ** step:.3g}") for factor, step in zip(FACTORS, x)]
+    momentum = max(0.0, round(1 - values.pop(), 9))
+    setting = "" if momentum == ARMS[name].default else json.dumps(momentum)
+    return (name, STEPS, *values, setting)
+
+
+def coarse_best(table, name):
+    """The best point of the coarse search: the lowest mean loss of the tuning seeds."""
+    tried = table.tried(name, STEPS)
+    return min(tried, key=tried.get)
+
+
+def next_runs(table, name):
+    """(Points still to run, Fit): the Fit, in coordinates() minus those of the centre, if there are none.
+
+    UserError if the lowest point of the quadratic stays at an end of what was tried.
+    """
+    centre = coordinates(coarse_best(table, name))
+    places = list(DESIGN)
+    while True:
+        points = [point_at(name, centre + place) for place in places]
+        wanted = [Point(*point, seed) for point in points for seed in FIT_SEEDS]
+        missing = [point for point in wanted if point not in table.losses]
+        if missing:
+            return missing, None
+        diverged = [point for point in wanted if not math.isfinite(table.losses[point])]
+        if diverged:
+            raise UserError(f"a run of {name} diverged, and no quadratic describes that: {diverged[0]}; "
+                            f"take smaller FACTORS in {HERE / 'study.py'}")
+        losses = {}
+        for point in points:
+            x = coordinates(point) - centre
+            losses[tuple(x)] = {seed: table.losses[Point(*point, seed)] for seed in FIT_SEEDS}
+        found = fit(losses)
+        place = next_place(found)
+        if place is None:
+            return [], found
+        if len(places) == len(DESIGN) + MOST_ADDED or point_at(name, centre + place) in points:
+            sides = [f"{axis} {'above' if end > 0 else 'below'} {factor ** x:.3g}" for axis, factor, x, end
+                     in zip(AXES, FACTORS, centre + found.lowest, found.ends) if end]
+            raise UserError(f"the quadratic of {name} is still lowest at an end after "
+                            f"{len(places) - len(DESIGN)} points more ({', '.join(sides)}): "
+                            "it does not describe the losses; look at them before you go on")
+        places.append(place)
+
+
+def tune(track, name):
+    """The best point of the arm by the quadratic, after the training it takes."""
+    track.refine(name, first_points(name))
+    while True:
+        missing, found = next_runs(track.table, name)
+        if not missing:
+            return best_point(track.table, name, found)
+        track.train(missing)
+
+
+def best_point(table, name, found):
+    return point_at(name, coordinates(coarse_best(table, name)) + found.lowest)
+
+
+def result_points(best):
+    """The runs that decide, seed by seed; `best` is {arm: its best point}."""
+    points = [Point(*point, seed) for seed in SEEDS for point in best.values()]
+    _, _, *muon = best["muon"]
+    points += [Point("muon", steps, *muon, seed) for seed in LENGTH_SEEDS for steps in LENGTHS]
+    return points
+
+
+def train(names, jobs):
+    """Trains what is missing: the tuning of all arms, then the results."""
+    track = Track("cpu", jobs, Path("logs/fine_tuning"), [], open_table(names), ARMS)
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            best = dict(zip(names, pool.map(lambda name: tune(track, name), names)))
+        except BaseException:
+            track.training.stop()
+            raise
+    track.train(result_points(best))
+
+
+def interval(values, level, form):
+    """'mean (low to high)' of draws: the interval that has the share `level` of them."""
+    low, high = np.quantile(values, (0.5 - level / 2, 0.5 + level / 2))
+    return f"{np.mean(values):{form}} ({low:{form}} to {high:{form}})"
+
+
+def slopes(table, muon):
+    """Loss that Muon gains per unit of the logarithm of the steps, by seed; `muon` is its best point."""
+    found = []
+    for seed in LENGTH_SEEDS:
+        short, long = (table.losses.get(Point("muon", steps, *muon[2:], seed)) for steps in LENGTHS)
+        if short is not None and long is not None:
+            found.append((short - long) / math.log(LENGTHS[1] / LENGTHS[0]))
+    return found
+
+
+def row(table, name, found, finals, costs, places):
+    """The line of an arm: its Fit, its final losses, and what draws() says of them."""
+    best = best_point(table, name, found)
+    centre = coordinates(coarse_best(table, name))
+    cells = []
+    for axis, factor in enumerate(FACTORS):
+        value, low, high = factor ** np.array([coordinates(best)[axis], *(
+            centre[axis] + np.quantile(places[:, axis], (0.025, 0.975)))])
+        if axis == 2:  # 1 - momentum
+            value, low, high = 1 - value, 1 - high, 1 - low
+        cells.append(f"{value:.3g} ({low:.3g} to {high:.3g})")
+    loss = estimates.mean_interval(finals)
+    points = {point[:5] for point in table.losses if point.optimizer == name and point.seed in FIT_SEEDS}
+    return (f"| {name} | {len(points)} | {found.sd:.4f} | {' | '.join(cells)} "
+            f"| {loss.mean:.4f} ({loss.low:.4f} to {loss.high:.4f}) | {costs.mean():.4f} |")
+
+
+def write_page(names):
+    """Writes results.md, of the arms that are complete. UserError if Muon is not."""
+    table = open_table(names)
+    rng = np.random.default_rng(0)
+    results = {}  # arm -> final losses
+    costs = {}  # arm -> draws
+    rows = []
+    for name in names:
+        missing, found = next_runs(table, name)
+        if missing:
+            continue
+        best = best_point(table, name, found)
+        finals = [table.losses.get(Point(*best, seed)) for seed in SEEDS]
+        if None in finals:
+            continue
+        results[name] = np.array(finals)
+        chosen = coordinates(best) - coordinates(coarse_best(table, name))
+        costs[name], places = draws(found, chosen, DRAWS, rng)
+        rows.append(row(table, name, found, results[name], costs[name], places))
+        if name == "muon":
+            by_seed = slopes(table, best)
+    if "muon" not in results or len(by_seed) < len(LENGTH_SEEDS):
+        raise UserError(f"the runs of Muon in {HERE / 'runs.csv'} are not complete; "
+                        "the same command without --page goes on")
+
+    error = np.std(by_seed, ddof=1) / math.sqrt(len(by_seed))
+    slope = np.mean(by_seed) + error * rng.standard_t(len(by_seed) - 1, DRAWS)
+    lines = ["Written by study.py. Ranges and intervals: 95 %, of the last two comparisons 97.5 %.", "",
+             "| arm | points | noise | learning_rate | hidden_learning_rate | momentum | final loss "
+             "| expected cost of the choice |", "|" + " --- |" * 8, *rows, "",
+             "| first | second | first - second, at the chosen points | at the true optima "
+             "| steps saved by the first, % |", "|" + " --- |" * 5]
+    for second, first in combinations(results, 2):  # Newton-Muon against Muon comes first
+        gaps = results[first] - results[second]
+        level = 0.95 if first == "newton_muon" else 0.975
+        plain = difference(gaps, np.zeros(DRAWS), np.zeros(DRAWS), rng)
+        drawn = difference(gaps, costs[first], costs[second], rng)
+        saved = ""
+        if second == "muon":
+            saved = interval(100 * (1 - np.exp(drawn / slope)), level, ".1f")
+        lines.append(f"| {first} | {second} | {interval(plain, level, '+.4f')} "
+                     f"| {interval(drawn, level, '+.4f')} | {saved} |")
+    (HERE / "results.md").write_text("\n".join(lines) + "\n")
+
+
+@command(interrupted="stopped; the same command continues")
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--third", choices=OTHERS, help="the third arm (default: none)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--page", action="store_true", help="train nothing")
+    args = parser.parse_args()
+    os.chdir(runs.ROOT)
+    names = ["muon", "newton_muon"]
+    if args.third:
+        names.append(args.third)
+    if not args.page:
+        train(names, args.jobs)
+    write_page(names)
+
+
+if __name__ == "__main__":
+    main()
