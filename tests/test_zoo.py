@@ -276,16 +276,15 @@ def test_page(compare, tmp_path):
     # Muon's steps to that loss, which falls by 150 / 1e4 from 600 steps to 750
     steps = 600 * (750 / 600) ** (-gaps.mean() * 1e4 / 150)
     assert f"| {1 - 600 / steps:.1%} (" in lines[0] and "| below -100% |" in lines[2]
-    assert "Best at an end of the values tried" in text
-    assert "`normuon` (learning_rate, hidden_learning_rate, beta2)" in text
+    assert "| 0.08↑, 0.004↕, beta2 0.9↕ |" in lines[0]  # beyond the grid, and nothing was tried around it
     assert compare("--check").returncode == 0
     table = tmp_path / "zoo/cpu/runs.csv"
     *last, _, code, _ = table.read_text().splitlines()[-1].split(",")
     with open(table, "a") as file:
-        # beyond the best, 0.9, which is no end any more
+        # beyond the best, 0.9, which is open on one side only now
         file.write("normuon,600,0.08,0.004,0.8,100,9.0,abc,\n")
     compare("--page")
-    assert "`normuon` (learning_rate, hidden_learning_rate)" in (tmp_path / "zoo/README.md").read_text()
+    assert "| 0.08↑, 0.004↕, beta2 0.9↑ |" in (tmp_path / "zoo/README.md").read_text()
     for line, sentence in ((",".join([*last, "9.0", code, ""]), "is stale"),
                            ("signum,600,0.02,0.002,,5,9.0,abc,", "has results of signum with several rates")):
         with open(table, "a") as file:
