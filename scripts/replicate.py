@@ -2,6 +2,7 @@
 
     python scripts/replicate.py --seeds 5                    the CPU track, five runs of each arm
     python scripts/replicate.py --track speedrun --seeds 3   the claim itself, on all GPUs of this machine
+    python scripts/replicate.py --track optimizer --seeds 5  on the speedrun's benchmark for optimizers
     python scripts/replicate.py --num_iterations 450         fields of the configuration go to train_gpt2.py
 
 It fetches the data with data/shakespeare.py or data/fineweb.py, unless --input_bin names others. If there
@@ -37,8 +38,9 @@ of seeds is fixed before the first run, by --planned_seeds (10 if nothing is sai
 comparisons (harness/sequential.py). records/power/README.md says how many seeds tell how small a saving.
 
 One seed gives no verdict: the shorter arm and the overhead wait for a second. A run that diverges counts: its
-arm has no result. On the speedrun track every evaluation is shown beside that of record 4, as published, so
-that a wrong set-up shows after 125 steps.
+arm has no result. On the speedrun's tracks every evaluation is shown beside a published one of Muon, so that
+a wrong set-up shows after 125 steps. The optimizer track counts steps only: no overhead is measured there,
+and the table has its two rules ("valid record" and "track 3").
 """
 import argparse
 import dataclasses
@@ -59,7 +61,11 @@ from harness import estimates, jobs, runs, sequential
 from scripts import compare
 from train_gpt2 import Config, UserError, code_sha256, load_config, make_model
 
-FIRST_SEED = {"cpu": 1, "mini": 0, "speedrun": 0}
+FIRST_SEED = {"cpu": 1, "mini": 0, "speedrun": 0, "optimizer": 0}
+PREFIX = {"optimizer": "track3"}  # of the names of its configurations
+PUBLISHED = {  # the curve in records/speedrun/ that is shown beside the runs
+    "speedrun": ("record4", "record 4 of the speedrun, Muon with 6200 steps"),
+    "optimizer": ("track3_muon", "result 36 of the optimizer track, Muon with 3250 steps, mean of ten runs")}
 CLAIM = {"steps": 0.06, "time": 0.04}  # arXiv:2604.01472, abstract
 
 
@@ -72,11 +78,15 @@ class PlannedRun(NamedTuple):
     config: Config
 
 
+def config_file(configs, track, optimizer):
+    return configs / f"{PREFIX.get(track, track)}_{optimizer}.toml"
+
+
 def plan_runs(track, configs, optimizers, seeds, logs, fields):
     """{(optimizer, steps): {seed: PlannedRun}} of all runs, Muon's first."""
     plan = {}
     for optimizer in sorted(optimizers, key=lambda name: name != "muon"):
-        path = str(configs / f"{track}_{optimizer}.toml")
+        path = str(config_file(configs, track, optimizer))
         full = load_config([path, *fields])
         lengths = {full.num_iterations: []}  # steps -> arguments
         if optimizer == "newton_muon" and "muon" in optimizers:
@@ -190,11 +200,12 @@ def filed_spread(track, configs):
 # the verdict
 
 
-def conclude(baseline, candidate, shorter, fraction, overhead, spread=None, level=0.95, planned=None):
+def conclude(baseline, candidate, shorter, fraction, overhead, spread=None, level=0.95, planned=None,
+             timed=True):
     """The lines of the verdict on three arms {seed: final loss}, nan for a run that diverged.
 
     `spread` is what filed_spread() returns, `level` the confidence of this look among those of the
-    comparison, `planned` its number of seeds, None if there is no plan.
+    comparison, `planned` its number of seeds, None if there is no plan, `timed` whether seconds count.
     """
     seeds = len(baseline)
     if seeds == 1:
@@ -207,8 +218,9 @@ def conclude(baseline, candidate, shorter, fraction, overhead, spread=None, leve
     if planned and level > 0.9501:  # not if it is the only look
         lines.append(f"look at {seeds} of {planned} planned seeds: its intervals are of {level:.1%}, "
                      "so that all looks together are right in 95 %")
-    lines += [f"steps saved: {estimates.saved_text(saved)}; {CLAIM['steps']:.0%} claimed",
-              f"time saved: {estimates.saved_text(time)}; about {CLAIM['time']:.0%} claimed"]
+    lines.append(f"steps saved: {estimates.saved_text(saved)}; {CLAIM['steps']:.0%} claimed")
+    if timed:
+        lines.append(f"time saved: {estimates.saved_text(time)}; about {CLAIM['time']:.0%} claimed")
     questions = {"Does Newton-Muon need fewer steps than Muon?": found.fewer,
                  f"Does it save {CLAIM['steps']:.0%} of the steps, as claimed?": found.as_claimed}
     for question, answer in questions.items():
@@ -260,7 +272,7 @@ def print_claim(plan, track, overhead, plan_file):
         if overhead.low is not None:
             line += f" (95 %: {overhead.low:+.1%} to {overhead.high:+.1%})"
         print(line)
-    if track == "speedrun":
+    if track in PUBLISHED:
         spread = estimates.SPEEDRUN_SD, math.inf
     else:
         configs = []
@@ -278,7 +290,7 @@ def print_claim(plan, track, overhead, plan_file):
         sequential.note_look(plan_file, seeds)
         level, planned = sequential.level_of_look(plan_file, seeds)
     lines = conclude(arms["muon", N], arms["newton_muon", N], arms["newton_muon", short], 1 - short / N,
-                     overhead, spread, level, planned)
+                     overhead, spread, level, planned, timed=track != "optimizer")
     for line in lines:
         print(textwrap.fill(line, 128, subsequent_indent="    "))
 
@@ -296,14 +308,14 @@ def parse():
     parser = argparse.ArgumentParser(
         description=__doc__.replace("%", "%%"), formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, usage="%(prog)s [options] [--field value ...]")
-    parser.add_argument("--track", choices=("cpu", "mini", "speedrun"), default="cpu", help="(default: cpu)")
+    parser.add_argument("--track", choices=FIRST_SEED, default="cpu", help="(default: cpu)")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each arm (default: 1)")
     parser.add_argument("--planned_seeds", type=int, metavar="N",
                         help="the largest number of seeds that this comparison may get, fixed before the "
                              f"first run (default: {sequential.PLANNED_SEEDS}, or --seeds if that is more)")
-    parser.add_argument("--optimizers", default="muon,newton_muon,adamw", metavar="NAME,...",
-                        help="of the configurations TRACK_NAME.toml in --configs "
-                             "(default: muon,newton_muon,adamw)")
+    parser.add_argument("--optimizers", metavar="NAME,...",
+                        help="of the configurations TRACK_NAME.toml in --configs, track3_NAME.toml for the "
+                             "optimizer track (default: muon,newton_muon,adamw; there without adamw)")
     parser.add_argument("--configs", type=Path, default=Path("configs"), metavar="FOLDER",
                         help="relative to the repository (default: configs)")
     parser.add_argument("--gpus", type=int,
@@ -318,7 +330,8 @@ def parse():
         args.png = args.png.resolve()
     if args.overhead:
         args.overhead = args.overhead.resolve()
-    args.optimizers = args.optimizers.split(",")
+    usual = "muon,newton_muon" if args.track == "optimizer" else "muon,newton_muon,adamw"
+    args.optimizers = (args.optimizers or usual).split(",")
     args.log_dir = args.log_dir or Path("logs") / args.track
     args.png = args.png or args.log_dir.parent / f"{args.log_dir.name}.png"
     if args.gpus is None:
@@ -366,7 +379,7 @@ def main():
     if args.gpus > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.gpus)]
     claim = {"muon", "newton_muon"} <= set(args.optimizers)
-    timed = claim and (args.seeds > 1 or args.overhead)
+    timed = claim and args.track != "optimizer" and (args.seeds > 1 or args.overhead)
     overhead = args.overhead or args.log_dir / "overhead.json"
     if args.overhead and claim:
         read_overhead(overhead)  # refuses another file before the first run
@@ -378,18 +391,20 @@ def main():
             print_expectation(args.track, args.seeds, plan_file)
         missing = [run for run in planned if not jobs.ended(run.folder, run.config)]
         if missing:
-            jobs.fetch_data(args.track, fields)
+            jobs.fetch_data(PREFIX.get(args.track, args.track), fields)
         if timed and not args.overhead:
             if not (overhead.exists() and read_overhead(overhead, planned[0].config, args.gpus)):
-                measure_overhead(overhead, args.configs / f"{args.track}_newton_muon.toml", launcher, fields)
+                measure_overhead(overhead, config_file(args.configs, args.track, "newton_muon"), launcher,
+                                 fields)
         done = len(planned) - len(missing)
         print(f"\n{done} of {len(planned)} runs in {args.log_dir} are finished", flush=True)
         published = None
-        if args.track == "speedrun":
-            published = {step: loss for step, loss, _ in runs.read_curve()}
+        if args.track in PUBLISHED:
+            name, what = PUBLISHED[args.track]
+            curve = runs.read_curve(runs.ROOT / f"records/speedrun/{name}.csv")
+            published = {step: loss for step, loss, _ in curve}
             if missing:
-                print("published: record 4 of the speedrun, Muon with 6200 steps; "
-                      "ours should be within 0.01 of it")
+                print(f"published: {what}; ours should be within 0.01 of it")
         train_missing(missing, launcher, args.track == "cpu" and args.gpus == 1, published)
 
     print(flush=True)
