@@ -1093,27 +1093,20 @@ def save_checkpoint(folder, config, model, optimizers, progress):
             old.unlink()
 
 
-def find_checkpoint(config, facts):
-    """The checkpoint that config.resume names, with folder and facts of its run; None if `auto` finds none.
+def find_checkpoint(config):
+    """(path, content) of the checkpoint that config.resume names; None if `auto` finds none.
 
-    UserError if none can be loaded, or if a run of `config` and `facts` could not have written it.
+    UserError if none can be loaded.
     """
     path = Path(config.log_dir, config.run_name) if config.resume == "auto" else Path(config.resume)
     candidates = [path] if path.is_file() else checkpoints(path)[::-1]
     for candidate in candidates:
         try:
-            checkpoint = torch.load(candidate, map_location="cpu", weights_only=True)
+            content = torch.load(candidate, map_location="cpu", weights_only=True)
+            return candidate.absolute(), content  # not resolved: checkpoints/ may be a link
         except Exception as error:  # torch.load raises whatever the bytes make it raise
             print(f"warning: {candidate} cannot be loaded ({type(error).__name__}), looking for an older one",
                   file=sys.stderr)
-            continue
-        place = candidate.absolute()  # not resolved: checkpoints/ may be a link
-        try:
-            check_checkpoint(place, checkpoint, config)
-        except (LookupError, TypeError, AttributeError):
-            raise UserError(f"{place} is no checkpoint of train_gpt2.py; move it away")
-        folder = place.parent.parent
-        return checkpoint | {"folder": folder, "facts": read_facts(folder, config, facts)}
     if candidates or config.resume != "auto":
         raise UserError(f"resume = '{config.resume}': no checkpoint there that can be loaded; "
                         "name a step_*.pt file or the folder of a run that has one")
@@ -1123,31 +1116,33 @@ def find_checkpoint(config, facts):
                         "take another run_name, or delete it")
 
 
-def check_checkpoint(path, checkpoint, config):
-    """UserError if a run of `config` by this code could not have written the checkpoint at `path`."""
-    if path.parent.name != "checkpoints":
-        raise UserError(f"{path} is not in the checkpoints/ of its run's folder; move it back")
-    if checkpoint["code_sha256"] != code_sha256():
-        raise UserError(f"{path} was written by another version of train_gpt2.py; "
-                        "resume with the one in the run's folder")
-    for name, theirs in checkpoint["config"].items():
-        ours = getattr(config, name)
-        if name not in MAY_CHANGE_ON_RESUME and theirs != ours:
-            raise UserError(f"{path} is of a run with {name} = {theirs!r}, not {ours!r}; "
-                            f"add --{name} {theirs!r}")
-    if config.run_name not in ("", path.parts[-3]):
-        raise UserError(f"resume = '{config.resume}' continues the run in {path.parent.parent}, "
-                        f"not run_name = '{config.run_name}'; leave that out")
+def restore(config, model, optimizers):
+    """Loads the checkpoint that config.resume names into the model and the optimizers.
 
-
-def restore(checkpoint, config, model, optimizers):
-    """Loads the checkpoint into the model and the optimizers. Returns its Progress.
-
-    UserError if it does not fit them.
+    Returns (folder of its run, its Progress), or (None, Progress()) without a checkpoint. UserError if a run
+    of `config` by this code could not have written it.
     """
+    found = [find_checkpoint(config) if config.resume and rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(found)
+    if not found[0]:
+        return None, Progress()
+    path, checkpoint = found[0]
+    folder = path.parent.parent
+    if config.run_name not in ("", folder.name):
+        raise UserError(f"resume = '{config.resume}' continues the run in {folder}, "
+                        f"not run_name = '{config.run_name}'; leave that out")
     try:
+        if checkpoint["code_sha256"] != code_sha256():
+            raise UserError(f"{path} was written by another version of train_gpt2.py; "
+                            "resume with the one in the run's folder")
+        for name, theirs in checkpoint["config"].items():
+            ours = getattr(config, name)
+            if name not in MAY_CHANGE_ON_RESUME and theirs != ours:
+                raise UserError(f"{path} is of a run with {name} = {theirs!r}, not {ours!r}; "
+                                f"add --{name} {theirs!r}")
         progress = Progress(**checkpoint["progress"])
-        if not 0 <= progress.step <= config.num_iterations or min(progress.log_bytes.values()) < 0:
+        if not 0 < progress.step <= config.num_iterations or min(progress.log_bytes.values()) < 0:
             raise ValueError(progress)
         model.load_state_dict(checkpoint["model"])
         if name := not_finite(model):
@@ -1155,16 +1150,21 @@ def restore(checkpoint, config, model, optimizers):
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         torch.set_rng_state(checkpoint["rng"])
+        if checkpoint["config"]["target_val_loss"] != config.target_val_loss:
+            progress.reached = None
+    except UserError:
+        raise
     except Exception as error:  # whatever the bytes make these raise
-        raise UserError(f"the newest checkpoint in {checkpoint['folder']} does not fit this run "
+        raise UserError(f"{path} is no checkpoint of train_gpt2.py that fits this run "
                         f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); move it away")
-    if checkpoint["config"]["target_val_loss"] != config.target_val_loss:
-        progress.reached = None
-    return progress
+    return folder, progress
 
 
 def read_facts(folder, config, facts):
-    """What the run.json in `folder` says. UserError if that run began with other shards or other code."""
+    """What the run.json in `folder` says, and that the run of `facts` resumes it.
+
+    UserError if that run began with other shards or other code.
+    """
     try:
         began = json.loads((folder / "run.json").read_text())
         if began["optimizer_sha256"] != facts["optimizer_sha256"]:
@@ -1177,10 +1177,12 @@ def read_facts(folder, config, facts):
             if any(then != now for then, now in pairs):
                 raise UserError(f"'{pattern}' has other shards than the run in {folder} began with; "
                                 "restore them")
-        return began | {"resumed": [*began["resumed"]]}
+        began["resumed"] += [dict(time=utc_now(), config=facts["config"], machine=facts["machine"],
+                                  world_size=facts["world_size"])]
+        return began
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f"{folder} has checkpoints but no run.json that can be read; "
-                        "restore it, or move the checkpoints away")
+                        "restore it, or move them: to the run that they are of, or away")
 
 
 # ---- Log -----------------------------------------------------------------------------------------
@@ -1232,13 +1234,13 @@ def describe_machine(device):
 class Log:
     """The folder of a run, its files and the terminal. Only process 0 writes."""
 
-    def __init__(self, config, checkpoint, facts, source):
-        """Continues the run of `checkpoint`, or begins a new one.
+    def __init__(self, config, folder, progress, facts, source):
+        """Continues the run in `folder` from `progress`, or begins a new one if that is None.
 
         run.json gets `facts`, and optimizer.py the code of an optimizer of one's own, the file `source`.
         """
         self.config = config
-        self.folder = checkpoint and checkpoint["folder"]
+        self.folder = folder
         self.files = {}
         self.live = sys.stdout and sys.stdout.isatty()
         self.wandb = None
@@ -1246,10 +1248,8 @@ class Log:
             return
         if sys.stdout:  # names may have letters that the terminal lacks
             sys.stdout.reconfigure(errors="backslashreplace")
-        if checkpoint:
-            self.facts = checkpoint["facts"]
-            self.facts["resumed"].append({
-                "time": utc_now(), **{name: facts[name] for name in ("config", "machine", "world_size")}})
+        if folder:
+            self.facts = read_facts(folder, config, facts)
         else:
             self.facts = {**facts, "start": utc_now(), "resumed": []}
             name = config.run_name or time.strftime("%Y%m%d-%H%M%S_") + config.optimizer.replace(":", "-")
@@ -1258,13 +1258,13 @@ class Log:
                 raise UserError(f"{self.folder} already holds a run; "
                                 "take another run_name, or resume that run with --resume auto")
         try:
-            self.open_files(checkpoint)
+            self.open_files(progress)
             for path, name in ((__file__, "train_gpt2.py"), (source, "optimizer.py")):
                 if path:
                     write_atomically(self.folder / name, Path(path).read_bytes())
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another --log_dir")
-        if not checkpoint:  # else what the run started with stays
+        if not folder:  # else what the run started with stays
             self.write_head()
         self.write_facts()
         if config.wandb_project:
@@ -1272,8 +1272,8 @@ class Log:
                 [sys.executable, "-c", WANDB, config.wandb_project, str(self.folder)],
                 stdin=subprocess.PIPE, start_new_session=True)
 
-    def open_files(self, checkpoint):
-        """Opens the logs, and removes what came after the checkpoint: it will be logged and saved again."""
+    def open_files(self, progress):
+        """Opens the logs, and removes what came after `progress`: it will be logged and saved again."""
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         for name in ("log.txt", "metrics.jsonl"):
             file = open(self.folder / name, "a", buffering=1, encoding="utf-8", errors="replace")
@@ -1285,13 +1285,13 @@ class Log:
                                 "let it end, or take another run_name")
             except OSError:
                 pass  # a file system without locks
-            if not checkpoint and checkpoints(self.folder):
+            if not progress.step and checkpoints(self.folder):
                 raise UserError(f"{self.folder} has a checkpoint that was not there a moment ago; "
                                 "start again, to continue from it")
-            kept = checkpoint["progress"]["log_bytes"][name] if checkpoint else 0
+            kept = progress.log_bytes[name] if progress.step else 0
             file.truncate(min(kept, os.path.getsize(file.name)))
         for path in checkpoints(self.folder):
-            if checkpoint_step(path) > checkpoint["progress"]["step"]:
+            if checkpoint_step(path) > progress.step:
                 path.unlink()
 
     def write_facts(self):
@@ -1565,15 +1565,9 @@ def run(config):
         if shard["sha256_of_first_mebibyte"] in validation:
             raise UserError(f"{shard['name']}, one of input_bin = '{config.input_bin}', is also one of "
                             "input_val_bin; a loss on what was trained on says nothing: keep them apart")
-    found = [None]
-    if config.resume and rank() == 0:
-        found = [find_checkpoint(config, facts)]
-    if world_size() > 1:
-        dist.broadcast_object_list(found)
-    checkpoint = found[0]
-    progress = restore(checkpoint, config, raw_model, optimizers) if checkpoint else Progress()
+    folder, progress = restore(config, raw_model, optimizers)
     gathered(0)  # no log is touched before all processes have it
-    log = Log(config, checkpoint, facts, source)
+    log = Log(config, folder, progress, facts, source)
     if note:
         log.print(note)
     log.print(f"{config.optimizer}: {raw_model.num_parameters():,} parameters, {N} steps of {B * T:,} "
@@ -1582,9 +1576,9 @@ def run(config):
 
     # ---- state before the first step
     warm_up(model, raw_model, config, device, dtype, micro_batch)
-    if checkpoint:
-        log.print(f"resumed at step {progress.step}")
     start = progress.step
+    if start:
+        log.print(f"resumed at step {start}")
     failures = 0
     mine = (range(i, i + per_process) for i in range(start * B + rank() * per_process, N * B, B))
     batches = prefetched(train_shards, mine, device)
