@@ -885,20 +885,10 @@ def set_learning_rates(optimizers, scale):
             group["lr"] = scale * group.setdefault("initial_lr", group.get("lr", 0.0))
 
 
-def refresh_interval(optimizer):
-    """Steps between the optimizer's refreshes with grams; infinite if it has none."""
-    return optimizer.defaults.get("refresh_interval", math.inf) if hasattr(optimizer, "refresh") else math.inf
-
-
-def refreshes_in(optimizer, step):
-    """Whether the optimizer wants the grams of step `step`, from 0."""
-    return (step + 1) % refresh_interval(optimizer) == 0
-
-
 def with_grams(model, optimizer):
-    """Names of the matrices whose grams optimizer.refresh() takes, in their order."""
+    """Names of optimizer.preconditioned, the matrices whose grams refresh() takes; none without it."""
     names = {p: name for name, p in model.hidden_matrices().items()}
-    return [names[p] for p in getattr(optimizer, "preconditioned", names)]
+    return [names[p] for p in getattr(optimizer, "preconditioned", ())]
 
 
 # ---- Several processes: these functions also work in a single one without a process group --------
@@ -1461,7 +1451,7 @@ def evaluate(model, shards, config, device, dtype, micro_batch):
     return sum(gathered(float(total))) / config.val_tokens
 
 
-def warm_up(model, raw_model, config, device, dtype, micro_batch):
+def warm_up(model, raw_model, names, config, device, dtype, micro_batch):
     """Builds graphs and memory pools with steps on dummy data, and restores the weights.
 
     UserError for an optimizer's state that no checkpoint can hold.
@@ -1470,12 +1460,9 @@ def warm_up(model, raw_model, config, device, dtype, micro_batch):
     weights = copy.deepcopy(raw_model.state_dict())
     _, hidden = optimizers = build_optimizers(raw_model, config)  # a second pair, thrown away after this
     idx, targets = torch.randint(config.vocab_size, (2, micro_batch, config.sequence_length)).to(device)
-    names = with_grams(raw_model, hidden)
-    for collect in ((), (), names):  # twice, as DDP rearranges its buckets; then a refresh
-        if collect and refresh_interval(hidden) == math.inf:
-            break
+    for collect in [(), (), names] if names else [(), ()]:  # DDP rearranges its buckets after the first
         _, grams = accumulate(model, [(idx, targets)] * 2, collect, dtype)
-        if collect:
+        if grams:
             hidden.refresh(grams, 2 * idx.numel() * world_size())
         for optimizer in optimizers:
             optimizer.step()
@@ -1575,7 +1562,7 @@ def run(config):
               f"{micro_batch} of {per_process} sequences at a time, logs in {log.folder}")
 
     # ---- state before the first step
-    warm_up(model, raw_model, config, device, dtype, micro_batch)
+    warm_up(model, raw_model, names, config, device, dtype, micro_batch)
     start = progress.step
     if start:
         log.print(f"resumed at step {start}")
@@ -1623,7 +1610,7 @@ def run(config):
         scale = learning_rate_scale(config, step)
         set_learning_rates(optimizers, scale)
         idx, targets = (t.to(device, non_blocking=True).split(micro_batch) for t in next(batches))
-        collect = names if refreshes_in(hidden, step) else ()
+        collect = names if names and (step + 1) % hidden.defaults["refresh_interval"] == 0 else ()
         loss, grams = accumulate(model, list(zip(idx, targets)), collect, dtype)
         if grams:
             hidden.refresh(grams, B * T)
