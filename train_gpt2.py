@@ -1436,16 +1436,13 @@ def accumulate(model, micro_batches, collect, dtype):
 
 def evaluate(model, shards, config, device, dtype, micro_batch):
     """Mean loss over exactly val_tokens tokens, shared by all processes."""
-    mine = list(range(rank(), config.val_tokens // config.sequence_length, world_size()))
-    padding = -len(mine) % micro_batch
-    mine += [0] * padding
-    batches = [mine[i:i + micro_batch] for i in range(0, len(mine), micro_batch)]
+    mine = np.arange(rank(), config.val_tokens // config.sequence_length, world_size())
+    batches = np.pad(mine, (0, -len(mine) % micro_batch), constant_values=-1).reshape(-1, micro_batch)
     total = 0.0
     # with torch.compile, use the graph of the training step: one without gradients would be a third to build
     with torch.set_grad_enabled(config.compile), autocast(device, dtype):
-        for i, (idx, targets) in enumerate(prefetched(shards, batches, device), start=1):
-            if i == len(batches):
-                targets[micro_batch - padding:] = -1  # padding does not count
+        for (idx, targets), batch in zip(prefetched(shards, batches, device), batches):
+            targets[batch < 0] = -1  # padding does not count
             loss = model(idx.to(device), targets.to(device))[0].detach()  # without its graph's activations
             total += loss.double() * (targets >= 0).sum()
     return sum(gathered(float(total))) / config.val_tokens
