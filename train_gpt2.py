@@ -1423,14 +1423,12 @@ def accumulate(model, micro_batches, collect, dtype):
     mean = 0.0
     sums = []
     for i, (idx, targets) in enumerate(micro_batches, start=1):
-        more_follow = i < n and isinstance(model, DistributedDataParallel)
-        with model.no_sync() if more_follow else contextlib.nullcontext():
-            with autocast(idx.device, dtype):
-                loss, grams = model(idx, targets, collect)
-            (loss / n).backward()
+        model.require_backward_grad_sync = i == n  # DDP averages in the last backward pass
+        with autocast(idx.device, dtype):
+            loss, grams = model(idx, targets, collect)
+        (loss / n).backward()
         mean += loss.detach() / n
-        if collect:
-            sums = [a.add_(b) for a, b in zip(sums, grams)] if sums else grams
+        sums = [a.add_(b) for a, b in zip(sums, grams)] if sums else grams
     return mean, sums
 
 
