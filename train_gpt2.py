@@ -664,17 +664,16 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(f"a parameter of shape {tuple(p.shape)}: "
                                  f"{type(self).__name__} updates matrices only")
 
-        # the owner of each matrix: the most costly first, each to the process with the least work so far
+        # the owner of each matrix: the most costly first, each to the process with the least work so far;
+        # each process has a row of `updates`, in which those of its matrices follow each other
         self.owner = {}
         work = [0] * world_size()
-        for p in sorted(self.matrices, key=self.cost, reverse=True):
-            self.owner[p] = work.index(min(work))
-            work[self.owner[p]] += self.cost(p)
-
-        # each process has a row of `updates`, in which those of its matrices follow each other
         place = {}
         ends = [0] * world_size()
-        for p, owner in self.owner.items():
+        for p in sorted(self.matrices, key=self.cost, reverse=True):
+            owner = work.index(min(work))
+            self.owner[p] = owner
+            work[owner] += self.cost(p)
             place[p] = owner, slice(ends[owner], ends[owner] + p.numel())
             ends[owner] += p.numel()
         self.updates = torch.zeros(world_size(), max(ends), dtype=fast_dtype(p.device, p.dtype),
@@ -686,15 +685,11 @@ class Muon(torch.optim.Optimizer):
         blocks, m, n = as_blocks(p).shape
         return 2 * blocks * min(m, n) ** 2 * (2 * max(m, n) + min(m, n))
 
-    def owned(self, group):
-        """The matrices of the group that this process owns."""
-        return [p for p in group["params"] if self.owner[p] == rank()]
-
     @torch.no_grad()
     def step(self):
         # 1. compute the updates of this process's own matrices
         for group in self.param_groups:
-            if mine := [p for p in self.owned(group) if p.grad is not None]:
+            if mine := [p for p in group["params"] if p.grad is not None and self.owner[p] == rank()]:
                 self.compute_updates(mine, group)
         # 2. gather those of the other processes
         gather_rows(self.updates)
@@ -784,10 +779,10 @@ class NewtonMuon(Muon):
         process's inputs (n / m or 1, n, n); overwritten. tokens: N, over all processes."""
         grams = dict(zip(self.preconditioned, grams, strict=True))
         if world_size() > 1:
-            for work in [dist.reduce(gram, self.owner[p], async_op=True) for p, gram in grams.items()]:
-                work.wait()
+            for p, gram in grams.items():
+                dist.reduce(gram, self.owner[p])
         for group in self.param_groups:
-            mine = [p for p in self.owned(group) if p in grams]
+            mine = [p for p in group["params"] if p in grams and self.owner[p] == rank()]
             for n in {min(p.shape) for p in mine}:
                 same = {p: grams[p] for p in mine if min(p.shape) == n}
                 self.refresh_blocks(same, tokens, group)
@@ -801,13 +796,13 @@ class NewtonMuon(Muon):
                 state["K"] = 1e-3 * state["P"]
             state["K"].mul_(group["ewma"]).add_(gram, alpha=(1 - group["ewma"]) / tokens)
         K = torch.cat([state["K"] for state in states])  # (all blocks, n, n)
-        P = torch.cat([state["P"] for state in states])
         diagonal = K.diagonal(dim1=-2, dim2=-1)  # (all blocks, n)
         diagonal += group["ridge"] * diagonal.mean(-1, keepdim=True) + 1e-8
         inverse, good = self.invert(K)
         self.failures += (~good).sum()
-        P = torch.where(good[:, None, None], inverse, P)
-        torch._foreach_copy_([state["P"] for state in states], P.split([len(state["P"]) for state in states]))
+        kept = [state["P"] for state in states]
+        P = torch.where(good[:, None, None], inverse, torch.cat(kept))
+        torch._foreach_copy_(kept, P.split([len(blocks) for blocks in kept]))
 
     def precondition(self, p, G):
         P = self.state[p].get("P")  # (blocks, n, n), or None before the first refresh
