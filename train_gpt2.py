@@ -160,8 +160,6 @@ def check_config(c):
 
     if wrong := out_of_range(vars(c)):
         raise UserError(wrong)
-    for name, value in vars(c).items():
-        require("\0" not in str(value), name, "without NUL bytes, which no file's name can have")
     require(c.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
     require(c.dtype in ("auto", "float32", "bfloat16"), "dtype", "auto, float32 or bfloat16")
     require(c.warmup_iters + c.warmdown_iters <= c.num_iterations,
@@ -170,7 +168,7 @@ def check_config(c):
             "such that n_embd / n_head is even (rotary embeddings turn pairs)")
     require(c.val_tokens % c.sequence_length == 0, "val_tokens sequence_length",
             "such that sequence_length divides val_tokens")
-    require(os.path.basename(c.run_name) == c.run_name and c.run_name not in (".", ".."), "run_name",
+    require(Path(c.run_name).name == c.run_name != "..", "run_name",
             "a folder name; log_dir is the path above it")
     require(c.resume != "auto" or c.run_name, "resume run_name", "given together: auto needs a run_name")
 
@@ -193,7 +191,7 @@ def read_toml(path):
                         "configs/ has some to start from")
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError
         raise UserError(f"{path} is not valid TOML: {error}")
-    types = {field.name: field.type for field in dataclasses.fields(Config)}
+    types = Config.__annotations__
     for key, value in values.items():
         if key not in types:
             raise UserError(f"{path}: unknown key '{key}'; the nearest valid one is '{nearest(key, types)}'")
@@ -202,6 +200,8 @@ def read_toml(path):
             values[key] = float(value)
         elif type(value) is not wanted:
             raise UserError(f"{path}: {key} = {value!r} is a {type(value).__name__}, not a {wanted.__name__}")
+        if "\0" in str(value):
+            raise UserError(f"{path}: {key} = {value!r} has a NUL byte, as no file's name can; remove it")
     return values
 
 
@@ -215,18 +215,15 @@ def load_config(argv):
                                      description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="CONFIG.toml, for example configs/cpu_muon.toml")
-    helps = {}
-    if {"-h", "--help"} & set(argv):  # not in threads: inspect uses ast, which cannot stand them
-        comments = re.findall(r"(\w+): \w+ = .*?  # (.*(?:\n    # .*)*)\n", inspect.getsource(Config))
-        helps = {name: text.replace("\n    #", "") for name, text in comments}
-    fields = dataclasses.fields(Config)
-    for field in fields:
+    comments = re.findall(r"(\w+): \w+ = .*?  # (.*(?:\n    # .*)*)\n", Path(__file__).read_text())
+    helps = {name: text.replace("\n    #", "") for name, text in comments}
+    for field in dataclasses.fields(Config):
         parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type,
                             metavar=field.type.__name__, default=argparse.SUPPRESS,
                             help=f"{helps.get(field.name)} (default: {json.dumps(field.default)})")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = nearest(unknown[0], [f"--{field.name}" for field in fields])
+        near = nearest(unknown[0], [f"--{name}" for name in Config.__annotations__])
         parser.error(f"unknown argument '{unknown[0]}'; the nearest valid one is '{near}' (--help lists all)")
     given = vars(args)
     config = Config(**read_toml(given.pop("config")) | given)
