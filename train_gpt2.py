@@ -824,9 +824,9 @@ def make_optimizer(kind, parameters, patterns, **settings):
         pattern = next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), "")
         groups.setdefault(pattern, {"params": [], **patterns.get(pattern, {})})["params"].append(p)
     optimizer = kind(list(groups.values()), **settings)
-    for name in set().union(*optimizer.param_groups) - {"params"}:
-        if name not in optimizer.defaults:
-            raise ValueError(f"{kind.__name__} has no setting '{name}', only {', '.join(optimizer.defaults)}")
+    if unknown := set().union(*optimizer.param_groups) - {"params", *optimizer.defaults}:
+        raise ValueError(f"{kind.__name__} has no setting '{min(unknown)}', "
+                         f"only {', '.join(optimizer.defaults)}")
     return optimizer
 
 
