@@ -893,9 +893,9 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def from_torchrun(name, otherwise):
-    """The number that torchrun puts into the environment variable `name`."""
-    text = os.environ.get(name) or str(otherwise)
+def from_torchrun(name):
+    """The number that torchrun puts into the environment variable `name`; 0 without torchrun."""
+    text = os.environ.get(name) or "0"
     if not text.isdecimal():
         raise UserError(f"{name} = {text!r} is no number; unset it, or start the processes with torchrun")
     return int(text)
@@ -903,15 +903,24 @@ def from_torchrun(name, otherwise):
 
 def start_processes(config):
     """Joins the process group when torchrun started this process. Returns the device of this process."""
-    world = from_torchrun("WORLD_SIZE", 1)
-    local_rank = from_torchrun("LOCAL_RANK", 0)
+    world = from_torchrun("WORLD_SIZE")
+    local_rank = from_torchrun("LOCAL_RANK")
     gpus = torch.cuda.device_count()
     if config.device == "cuda" and not gpus:
         raise UserError(f"device = 'cuda', but torch {torch.__version__} finds no GPU here; "
                         "use --device cpu, or install a CUDA build of torch")
     on_cpu = config.device == "cpu" or not gpus
     if world > 1:
-        join_group("gloo" if on_cpu else "cpu:gloo,cuda:nccl", timedelta(seconds=config.collective_timeout))
+        backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
+        timeout = timedelta(seconds=config.collective_timeout)
+        try:
+            store, process, world = next(dist.rendezvous("env://", timeout=timeout))
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                store = dist.PrefixStore(name_of_this_attempt(store, process, world, timeout), store)
+            dist.init_process_group(backend, store=store, rank=process, world_size=world, timeout=timeout)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"WORLD_SIZE is {world}, but the processes cannot find each other "
+                            f"({str(error).splitlines()[0]}); start them with torchrun")
     if on_cpu:
         keep_freed_memory()
         return torch.device("cpu")
@@ -921,17 +930,6 @@ def start_processes(config):
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def join_group(backend, timeout):
-    try:
-        store, process, world = next(dist.rendezvous("env://", timeout=timeout))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            store = dist.PrefixStore(name_of_this_attempt(store, process, world, timeout), store)
-        dist.init_process_group(backend, store=store, rank=process, world_size=world, timeout=timeout)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot find each other "
-                        f"({str(error).splitlines()[0]}); start them with torchrun")
 
 
 def name_of_this_attempt(store, process, world, timeout):
@@ -984,17 +982,15 @@ def first_to_fail():
 
 def lost_processes(error):
     """A sentence about the RuntimeError of a collective: which processes do not answer within 15 seconds."""
-    missing = []
+    store = dist.group.WORLD.get_group_store()
+    keys = {str(process): f"alive/{process}" for process in range(world_size())}
+    reason = "processes lost each other"
     with contextlib.suppress(RuntimeError):  # the store's process is gone, too
-        store = dist.group.WORLD.get_group_store()
         store.set(f"alive/{rank()}", "")
-        keys = {str(process): f"alive/{process}" for process in range(world_size())}
         with contextlib.suppress(RuntimeError):
             store.wait(list(keys.values()), timedelta(seconds=15))
-        missing = [process for process, key in keys.items() if not store.check([key])]
-    reason = "processes lost each other"
-    if missing:
-        reason = f"process {', '.join(missing)} does not answer any more"
+        if missing := [process for process, key in keys.items() if not store.check([key])]:
+            reason = f"process {', '.join(missing)} does not answer any more"
     cause = str(error).splitlines()[0].split(". ")[0]
     return f"process {rank()}: {reason} ({cause}); what was saved is kept; continue with --resume"
 
@@ -1505,7 +1501,7 @@ def results(config, device, progress, val_loss):
 def run(config):
     """This process's part of a training run. Returns the exit code: 0, or 128 + the signal that ended it."""
     B, T, N = config.batch_size, config.sequence_length, config.num_iterations
-    per_process = sequences_per_process(config, from_torchrun("WORLD_SIZE", 1))
+    per_process = sequences_per_process(config, from_torchrun("WORLD_SIZE") or 1)
     device = start_processes(config)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU multiplies fp32: preconditioning
     dtype = training_dtype(config, device)
@@ -1639,9 +1635,9 @@ def explanation(error):
         return "interrupted"
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"{text.splitlines()[0]} Set a smaller device_batch_size (the log has its value) or model."
-    if world_size() > 1 and isinstance(error, RuntimeError):
-        if re.search("gloo|nccl|connection|timed out", text, re.IGNORECASE):
-            return lost_processes(error)
+    lost = re.search("gloo|nccl|connection|timed out", text, re.IGNORECASE)
+    if world_size() > 1 and isinstance(error, RuntimeError) and lost:
+        return lost_processes(error)
     if isinstance(error, (UserError, OSError)):
         return text
 
