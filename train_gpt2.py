@@ -1242,8 +1242,10 @@ class Log:
                     write_atomically(self.folder / name, Path(path).read_bytes())
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another --log_dir")
-        if not folder:  # else what the run started with stays
-            self.write_head()
+        if not folder:  # the head of log.txt; what a resumed run started with stays
+            machine = json.dumps(facts["machine"], indent=1) + "\n" + output("timeout 30 nvidia-smi")
+            for part in (Path(__file__).read_text(), machine, json.dumps(facts["config"], indent=1)):
+                self.write("log.txt", part.rstrip() + "\n" + "=" * 100)
         self.write_facts()
         if config.wandb_project:
             self.wandb = subprocess.Popen(
@@ -1274,12 +1276,6 @@ class Log:
 
     def write_facts(self):
         write_atomically(self.folder / "run.json", json.dumps(self.facts, indent=1).encode())
-
-    def write_head(self):
-        """The start of log.txt: the code, the machine and the configuration."""
-        machine = json.dumps(self.facts["machine"], indent=1) + "\n" + output("timeout 30 nvidia-smi")
-        for part in (Path(__file__).read_text(), machine, json.dumps(self.facts["config"], indent=1)):
-            self.write("log.txt", part.rstrip() + "\n" + "=" * 100)
 
     def write(self, name, text):
         try:
@@ -1318,15 +1314,15 @@ class Log:
             raise UserError(f"the {name.replace('_', ' ')} is {loss} at step {step}{where}; "
                             "lower learning_rate or hidden_learning_rate")
 
-    def end(self, **facts):
-        """Adds `facts` of a finished run to run.json, and gives wandb WANDB_SECONDS to send what it has."""
+    def end(self, text, facts):
+        """The last line; `facts` of a finished run for run.json; time for wandb to send what it has."""
+        self.print(text)
         if facts and self.files:
             self.facts.update(facts, end=utc_now())
             self.write_facts()
         if self.wandb:
-            self.wandb.stdin.close()
             try:
-                self.wandb.wait(WANDB_SECONDS)
+                self.wandb.communicate(timeout=WANDB_SECONDS)
             except subprocess.TimeoutExpired:
                 self.wandb.kill()
                 print("warning: wandb does not finish; the run is complete without it", file=sys.stderr)
@@ -1479,7 +1475,7 @@ def check_state(optimizer, config):
 
 
 def results(config, device, progress, val_loss):
-    """(facts for run.json, text for the log) at the end of a run."""
+    """(text for the log, facts for run.json) at the end of a run."""
     steps = progress.step
     seconds = progress.train_time
     speed = steps * config.batch_size * config.sequence_length / max(seconds, 1e-9)
@@ -1493,9 +1489,8 @@ def results(config, device, progress, val_loss):
             f"training     {seconds:.1f} s, {1000 * seconds / max(1, steps):.1f} ms a step, "
             f"{speed:,.0f} tokens/s\n"
             f"memory       {memory / 2 ** 30:.2f} GiB at most in a process ({device.type})")
-    facts = dict(final_val_loss=val_loss, train_time_ms=1000 * seconds, steps=steps,
-                 tokens_per_second=speed, target_reached=progress.reached, peak_memory_bytes=memory)
-    return facts, text
+    return text, dict(final_val_loss=val_loss, train_time_ms=1000 * seconds, steps=steps,
+                      tokens_per_second=speed, target_reached=progress.reached, peak_memory_bytes=memory)
 
 
 def run(config):
@@ -1616,12 +1611,9 @@ def run(config):
     # ---- end
     if stop:
         how = f"; continue with --resume {log.folder}" if step else ""
-        log.print(f"stopped by {signal.Signals(stop).name} after step {step}{how}")
-        log.end()
+        log.end(f"stopped by {signal.Signals(stop).name} after step {step}{how}", {})
     else:
-        facts, text = results(config, device, progress, val_loss)
-        log.print(text)
-        log.end(**facts)
+        log.end(*results(config, device, progress, val_loss))
     gathered(0)  # no process exits before all have reached this line
     return 128 + stop if stop else 0
 
