@@ -275,7 +275,7 @@ def open_shard(path):
     if version != VERSION:
         refuse(f"shard version {version}, this code reads version {VERSION}")
     expected = HEADER_BYTES + 2 * n
-    if n < 0 or size != expected:
+    if size != expected:
         refuse(f"damaged: {size:,} bytes, but its header says {n:,} tokens, which is {expected:,} bytes")
     return np.memmap(path, "<u2", "r")[HEADER_BYTES // 2:]
 
@@ -1520,11 +1520,10 @@ def run(config):
     source = inspect.getsourcefile(type(hidden)) if ":" in config.optimizer else None
     facts = dict(
         config=vars(config), machine=describe_machine(device), world_size=world_size(),
-        dtype=str(dtype), compiled=config.compile and not note,
-        micro_batch=micro_batch,
+        dtype=str(dtype), compiled=config.compile and not note, micro_batch=micro_batch,
         code_sha256=code_sha256(), optimizer_sha256=sha256(Path(source).read_bytes()) if source else None,
-        parameters=raw_model.num_parameters(),
-        tokens_per_step=B * T, train_shards=train_shards.describe(), val_shards=val_shards.describe())
+        parameters=raw_model.num_parameters(), tokens_per_step=B * T,
+        train_shards=train_shards.describe(), val_shards=val_shards.describe())
     validation = {shard["sha256_of_first_mebibyte"] for shard in facts["val_shards"]}
     for shard in facts["train_shards"]:
         if shard["sha256_of_first_mebibyte"] in validation:
@@ -1557,7 +1556,7 @@ def run(config):
         last = step == N
         stop = int(max(gathered(max(signals, default=0))))  # what any process has caught, or 0
         evaluates = last or (config.val_loss_every and step % config.val_loss_every == 0)
-        saves = last or (config.save_every and step % config.save_every == 0)
+        saves = config.save_every and step % config.save_every == 0
         if stop or evaluates or saves:
             if step > start:  # not the moment before the first step
                 progress.train_time += synchronized_time(device) - clock
