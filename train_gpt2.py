@@ -201,7 +201,7 @@ def read_toml(path):
         elif type(value) is not wanted:
             raise UserError(f"{path}: {key} = {value!r} is a {type(value).__name__}, not a {wanted.__name__}")
         if "\0" in str(value):
-            raise UserError(f"{path}: {key} = {value!r} has a NUL byte, as no file's name can; remove it")
+            raise UserError(f"{path}: {key} = {value!r} has a NUL byte; remove it")
     return values
 
 
@@ -661,8 +661,8 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(f"a parameter of shape {tuple(p.shape)}: "
                                  f"{type(self).__name__} updates matrices only")
 
-        # the owner of each matrix: the most costly first, each to the process with the least work so far;
-        # each process has a row of `updates`, in which those of its matrices follow each other
+        # the owner of each matrix: the most costly first, each to the process with the least work so far,
+        # in whose row of `updates` its own follows those before
         self.owner = {}
         work = [0] * world_size()
         place = {}
@@ -949,8 +949,8 @@ def name_of_this_attempt(store, process, world, timeout):
 
 
 def keep_freed_memory():
-    """Saves 10 to 20 % of the time on a CPU: glibc would give the memory of large tensors back to the kernel,
-    and fault it in again in the same step."""
+    """Saves 10 to 20 % of the time on a CPU: glibc would give the memory of large tensors back, and fault it
+    in again in the same step."""
     with contextlib.suppress(OSError, AttributeError):  # another libc
         for parameter, value in ((-1, 2 ** 30), (-2, 2 ** 26), (-3, 2 ** 25)):
             ctypes.CDLL(None).mallopt(parameter, value)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
@@ -981,7 +981,7 @@ def first_to_fail():
 
 
 def lost_processes(error):
-    """A sentence about the RuntimeError of a collective: which processes do not answer within 15 seconds."""
+    """A sentence on the RuntimeError of a collective: which processes do not answer within 15 seconds."""
     store = dist.group.WORLD.get_group_store()
     keys = {str(process): f"alive/{process}" for process in range(world_size())}
     reason = "processes lost each other"
@@ -1097,8 +1097,8 @@ def find_checkpoint(config):
 def restore(config, model, optimizers):
     """Loads the checkpoint that config.resume names into the model and the optimizers.
 
-    Returns (folder of its run, its Progress), or (None, Progress()) without a checkpoint. UserError if a run
-    of `config` by this code could not have written it.
+    Returns (folder of its run, its Progress), without one (None, Progress()). UserError if a run of `config`
+    by this code could not have written it.
     """
     found = [find_checkpoint(config) if config.resume and rank() == 0 else None]
     if world_size() > 1:
@@ -1218,7 +1218,8 @@ class Log:
         run.json gets `facts`, and optimizer.py the code of an optimizer of one's own, the file `source`.
         """
         self.config = config
-        self.folder = folder
+        name = config.run_name or time.strftime("%Y%m%d-%H%M%S_") + config.optimizer.replace(":", "-")
+        self.folder = folder or Path(config.log_dir, name)
         self.files = {}
         self.live = sys.stdout and sys.stdout.isatty()
         self.wandb = None
@@ -1230,16 +1231,14 @@ class Log:
             self.facts = read_facts(folder, config, facts)
         else:
             self.facts = {**facts, "start": utc_now(), "resumed": []}
-            name = config.run_name or time.strftime("%Y%m%d-%H%M%S_") + config.optimizer.replace(":", "-")
-            self.folder = Path(config.log_dir, name)
             if config.resume != "auto" and ((self.folder / "log.txt").exists() or checkpoints(self.folder)):
                 raise UserError(f"{self.folder} already holds a run; "
                                 "take another run_name, or resume that run with --resume auto")
         try:
             self.open_files(progress)
-            for path, name in ((__file__, "train_gpt2.py"), (source, "optimizer.py")):
-                if path:
-                    write_atomically(self.folder / name, Path(path).read_bytes())
+            write_atomically(self.folder / "train_gpt2.py", Path(__file__).read_bytes())
+            if source:
+                write_atomically(self.folder / "optimizer.py", Path(source).read_bytes())
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another --log_dir")
         if not folder:  # the head of log.txt; what a resumed run started with stays
@@ -1253,7 +1252,7 @@ class Log:
                 stdin=subprocess.PIPE, start_new_session=True)
 
     def open_files(self, progress):
-        """Opens the logs, and removes what came after `progress`: it will be logged and saved again."""
+        """Opens the logs. What came after `progress` goes: it will be logged and saved again."""
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         for name in ("log.txt", "metrics.jsonl"):
             file = open(self.folder / name, "a", buffering=1, encoding="utf-8", errors="replace")
@@ -1315,7 +1314,7 @@ class Log:
                             "lower learning_rate or hidden_learning_rate")
 
     def end(self, text, facts):
-        """The last line; `facts` of a finished run for run.json; time for wandb to send what it has."""
+        """Adds the last line and the `facts` of a finished run, and lets wandb send what it has."""
         self.print(text)
         if facts and self.files:
             self.facts.update(facts, end=utc_now())
@@ -1626,9 +1625,9 @@ def explanation(error):
         return "interrupted"
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"{text.splitlines()[0]} Set a smaller device_batch_size (the log has its value) or model."
-    lost = re.search("gloo|nccl|connection|timed out", text, re.IGNORECASE)
-    if world_size() > 1 and isinstance(error, RuntimeError) and lost:
-        return lost_processes(error)
+    if world_size() > 1 and isinstance(error, RuntimeError):
+        if re.search("gloo|nccl|connection|timed out", text, re.IGNORECASE):
+            return lost_processes(error)
     if isinstance(error, (UserError, OSError)):
         return text
 

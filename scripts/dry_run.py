@@ -13,7 +13,6 @@ the speedrun's model then go through the trainer's own functions, in a minute or
 Values and speed only a GPU can show, and whether cuBLAS, cuDNN and NCCL take what they are given.
 """
 import argparse
-import math
 import os
 import shutil
 import subprocess
