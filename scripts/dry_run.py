@@ -5,8 +5,9 @@
 
 Under torch's FakeTensorMode every operation checks its shapes, types, keywords and overloads as on a GPU, but
 computes nothing: the forward pass in bfloat16 with the statistics of Newton-Muon, the body of the loss, two
-steps of AdamW, SGD, Muon and Newton-Muon with a refresh, evaluation. The backward pass is left out: it asks
-the driver for its GPU; the tests run it on the CPU. Values, speed and the Triton kernel only a GPU can show.
+steps of AdamW, SGD, Muon and Newton-Muon with a refresh, evaluation; the same for the optimizer track. The
+backward pass is left out: it asks the driver for its GPU; the tests run it on the CPU. Values, speed and the
+Triton kernel only a GPU can show.
 """
 import sys
 from contextlib import ExitStack
@@ -17,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness.command import command
 import train_gpt2  # before torch: it says how CPU threads wait
 from train_gpt2 import (
-    GPT, OPTIMIZERS, Config, UserError, autocast, build_optimizers, head_loss, set_learning_rates, with_grams)
+    OPTIMIZERS, Config, UserError, autocast, build_optimizers, head_loss, make_model, set_learning_rates,
+    with_grams)
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -45,7 +47,7 @@ def check_loss(config):
 def check_step(config):
     """Two steps of the configuration's optimizers, on gradients of the right form, and an evaluation."""
     with DEVICE:
-        model = GPT(config)
+        model = make_model(config)
     optimizers = build_optimizers(model, config)
     hidden = optimizers[1]
     idx = torch.zeros(4, config.sequence_length, dtype=torch.int64, device=DEVICE)
@@ -78,6 +80,8 @@ def main():
         print(f"loss: {check_loss(Config(**fields))}")
         for name in OPTIMIZERS:
             print(f"{name}: {check_step(Config(**fields, optimizer=name))}")
+        track = dict(model="models.optimizer_track:GPT", optimizer="optimizers.track_muon:TrackNewtonMuon")
+        print(f"the optimizer track: {check_step(Config(**fields, **track))}")
     print("all operations accept what the trainer gives them")
 
 
