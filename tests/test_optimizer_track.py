@@ -303,8 +303,8 @@ KINDS_15 = {"attn.q": (0.02, 0.025), "attn.k": (0.02, 0.025), "attn.v": (0.02, 0
 
 @pytest.mark.parametrize("name, hidden, rest", [
     ("track3_muon", dict.fromkeys(KINDS_15, (0.025, 0.05)), RESULT_36),
-    ("track3_newton_muon", KINDS_15, RESULT_15),
-    ("track3_newton_muon_adamw_36", KINDS_15, RESULT_36),
+    ("track3_newton_muon_result_15", KINDS_15, RESULT_15),
+    ("track3_newton_muon", KINDS_15, RESULT_36),
     ("track3_power_newton_muon", KINDS_15, RESULT_36),
 ])
 def test_rates_are_the_published_ones(name, hidden, rest):
