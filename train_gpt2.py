@@ -160,8 +160,6 @@ def check_config(c):
 
     if wrong := out_of_range(vars(c)):
         raise UserError(wrong)
-    for name, value in vars(c).items():
-        require("\0" not in str(value), name, "without NUL bytes, which no file's name can have")
     require(c.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
     require(c.dtype in ("auto", "float32", "bfloat16"), "dtype", "auto, float32 or bfloat16")
     require(c.warmup_iters + c.warmdown_iters <= c.num_iterations,
@@ -170,7 +168,7 @@ def check_config(c):
             "such that n_embd / n_head is even (rotary embeddings turn pairs)")
     require(c.val_tokens % c.sequence_length == 0, "val_tokens sequence_length",
             "such that sequence_length divides val_tokens")
-    require(os.path.basename(c.run_name) == c.run_name and c.run_name not in (".", ".."), "run_name",
+    require(Path(c.run_name).name == c.run_name != "..", "run_name",
             "a folder name; log_dir is the path above it")
     require(c.resume != "auto" or c.run_name, "resume run_name", "given together: auto needs a run_name")
 
@@ -193,7 +191,7 @@ def read_toml(path):
                         "configs/ has some to start from")
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError
         raise UserError(f"{path} is not valid TOML: {error}")
-    types = {field.name: field.type for field in dataclasses.fields(Config)}
+    types = Config.__annotations__
     for key, value in values.items():
         if key not in types:
             raise UserError(f"{path}: unknown key '{key}'; the nearest valid one is '{nearest(key, types)}'")
@@ -202,6 +200,8 @@ def read_toml(path):
             values[key] = float(value)
         elif type(value) is not wanted:
             raise UserError(f"{path}: {key} = {value!r} is a {type(value).__name__}, not a {wanted.__name__}")
+        if "\0" in str(value):
+            raise UserError(f"{path}: {key} = {value!r} has a NUL byte, as no file's name can; remove it")
     return values
 
 
@@ -215,18 +215,15 @@ def load_config(argv):
                                      description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="CONFIG.toml, for example configs/cpu_muon.toml")
-    helps = {}
-    if {"-h", "--help"} & set(argv):  # not in threads: inspect uses ast, which cannot stand them
-        comments = re.findall(r"(\w+): \w+ = .*?  # (.*(?:\n    # .*)*)\n", inspect.getsource(Config))
-        helps = {name: text.replace("\n    #", "") for name, text in comments}
-    fields = dataclasses.fields(Config)
-    for field in fields:
+    comments = re.findall(r"(\w+): \w+ = .*?  # (.*(?:\n    # .*)*)\n", Path(__file__).read_text())
+    helps = {name: text.replace("\n    #", "") for name, text in comments}
+    for field in dataclasses.fields(Config):
         parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type,
                             metavar=field.type.__name__, default=argparse.SUPPRESS,
                             help=f"{helps.get(field.name)} (default: {json.dumps(field.default)})")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = nearest(unknown[0], [f"--{field.name}" for field in fields])
+        near = nearest(unknown[0], [f"--{name}" for name in Config.__annotations__])
         parser.error(f"unknown argument '{unknown[0]}'; the nearest valid one is '{near}' (--help lists all)")
     given = vars(args)
     config = Config(**read_toml(given.pop("config")) | given)
@@ -278,7 +275,7 @@ def open_shard(path):
     if version != VERSION:
         refuse(f"shard version {version}, this code reads version {VERSION}")
     expected = HEADER_BYTES + 2 * n
-    if n < 0 or size != expected:
+    if size != expected:
         refuse(f"damaged: {size:,} bytes, but its header says {n:,} tokens, which is {expected:,} bytes")
     return np.memmap(path, "<u2", "r")[HEADER_BYTES // 2:]
 
@@ -664,17 +661,16 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(f"a parameter of shape {tuple(p.shape)}: "
                                  f"{type(self).__name__} updates matrices only")
 
-        # the owner of each matrix: the most costly first, each to the process with the least work so far
+        # the owner of each matrix: the most costly first, each to the process with the least work so far;
+        # each process has a row of `updates`, in which those of its matrices follow each other
         self.owner = {}
         work = [0] * world_size()
-        for p in sorted(self.matrices, key=self.cost, reverse=True):
-            self.owner[p] = work.index(min(work))
-            work[self.owner[p]] += self.cost(p)
-
-        # each process has a row of `updates`, in which those of its matrices follow each other
         place = {}
         ends = [0] * world_size()
-        for p, owner in self.owner.items():
+        for p in sorted(self.matrices, key=self.cost, reverse=True):
+            owner = work.index(min(work))
+            self.owner[p] = owner
+            work[owner] += self.cost(p)
             place[p] = owner, slice(ends[owner], ends[owner] + p.numel())
             ends[owner] += p.numel()
         self.updates = torch.zeros(world_size(), max(ends), dtype=fast_dtype(p.device, p.dtype),
@@ -686,15 +682,11 @@ class Muon(torch.optim.Optimizer):
         blocks, m, n = as_blocks(p).shape
         return 2 * blocks * min(m, n) ** 2 * (2 * max(m, n) + min(m, n))
 
-    def owned(self, group):
-        """The matrices of the group that this process owns."""
-        return [p for p in group["params"] if self.owner[p] == rank()]
-
     @torch.no_grad()
     def step(self):
         # 1. compute the updates of this process's own matrices
         for group in self.param_groups:
-            if mine := [p for p in self.owned(group) if p.grad is not None]:
+            if mine := [p for p in group["params"] if p.grad is not None and self.owner[p] == rank()]:
                 self.compute_updates(mine, group)
         # 2. gather those of the other processes
         gather_rows(self.updates)
@@ -784,10 +776,10 @@ class NewtonMuon(Muon):
         process's inputs (n / m or 1, n, n); overwritten. tokens: N, over all processes."""
         grams = dict(zip(self.preconditioned, grams, strict=True))
         if world_size() > 1:
-            for work in [dist.reduce(gram, self.owner[p], async_op=True) for p, gram in grams.items()]:
-                work.wait()
+            for p, gram in grams.items():
+                dist.reduce(gram, self.owner[p])
         for group in self.param_groups:
-            mine = [p for p in self.owned(group) if p in grams]
+            mine = [p for p in group["params"] if p in grams and self.owner[p] == rank()]
             for n in {min(p.shape) for p in mine}:
                 same = {p: grams[p] for p in mine if min(p.shape) == n}
                 self.refresh_blocks(same, tokens, group)
@@ -801,13 +793,13 @@ class NewtonMuon(Muon):
                 state["K"] = 1e-3 * state["P"]
             state["K"].mul_(group["ewma"]).add_(gram, alpha=(1 - group["ewma"]) / tokens)
         K = torch.cat([state["K"] for state in states])  # (all blocks, n, n)
-        P = torch.cat([state["P"] for state in states])
         diagonal = K.diagonal(dim1=-2, dim2=-1)  # (all blocks, n)
         diagonal += group["ridge"] * diagonal.mean(-1, keepdim=True) + 1e-8
         inverse, good = self.invert(K)
         self.failures += (~good).sum()
-        P = torch.where(good[:, None, None], inverse, P)
-        torch._foreach_copy_([state["P"] for state in states], P.split([len(state["P"]) for state in states]))
+        kept = [state["P"] for state in states]
+        P = torch.where(good[:, None, None], inverse, torch.cat(kept))
+        torch._foreach_copy_(kept, P.split([len(blocks) for blocks in kept]))
 
     def precondition(self, p, G):
         P = self.state[p].get("P")  # (blocks, n, n), or None before the first refresh
@@ -832,9 +824,9 @@ def make_optimizer(kind, parameters, patterns, **settings):
         pattern = next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), "")
         groups.setdefault(pattern, {"params": [], **patterns.get(pattern, {})})["params"].append(p)
     optimizer = kind(list(groups.values()), **settings)
-    for name in set().union(*optimizer.param_groups) - {"params"}:
-        if name not in optimizer.defaults:
-            raise ValueError(f"{kind.__name__} has no setting '{name}', only {', '.join(optimizer.defaults)}")
+    if unknown := set().union(*optimizer.param_groups) - {"params", *optimizer.defaults}:
+        raise ValueError(f"{kind.__name__} has no setting '{min(unknown)}', "
+                         f"only {', '.join(optimizer.defaults)}")
     return optimizer
 
 
@@ -885,20 +877,10 @@ def set_learning_rates(optimizers, scale):
             group["lr"] = scale * group.setdefault("initial_lr", group.get("lr", 0.0))
 
 
-def refresh_interval(optimizer):
-    """Steps between the optimizer's refreshes with grams; infinite if it has none."""
-    return optimizer.defaults.get("refresh_interval", math.inf) if hasattr(optimizer, "refresh") else math.inf
-
-
-def refreshes_in(optimizer, step):
-    """Whether the optimizer wants the grams of step `step`, from 0."""
-    return (step + 1) % refresh_interval(optimizer) == 0
-
-
 def with_grams(model, optimizer):
-    """Names of the matrices whose grams optimizer.refresh() takes, in their order."""
+    """Names of optimizer.preconditioned, the matrices whose grams refresh() takes; none without it."""
     names = {p: name for name, p in model.hidden_matrices().items()}
-    return [names[p] for p in getattr(optimizer, "preconditioned", names)]
+    return [names[p] for p in getattr(optimizer, "preconditioned", ())]
 
 
 # ---- Several processes: these functions also work in a single one without a process group --------
@@ -911,9 +893,9 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def from_torchrun(name, otherwise):
-    """The number that torchrun puts into the environment variable `name`."""
-    text = os.environ.get(name) or str(otherwise)
+def from_torchrun(name):
+    """The number that torchrun puts into the environment variable `name`; 0 without torchrun."""
+    text = os.environ.get(name) or "0"
     if not text.isdecimal():
         raise UserError(f"{name} = {text!r} is no number; unset it, or start the processes with torchrun")
     return int(text)
@@ -921,15 +903,24 @@ def from_torchrun(name, otherwise):
 
 def start_processes(config):
     """Joins the process group when torchrun started this process. Returns the device of this process."""
-    world = from_torchrun("WORLD_SIZE", 1)
-    local_rank = from_torchrun("LOCAL_RANK", 0)
+    world = from_torchrun("WORLD_SIZE")
+    local_rank = from_torchrun("LOCAL_RANK")
     gpus = torch.cuda.device_count()
     if config.device == "cuda" and not gpus:
         raise UserError(f"device = 'cuda', but torch {torch.__version__} finds no GPU here; "
                         "use --device cpu, or install a CUDA build of torch")
     on_cpu = config.device == "cpu" or not gpus
     if world > 1:
-        join_group("gloo" if on_cpu else "cpu:gloo,cuda:nccl", timedelta(seconds=config.collective_timeout))
+        backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
+        timeout = timedelta(seconds=config.collective_timeout)
+        try:
+            store, process, world = next(dist.rendezvous("env://", timeout=timeout))
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                store = dist.PrefixStore(name_of_this_attempt(store, process, world, timeout), store)
+            dist.init_process_group(backend, store=store, rank=process, world_size=world, timeout=timeout)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"WORLD_SIZE is {world}, but the processes cannot find each other "
+                            f"({str(error).splitlines()[0]}); start them with torchrun")
     if on_cpu:
         keep_freed_memory()
         return torch.device("cpu")
@@ -939,17 +930,6 @@ def start_processes(config):
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def join_group(backend, timeout):
-    try:
-        store, process, world = next(dist.rendezvous("env://", timeout=timeout))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            store = dist.PrefixStore(name_of_this_attempt(store, process, world, timeout), store)
-        dist.init_process_group(backend, store=store, rank=process, world_size=world, timeout=timeout)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot find each other "
-                        f"({str(error).splitlines()[0]}); start them with torchrun")
 
 
 def name_of_this_attempt(store, process, world, timeout):
@@ -1002,17 +982,15 @@ def first_to_fail():
 
 def lost_processes(error):
     """A sentence about the RuntimeError of a collective: which processes do not answer within 15 seconds."""
-    missing = []
+    store = dist.group.WORLD.get_group_store()
+    keys = {str(process): f"alive/{process}" for process in range(world_size())}
+    reason = "processes lost each other"
     with contextlib.suppress(RuntimeError):  # the store's process is gone, too
-        store = dist.group.WORLD.get_group_store()
         store.set(f"alive/{rank()}", "")
-        keys = {str(process): f"alive/{process}" for process in range(world_size())}
         with contextlib.suppress(RuntimeError):
             store.wait(list(keys.values()), timedelta(seconds=15))
-        missing = [process for process, key in keys.items() if not store.check([key])]
-    reason = "processes lost each other"
-    if missing:
-        reason = f"process {', '.join(missing)} does not answer any more"
+        if missing := [process for process, key in keys.items() if not store.check([key])]:
+            reason = f"process {', '.join(missing)} does not answer any more"
     cause = str(error).splitlines()[0].split(". ")[0]
     return f"process {rank()}: {reason} ({cause}); what was saved is kept; continue with --resume"
 
@@ -1093,27 +1071,20 @@ def save_checkpoint(folder, config, model, optimizers, progress):
             old.unlink()
 
 
-def find_checkpoint(config, facts):
-    """The checkpoint that config.resume names, with folder and facts of its run; None if `auto` finds none.
+def find_checkpoint(config):
+    """(path, content) of the checkpoint that config.resume names; None if `auto` finds none.
 
-    UserError if none can be loaded, or if a run of `config` and `facts` could not have written it.
+    UserError if none can be loaded.
     """
     path = Path(config.log_dir, config.run_name) if config.resume == "auto" else Path(config.resume)
     candidates = [path] if path.is_file() else checkpoints(path)[::-1]
     for candidate in candidates:
         try:
-            checkpoint = torch.load(candidate, map_location="cpu", weights_only=True)
+            content = torch.load(candidate, map_location="cpu", weights_only=True)
+            return candidate.absolute(), content  # not resolved: checkpoints/ may be a link
         except Exception as error:  # torch.load raises whatever the bytes make it raise
             print(f"warning: {candidate} cannot be loaded ({type(error).__name__}), looking for an older one",
                   file=sys.stderr)
-            continue
-        place = candidate.absolute()  # not resolved: checkpoints/ may be a link
-        try:
-            check_checkpoint(place, checkpoint, config)
-        except (LookupError, TypeError, AttributeError):
-            raise UserError(f"{place} is no checkpoint of train_gpt2.py; move it away")
-        folder = place.parent.parent
-        return checkpoint | {"folder": folder, "facts": read_facts(folder, config, facts)}
     if candidates or config.resume != "auto":
         raise UserError(f"resume = '{config.resume}': no checkpoint there that can be loaded; "
                         "name a step_*.pt file or the folder of a run that has one")
@@ -1123,31 +1094,33 @@ def find_checkpoint(config, facts):
                         "take another run_name, or delete it")
 
 
-def check_checkpoint(path, checkpoint, config):
-    """UserError if a run of `config` by this code could not have written the checkpoint at `path`."""
-    if path.parent.name != "checkpoints":
-        raise UserError(f"{path} is not in the checkpoints/ of its run's folder; move it back")
-    if checkpoint["code_sha256"] != code_sha256():
-        raise UserError(f"{path} was written by another version of train_gpt2.py; "
-                        "resume with the one in the run's folder")
-    for name, theirs in checkpoint["config"].items():
-        ours = getattr(config, name)
-        if name not in MAY_CHANGE_ON_RESUME and theirs != ours:
-            raise UserError(f"{path} is of a run with {name} = {theirs!r}, not {ours!r}; "
-                            f"add --{name} {theirs!r}")
-    if config.run_name not in ("", path.parts[-3]):
-        raise UserError(f"resume = '{config.resume}' continues the run in {path.parent.parent}, "
-                        f"not run_name = '{config.run_name}'; leave that out")
+def restore(config, model, optimizers):
+    """Loads the checkpoint that config.resume names into the model and the optimizers.
 
-
-def restore(checkpoint, config, model, optimizers):
-    """Loads the checkpoint into the model and the optimizers. Returns its Progress.
-
-    UserError if it does not fit them.
+    Returns (folder of its run, its Progress), or (None, Progress()) without a checkpoint. UserError if a run
+    of `config` by this code could not have written it.
     """
+    found = [find_checkpoint(config) if config.resume and rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(found)
+    if not found[0]:
+        return None, Progress()
+    path, checkpoint = found[0]
+    folder = path.parent.parent
+    if config.run_name not in ("", folder.name):
+        raise UserError(f"resume = '{config.resume}' continues the run in {folder}, "
+                        f"not run_name = '{config.run_name}'; leave that out")
     try:
+        if checkpoint["code_sha256"] != code_sha256():
+            raise UserError(f"{path} was written by another version of train_gpt2.py; "
+                            "resume with the one in the run's folder")
+        for name, theirs in checkpoint["config"].items():
+            ours = getattr(config, name)
+            if name not in MAY_CHANGE_ON_RESUME and theirs != ours:
+                raise UserError(f"{path} is of a run with {name} = {theirs!r}, not {ours!r}; "
+                                f"add --{name} {theirs!r}")
         progress = Progress(**checkpoint["progress"])
-        if not 0 <= progress.step <= config.num_iterations or min(progress.log_bytes.values()) < 0:
+        if not 0 < progress.step <= config.num_iterations or min(progress.log_bytes.values()) < 0:
             raise ValueError(progress)
         model.load_state_dict(checkpoint["model"])
         if name := not_finite(model):
@@ -1155,16 +1128,21 @@ def restore(checkpoint, config, model, optimizers):
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         torch.set_rng_state(checkpoint["rng"])
+        if checkpoint["config"]["target_val_loss"] != config.target_val_loss:
+            progress.reached = None
+    except UserError:
+        raise
     except Exception as error:  # whatever the bytes make these raise
-        raise UserError(f"the newest checkpoint in {checkpoint['folder']} does not fit this run "
+        raise UserError(f"{path} is no checkpoint of train_gpt2.py that fits this run "
                         f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); move it away")
-    if checkpoint["config"]["target_val_loss"] != config.target_val_loss:
-        progress.reached = None
-    return progress
+    return folder, progress
 
 
 def read_facts(folder, config, facts):
-    """What the run.json in `folder` says. UserError if that run began with other shards or other code."""
+    """What the run.json in `folder` says, and that the run of `facts` resumes it.
+
+    UserError if that run began with other shards or other code.
+    """
     try:
         began = json.loads((folder / "run.json").read_text())
         if began["optimizer_sha256"] != facts["optimizer_sha256"]:
@@ -1177,10 +1155,12 @@ def read_facts(folder, config, facts):
             if any(then != now for then, now in pairs):
                 raise UserError(f"'{pattern}' has other shards than the run in {folder} began with; "
                                 "restore them")
-        return began | {"resumed": [*began["resumed"]]}
+        began["resumed"] += [dict(time=utc_now(), config=facts["config"], machine=facts["machine"],
+                                  world_size=facts["world_size"])]
+        return began
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f"{folder} has checkpoints but no run.json that can be read; "
-                        "restore it, or move the checkpoints away")
+                        "restore it, or move them: to the run that they are of, or away")
 
 
 # ---- Log -----------------------------------------------------------------------------------------
@@ -1232,13 +1212,13 @@ def describe_machine(device):
 class Log:
     """The folder of a run, its files and the terminal. Only process 0 writes."""
 
-    def __init__(self, config, checkpoint, facts, source):
-        """Continues the run of `checkpoint`, or begins a new one.
+    def __init__(self, config, folder, progress, facts, source):
+        """Continues the run in `folder` from `progress`, or begins a new one if that is None.
 
         run.json gets `facts`, and optimizer.py the code of an optimizer of one's own, the file `source`.
         """
         self.config = config
-        self.folder = checkpoint and checkpoint["folder"]
+        self.folder = folder
         self.files = {}
         self.live = sys.stdout and sys.stdout.isatty()
         self.wandb = None
@@ -1246,10 +1226,8 @@ class Log:
             return
         if sys.stdout:  # names may have letters that the terminal lacks
             sys.stdout.reconfigure(errors="backslashreplace")
-        if checkpoint:
-            self.facts = checkpoint["facts"]
-            self.facts["resumed"].append({
-                "time": utc_now(), **{name: facts[name] for name in ("config", "machine", "world_size")}})
+        if folder:
+            self.facts = read_facts(folder, config, facts)
         else:
             self.facts = {**facts, "start": utc_now(), "resumed": []}
             name = config.run_name or time.strftime("%Y%m%d-%H%M%S_") + config.optimizer.replace(":", "-")
@@ -1258,22 +1236,24 @@ class Log:
                 raise UserError(f"{self.folder} already holds a run; "
                                 "take another run_name, or resume that run with --resume auto")
         try:
-            self.open_files(checkpoint)
+            self.open_files(progress)
             for path, name in ((__file__, "train_gpt2.py"), (source, "optimizer.py")):
                 if path:
                     write_atomically(self.folder / name, Path(path).read_bytes())
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another --log_dir")
-        if not checkpoint:  # else what the run started with stays
-            self.write_head()
+        if not folder:  # the head of log.txt; what a resumed run started with stays
+            machine = json.dumps(facts["machine"], indent=1) + "\n" + output("timeout 30 nvidia-smi")
+            for part in (Path(__file__).read_text(), machine, json.dumps(facts["config"], indent=1)):
+                self.write("log.txt", part.rstrip() + "\n" + "=" * 100)
         self.write_facts()
         if config.wandb_project:
             self.wandb = subprocess.Popen(
                 [sys.executable, "-c", WANDB, config.wandb_project, str(self.folder)],
                 stdin=subprocess.PIPE, start_new_session=True)
 
-    def open_files(self, checkpoint):
-        """Opens the logs, and removes what came after the checkpoint: it will be logged and saved again."""
+    def open_files(self, progress):
+        """Opens the logs, and removes what came after `progress`: it will be logged and saved again."""
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         for name in ("log.txt", "metrics.jsonl"):
             file = open(self.folder / name, "a", buffering=1, encoding="utf-8", errors="replace")
@@ -1285,23 +1265,17 @@ class Log:
                                 "let it end, or take another run_name")
             except OSError:
                 pass  # a file system without locks
-            if not checkpoint and checkpoints(self.folder):
+            if not progress.step and checkpoints(self.folder):
                 raise UserError(f"{self.folder} has a checkpoint that was not there a moment ago; "
                                 "start again, to continue from it")
-            kept = checkpoint["progress"]["log_bytes"][name] if checkpoint else 0
+            kept = progress.log_bytes[name] if progress.step else 0
             file.truncate(min(kept, os.path.getsize(file.name)))
         for path in checkpoints(self.folder):
-            if checkpoint_step(path) > checkpoint["progress"]["step"]:
+            if checkpoint_step(path) > progress.step:
                 path.unlink()
 
     def write_facts(self):
         write_atomically(self.folder / "run.json", json.dumps(self.facts, indent=1).encode())
-
-    def write_head(self):
-        """The start of log.txt: the code, the machine and the configuration."""
-        machine = json.dumps(self.facts["machine"], indent=1) + "\n" + output("timeout 30 nvidia-smi")
-        for part in (Path(__file__).read_text(), machine, json.dumps(self.facts["config"], indent=1)):
-            self.write("log.txt", part.rstrip() + "\n" + "=" * 100)
 
     def write(self, name, text):
         try:
@@ -1340,15 +1314,15 @@ class Log:
             raise UserError(f"the {name.replace('_', ' ')} is {loss} at step {step}{where}; "
                             "lower learning_rate or hidden_learning_rate")
 
-    def end(self, **facts):
-        """Adds `facts` of a finished run to run.json, and gives wandb WANDB_SECONDS to send what it has."""
+    def end(self, text, facts):
+        """The last line; `facts` of a finished run for run.json; time for wandb to send what it has."""
+        self.print(text)
         if facts and self.files:
             self.facts.update(facts, end=utc_now())
             self.write_facts()
         if self.wandb:
-            self.wandb.stdin.close()
             try:
-                self.wandb.wait(WANDB_SECONDS)
+                self.wandb.communicate(timeout=WANDB_SECONDS)
             except subprocess.TimeoutExpired:
                 self.wandb.kill()
                 print("warning: wandb does not finish; the run is complete without it", file=sys.stderr)
@@ -1433,35 +1407,30 @@ def accumulate(model, micro_batches, collect, dtype):
     mean = 0.0
     sums = []
     for i, (idx, targets) in enumerate(micro_batches, start=1):
-        more_follow = i < n and isinstance(model, DistributedDataParallel)
-        with model.no_sync() if more_follow else contextlib.nullcontext():
-            with autocast(idx.device, dtype):
-                loss, grams = model(idx, targets, collect)
-            (loss / n).backward()
+        model.require_backward_grad_sync = i == n  # DDP averages in the last backward pass
+        with autocast(idx.device, dtype):
+            loss, grams = model(idx, targets, collect)
+        (loss / n).backward()
         mean += loss.detach() / n
-        if collect:
-            sums = [a.add_(b) for a, b in zip(sums, grams)] if sums else grams
+        sums = [a.add_(b) for a, b in zip(sums, grams)] if sums else grams
     return mean, sums
 
 
 def evaluate(model, shards, config, device, dtype, micro_batch):
     """Mean loss over exactly val_tokens tokens, shared by all processes."""
-    mine = list(range(rank(), config.val_tokens // config.sequence_length, world_size()))
-    padding = -len(mine) % micro_batch
-    mine += [0] * padding
-    batches = [mine[i:i + micro_batch] for i in range(0, len(mine), micro_batch)]
+    mine = np.arange(rank(), config.val_tokens // config.sequence_length, world_size())
+    batches = np.pad(mine, (0, -len(mine) % micro_batch), constant_values=-1).reshape(-1, micro_batch)
     total = 0.0
     # with torch.compile, use the graph of the training step: one without gradients would be a third to build
     with torch.set_grad_enabled(config.compile), autocast(device, dtype):
-        for i, (idx, targets) in enumerate(prefetched(shards, batches, device), start=1):
-            if i == len(batches):
-                targets[micro_batch - padding:] = -1  # padding does not count
+        for (idx, targets), batch in zip(prefetched(shards, batches, device), batches):
+            targets[batch < 0] = -1  # padding does not count
             loss = model(idx.to(device), targets.to(device))[0].detach()  # without its graph's activations
             total += loss.double() * (targets >= 0).sum()
     return sum(gathered(float(total))) / config.val_tokens
 
 
-def warm_up(model, raw_model, config, device, dtype, micro_batch):
+def warm_up(model, raw_model, names, config, device, dtype, micro_batch):
     """Builds graphs and memory pools with steps on dummy data, and restores the weights.
 
     UserError for an optimizer's state that no checkpoint can hold.
@@ -1470,12 +1439,9 @@ def warm_up(model, raw_model, config, device, dtype, micro_batch):
     weights = copy.deepcopy(raw_model.state_dict())
     _, hidden = optimizers = build_optimizers(raw_model, config)  # a second pair, thrown away after this
     idx, targets = torch.randint(config.vocab_size, (2, micro_batch, config.sequence_length)).to(device)
-    names = with_grams(raw_model, hidden)
-    for collect in ((), (), names):  # twice, as DDP rearranges its buckets; then a refresh
-        if collect and refresh_interval(hidden) == math.inf:
-            break
+    for collect in [(), (), names] if names else [(), ()]:  # DDP rearranges its buckets after the first
         _, grams = accumulate(model, [(idx, targets)] * 2, collect, dtype)
-        if collect:
+        if grams:
             hidden.refresh(grams, 2 * idx.numel() * world_size())
         for optimizer in optimizers:
             optimizer.step()
@@ -1509,7 +1475,7 @@ def check_state(optimizer, config):
 
 
 def results(config, device, progress, val_loss):
-    """(facts for run.json, text for the log) at the end of a run."""
+    """(text for the log, facts for run.json) at the end of a run."""
     steps = progress.step
     seconds = progress.train_time
     speed = steps * config.batch_size * config.sequence_length / max(seconds, 1e-9)
@@ -1523,15 +1489,14 @@ def results(config, device, progress, val_loss):
             f"training     {seconds:.1f} s, {1000 * seconds / max(1, steps):.1f} ms a step, "
             f"{speed:,.0f} tokens/s\n"
             f"memory       {memory / 2 ** 30:.2f} GiB at most in a process ({device.type})")
-    facts = dict(final_val_loss=val_loss, train_time_ms=1000 * seconds, steps=steps,
-                 tokens_per_second=speed, target_reached=progress.reached, peak_memory_bytes=memory)
-    return facts, text
+    return text, dict(final_val_loss=val_loss, train_time_ms=1000 * seconds, steps=steps,
+                      tokens_per_second=speed, target_reached=progress.reached, peak_memory_bytes=memory)
 
 
 def run(config):
     """This process's part of a training run. Returns the exit code: 0, or 128 + the signal that ended it."""
     B, T, N = config.batch_size, config.sequence_length, config.num_iterations
-    per_process = sequences_per_process(config, from_torchrun("WORLD_SIZE", 1))
+    per_process = sequences_per_process(config, from_torchrun("WORLD_SIZE") or 1)
     device = start_processes(config)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU multiplies fp32: preconditioning
     dtype = training_dtype(config, device)
@@ -1555,25 +1520,18 @@ def run(config):
     source = inspect.getsourcefile(type(hidden)) if ":" in config.optimizer else None
     facts = dict(
         config=vars(config), machine=describe_machine(device), world_size=world_size(),
-        dtype=str(dtype), compiled=config.compile and not note,
-        micro_batch=micro_batch,
+        dtype=str(dtype), compiled=config.compile and not note, micro_batch=micro_batch,
         code_sha256=code_sha256(), optimizer_sha256=sha256(Path(source).read_bytes()) if source else None,
-        parameters=raw_model.num_parameters(),
-        tokens_per_step=B * T, train_shards=train_shards.describe(), val_shards=val_shards.describe())
+        parameters=raw_model.num_parameters(), tokens_per_step=B * T,
+        train_shards=train_shards.describe(), val_shards=val_shards.describe())
     validation = {shard["sha256_of_first_mebibyte"] for shard in facts["val_shards"]}
     for shard in facts["train_shards"]:
         if shard["sha256_of_first_mebibyte"] in validation:
             raise UserError(f"{shard['name']}, one of input_bin = '{config.input_bin}', is also one of "
                             "input_val_bin; a loss on what was trained on says nothing: keep them apart")
-    found = [None]
-    if config.resume and rank() == 0:
-        found = [find_checkpoint(config, facts)]
-    if world_size() > 1:
-        dist.broadcast_object_list(found)
-    checkpoint = found[0]
-    progress = restore(checkpoint, config, raw_model, optimizers) if checkpoint else Progress()
+    folder, progress = restore(config, raw_model, optimizers)
     gathered(0)  # no log is touched before all processes have it
-    log = Log(config, checkpoint, facts, source)
+    log = Log(config, folder, progress, facts, source)
     if note:
         log.print(note)
     log.print(f"{config.optimizer}: {raw_model.num_parameters():,} parameters, {N} steps of {B * T:,} "
@@ -1581,10 +1539,10 @@ def run(config):
               f"{micro_batch} of {per_process} sequences at a time, logs in {log.folder}")
 
     # ---- state before the first step
-    warm_up(model, raw_model, config, device, dtype, micro_batch)
-    if checkpoint:
-        log.print(f"resumed at step {progress.step}")
+    warm_up(model, raw_model, names, config, device, dtype, micro_batch)
     start = progress.step
+    if start:
+        log.print(f"resumed at step {start}")
     failures = 0
     mine = (range(i, i + per_process) for i in range(start * B + rank() * per_process, N * B, B))
     batches = prefetched(train_shards, mine, device)
@@ -1598,7 +1556,7 @@ def run(config):
         last = step == N
         stop = int(max(gathered(max(signals, default=0))))  # what any process has caught, or 0
         evaluates = last or (config.val_loss_every and step % config.val_loss_every == 0)
-        saves = last or (config.save_every and step % config.save_every == 0)
+        saves = config.save_every and step % config.save_every == 0
         if stop or evaluates or saves:
             if step > start:  # not the moment before the first step
                 progress.train_time += synchronized_time(device) - clock
@@ -1629,7 +1587,7 @@ def run(config):
         scale = learning_rate_scale(config, step)
         set_learning_rates(optimizers, scale)
         idx, targets = (t.to(device, non_blocking=True).split(micro_batch) for t in next(batches))
-        collect = names if refreshes_in(hidden, step) else ()
+        collect = names if names and (step + 1) % hidden.defaults["refresh_interval"] == 0 else ()
         loss, grams = accumulate(model, list(zip(idx, targets)), collect, dtype)
         if grams:
             hidden.refresh(grams, B * T)
@@ -1652,12 +1610,9 @@ def run(config):
     # ---- end
     if stop:
         how = f"; continue with --resume {log.folder}" if step else ""
-        log.print(f"stopped by {signal.Signals(stop).name} after step {step}{how}")
-        log.end()
+        log.end(f"stopped by {signal.Signals(stop).name} after step {step}{how}", {})
     else:
-        facts, text = results(config, device, progress, val_loss)
-        log.print(text)
-        log.end(**facts)
+        log.end(*results(config, device, progress, val_loss))
     gathered(0)  # no process exits before all have reached this line
     return 128 + stop if stop else 0
 
@@ -1671,9 +1626,9 @@ def explanation(error):
         return "interrupted"
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"{text.splitlines()[0]} Set a smaller device_batch_size (the log has its value) or model."
-    if world_size() > 1 and isinstance(error, RuntimeError):
-        if re.search("gloo|nccl|connection|timed out", text, re.IGNORECASE):
-            return lost_processes(error)
+    lost = re.search("gloo|nccl|connection|timed out", text, re.IGNORECASE)
+    if world_size() > 1 and isinstance(error, RuntimeError) and lost:
+        return lost_processes(error)
     if isinstance(error, (UserError, OSError)):
         return text
 

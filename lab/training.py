@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from train_gpt2 import (GPT, Config, Shards, UserError, accumulate, build_optimizers, learning_rate_scale,
-                        read_toml, refreshes_in, set_learning_rates, with_grams)
+                        read_toml, set_learning_rates, with_grams)
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT  # where the paths of the shards in the configurations start
@@ -71,7 +71,7 @@ def training_steps(config, model, optimizers, shards):
     for step in range(config.num_iterations):
         set_learning_rates(optimizers, learning_rate_scale(config, step))
         batch = shards.batch(range(step * config.batch_size, (step + 1) * config.batch_size))
-        collect = names if refreshes_in(hidden, step) else ()
+        collect = names if names and (step + 1) % hidden.defaults["refresh_interval"] == 0 else ()
         loss, grams = accumulate(model, [batch], collect, torch.float32)
         if grams:
             hidden.refresh(grams, batch[0].numel())

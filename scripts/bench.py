@@ -163,7 +163,6 @@ def trainer_step(raw, config, device, dtype):
     model, _ = wrapped(raw, config, device)
     optimizers = build_optimizers(raw, config)
     hidden = optimizers[1]
-    refresh_interval = train_gpt2.refresh_interval(hidden)
     names = with_grams(raw, hidden)
 
     def step(batches, refresh):
@@ -175,7 +174,7 @@ def trainer_step(raw, config, device, dtype):
             for optimizer in optimizers:
                 optimizer.step()
             raw.zero_grad(set_to_none=True)
-    return step, 0 if refresh_interval == math.inf else refresh_interval
+    return step, hidden.defaults["refresh_interval"] if names else 0
 
 
 def allocated(device):

@@ -14,7 +14,6 @@ or two:
 Values and speed only a GPU can show, and whether cuBLAS, cuDNN and NCCL take what they are given.
 """
 import argparse
-import math
 import os
 import shutil
 import subprocess
@@ -31,7 +30,7 @@ from harness.command import ROOT, command
 import train_gpt2  # before torch: it says how CPU threads wait
 from train_gpt2 import (
     CHUNK, GPT, OPTIMIZERS, Config, UserError, accumulate, autocast, build_optimizers, choose_micro_batch,
-    head_loss, make_model, read_toml, refresh_interval, set_learning_rates, with_grams, wrapped)
+    head_loss, make_model, read_toml, set_learning_rates, with_grams, wrapped)
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -117,7 +116,7 @@ def check_step(config, device):
     model.fused_loss = True
     optimizers = build_optimizers(model, config)
     hidden = optimizers[1]
-    collect = with_grams(model, hidden) if refresh_interval(hidden) < math.inf else ()
+    collect = with_grams(model, hidden)
     idx = torch.zeros(2, config.sequence_length, dtype=torch.int64, device=device)
     for step in range(2):
         with Operations() as passes:
