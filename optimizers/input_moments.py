@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from train_gpt2 import NewtonMuon, gram, rank, refreshes_in, world_size
+from train_gpt2 import NewtonMuon, gram, rank, world_size
 
 
 class Transposed(nn.Parameter):
@@ -112,7 +112,7 @@ class InputMoments:
     def collecting(self, step):
         """Around all forward and backward passes of step `step`, from 0. If the optimizer refreshes in this
         step, it does so at the end of the block. RuntimeError if a layer's inputs are missing."""
-        due = refreshes_in(self.optimizer, step)
+        due = (step + 1) % self.optimizer.defaults["refresh_interval"] == 0
         if due and step == self.refreshed:
             raise RuntimeError(f"step {step} has been refreshed: put all its micro-batches into one block")
         sums = {}

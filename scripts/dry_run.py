@@ -4,7 +4,8 @@
     scripts/dry_run.sh                    makes such environments in logs/, with torch 2.13 and 2.11
 
 scripts/cuda_stub.c takes the place of the driver: it reports an H100, on which nothing runs. Two layers of
-the speedrun's model then go through the trainer's own functions, in a minute or two:
+the speedrun's model, and of the optimizer track's, then go through the trainer's own functions, in a minute
+or two:
 
 - under torch's FakeTensorMode, where every operation checks its shapes, types, keywords and overloads as on a
   GPU but computes nothing: the loss operator, forward and backward pass, refresh, all optimizers, evaluation
@@ -29,7 +30,7 @@ from harness.command import ROOT, command
 import train_gpt2  # before torch: it says how CPU threads wait
 from train_gpt2 import (
     CHUNK, GPT, OPTIMIZERS, Config, UserError, accumulate, autocast, build_optimizers, choose_micro_batch,
-    head_loss, read_toml, set_learning_rates, with_grams, wrapped)
+    head_loss, make_model, read_toml, set_learning_rates, with_grams, wrapped)
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -111,7 +112,7 @@ def check_loss(config, device, kernel):
 def check_step(config, device):
     """Two training steps, of which the second finds the state of the first, and an evaluation."""
     with device:
-        model = GPT(config)
+        model = make_model(config)
     model.fused_loss = True
     optimizers = build_optimizers(model, config)
     hidden = optimizers[1]
@@ -207,8 +208,10 @@ def main():
     fields = read_toml(ROOT / "configs/speedrun_newton_muon.toml")
     config = Config(**fields)
     print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.get_device_name(GPU)}")
+    with torch.device("meta"):
+        model = GPT(config)
     for sequences in (64, 512):
-        micro_batch = choose_micro_batch(config, GPU, sequences, torch.bfloat16)
+        micro_batch = choose_micro_batch(model, config, GPU, sequences, torch.bfloat16)
         print(f"micro-batch: {micro_batch} of {sequences} sequences")
     fields["n_layer"] = 2
     kernel = Compiled(train_gpt2.cross_entropy_kernel)
@@ -219,6 +222,8 @@ def main():
             print(f"{name}: {check_step(config, GPU)}")
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # as with TORCH_CUDNN_SDPA_DEPRIORITIZED=1
             print(f"{name} with another attention: {check_step(config, GPU)}")
+        track = read_toml(ROOT / "configs/track3_newton_muon.toml") | {"n_layer": 2}
+        print(f"optimizer track: {check_step(Config(**track), GPU)}")
     print(f"torch.compile: {check_compiled(Config(**fields), GPU, micro_batch)}")
     print("all operations accept what the trainer gives them")
 
