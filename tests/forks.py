@@ -69,7 +69,8 @@ def become(command, env):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(env)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    encoding = env.get("PYTHONIOENCODING")
+    sys.stdout, sys.stderr = (open(number, "w", 1, encoding, closefd=False) for number in (1, 2))
     code = 0
     try:
         interpret([str(word) for word in command[1:] if word != "-u"])

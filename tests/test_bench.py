@@ -8,7 +8,7 @@ import sys
 import pytest
 from scipy import stats
 
-from conftest import ROOT, TINY, refused, run, toml
+from conftest import ROOT, TINY, fork, refused, toml
 from harness import kernels
 from harness.kernels import GROUPS, group, where_it_goes
 from scripts import bench
@@ -83,7 +83,7 @@ def test_a_wrong_option_is_named(call, arguments, words):
 
 
 def test_an_unknown_side_is_named(config):
-    done = run(sys.executable, ROOT / "scripts/bench.py", config, "--sides", "muon,mun")
+    done = fork(ROOT / "scripts/bench.py", config, "--sides", "muon,mun")
     refused(done, "error: optimizer = 'mun'")
 
 

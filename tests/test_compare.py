@@ -3,7 +3,6 @@ import json
 import os
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from scipy import stats
 
 from scripts import compare
 from browser import Browser
-from conftest import ROOT
+from conftest import ROOT, fork
 from harness import pictures
 from harness.runs import SPEEDRUN, Run, make_groups
 from sample_runs import SHARD, facts, lines, run_of, write
@@ -140,14 +139,14 @@ def test_hostile_names(tmp_path, call):
         assert (tmp_path / name).stat().st_size > 10 ** 4
 
 
-def test_a_terminal_without_unicode(tmp_path, launch):
+def test_a_terminal_without_unicode(tmp_path):
     write(tmp_path / "a", optimizer="\u00b5on")
     resumable = "from harness.command import command; command()(lambda: print('\\u00b5on'))()"
-    ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONPATH": ROOT}
+    ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
     for command in ((ROOT / "scripts/compare.py", tmp_path), ("-c", resumable)):
-        out, errors = launch(sys.executable, *command, env=ascii_only).communicate()
-        assert "\\xb5on" in out
-        assert errors == ""
+        done = fork(*command, env=ascii_only)
+        assert "\\xb5on" in done.stdout
+        assert done.stderr == ""
 
 
 def test_files_survive_a_broken_pipe(tmp_path, call, monkeypatch):

@@ -113,8 +113,8 @@ def node(tmp_path_factory, shards):
     """(folder of the logs, reports) of Newton-Muon with 12 layers, on 1, 2, 4 and 8 processes."""
     folder = tmp_path_factory.mktemp("node")
     config = write_config(
-        folder / "config.toml", shards, n_layer=12, n_head=2, optimizer="newton_muon", refresh_interval=3,
-        batch_size=16, num_iterations=6, warmdown_iters=2, val_loss_every=3, save_every=0)
+        folder / "config.toml", shards, n_layer=12, n_head=2, optimizer="newton_muon", refresh_interval=2,
+        batch_size=16, num_iterations=4, warmdown_iters=2, val_loss_every=2, save_every=0)
     groups = [(processes, [[str(config), "--run_name", str(processes)]]) for processes in (1, 2, 4, 8)]
     _, reports = sequence(*groups)
     return folder / "logs", reports
@@ -124,7 +124,7 @@ def node(tmp_path_factory, shards):
 def test_losses_with_the_speedruns_matrices(node, processes):
     folder, _ = node
     one = logged(folder / "1")
-    assert len(one) == 6 + 3
+    assert len(one) == 4 + 3
     assert logged(folder / str(processes)) == pytest.approx(one, rel=2e-4)
 
 
@@ -172,13 +172,16 @@ def test_state_on_one_process_only_is_refused(start, tmp_path):
 def test_compiled_processes(start, tmp_path, backend):
     """With DDP's buckets, accumulation, the statistics of Newton-Muon and evaluations (which keep
     gradients): the losses are those of one process without torch.compile."""
-    fields = dict(optimizer="newton_muon", refresh_interval=2, num_iterations=4, warmdown_iters=2,
+    fields = dict(optimizer="newton_muon", refresh_interval=2, num_iterations=4, warmdown_iters=2, n_layer=1,
                   val_loss_every=2, device_batch_size=2,
                   val_tokens=16 * 22)  # 22 sequences: the last batch of an evaluation is not full
     assert start(run_name="eager", **fields).returncode == 0
     words = [tmp_path / "config.toml", "--run_name", "compiled", "--compile", "true", *arguments(fields)]
     env = {**PATHS, "BACKEND": backend}
-    done = fork(*torchrun(2), ROOT / "tests/compiled_ddp.py", *words, cwd=tmp_path, env=env)
+    # torchrun imports what compiles: 3 s, here once for both processes
+    code = "import torch._inductor.compile_fx; from torch.distributed.run import main; main()"
+    _, _, *options = torchrun(2)
+    done = fork("-c", code, *options, ROOT / "tests/compiled_ddp.py", *words, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "logs/compiled/run.json").read_text())
     assert facts["compiled"] and facts["world_size"] == 2
@@ -221,21 +224,21 @@ def output_until(process, start):
     raise AssertionError(f"no line begins with {start}: {''.join(lines)}{process.stderr.read()}")
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_saves_a_checkpoint(launch, shards, tmp_path, number, code):
+def test_signal_saves_a_checkpoint(launch, shards, tmp_path):
+    """At any time."""
     config = write_config(tmp_path / "config.toml", shards, num_iterations=10 ** 6, val_loss_every=1)
     process = launch(sys.executable, ROOT / "train_gpt2.py", config, "--run_name", "a")
     output = output_until(process, "step:5/")
     process.send_signal(signal.SIGSTOP)  # so that it does not go on while we look at its log
     os.waitpid(process.pid, os.WUNTRACED)
     before, _ = max(logged(tmp_path / "logs/a"))
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
     more, errors = process.communicate(timeout=HANGS)
     output += more + errors
-    assert process.returncode == code, output
+    assert process.returncode == 130, output
     assert "Traceback" not in output
-    step = int(re.search(rf"stopped by {number.name} after step (\d+)", output)[1])
+    step = int(re.search(r"stopped by SIGINT after step (\d+)", output)[1])
     assert before <= step <= before + 1  # it ends the step that it is in
     assert (tmp_path / f"logs/a/checkpoints/step_{step:06d}.pt").exists()
     trained = [key for key in logged(tmp_path / "logs/a") if key[1] == "train_loss"]

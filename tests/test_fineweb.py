@@ -23,7 +23,7 @@ import pytest
 from huggingface_hub import constants
 
 from data import fineweb
-from conftest import ROOT, run
+from conftest import ROOT, fork
 from fake_hub import FakeHub
 from faults import full_disk
 from train_gpt2 import Config, UserError
@@ -462,7 +462,7 @@ def test_the_script_does_not_show_the_password(hub, out, tmp_path, port, words):
     hub.files.clear()
     environment = {"HF_ENDPOINT": f"http://user:geheim@127.0.0.1:{port or hub.server_port}",
                    "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*"}
-    done = run(sys.executable, ROOT / "data/fineweb.py", 1, "--out", out, env=environment)
+    done = fork(ROOT / "data/fineweb.py", 1, "--out", out, env=environment)
     assert done.returncode == 1
     assert words in done.stderr
     assert "geheim" not in done.stdout + done.stderr

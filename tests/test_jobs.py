@@ -10,14 +10,17 @@ import threading
 import pytest
 
 from harness import jobs
-from conftest import logged, write_config
+from conftest import fork, logged, write_config
 from train_gpt2 import UserError
 
 
 def test_a_run_of_several_is_a_run(shards, tmp_path):
     config = write_config(tmp_path / "config.toml", shards)
-    loss = jobs.Jobs(1).train([str(config), "--run_name", "a"], tmp_path / "logs/a")
-    assert loss == logged(tmp_path / "logs/a")[10, "val_loss"]
+    code = ("import pathlib, sys; from harness import jobs; "
+            "print(jobs.Jobs(1).train(sys.argv[1:-1], pathlib.Path(sys.argv[-1])))")
+    done = fork("-c", code, config, "--run_name", "a", tmp_path / "logs/a")
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == logged(tmp_path / "logs/a")[10, "val_loss"]
 
 
 def test_stop_includes_a_starting_run(monkeypatch, tmp_path):

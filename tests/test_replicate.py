@@ -17,7 +17,7 @@ from scripts import bench, replicate
 from train_gpt2 import UserError, load_config
 
 TINY = ["--n_layer", "1", "--n_embd", "16", "--batch_size", "2", "--sequence_length", "32",
-        "--num_iterations", "20", "--warmdown_iters", "6", "--val_loss_every", "10", "--val_tokens", "64",
+        "--num_iterations", "10", "--warmdown_iters", "3", "--val_loss_every", "5", "--val_tokens", "64",
         "--target_val_loss", "5", "--log_every", "1"]
 
 
@@ -136,6 +136,11 @@ def replicated(call, tmp_path, monkeypatch):
     return replicated
 
 
+@pytest.fixture
+def no_picture(monkeypatch):
+    monkeypatch.setattr(replicate.compare, "plot", lambda *_: None)
+
+
 def test_trains_judges_and_repeats_nothing(replicated, tmp_path):
     text = replicated()
     assert replicated.started == [["data/shakespeare.py"], ["train_gpt2.py"] * 2]  # two at once
@@ -150,14 +155,14 @@ def test_trains_judges_and_repeats_nothing(replicated, tmp_path):
     assert text.splitlines()[-1].startswith("verdict: ")
     finals = []
     for seed in (1, 2):
-        facts = json.loads((tmp_path / f"runs/newton_muon_19_seed-{seed}/run.json").read_text())
+        facts = json.loads((tmp_path / f"runs/newton_muon_9_seed-{seed}/run.json").read_text())
         finals.append(facts["final_val_loss"])
-    assert f"final loss of newton_muon after 19 steps: {np.mean(finals):.4f}" in text
+    assert f"final loss of newton_muon after 9 steps: {np.mean(finals):.4f}" in text
     text = replicated("--seeds", 2, "--target_val_loss", "5.2")
     assert replicated.started == [] and "first 5.2: step" in text  # another target needs no other runs
 
 
-def test_the_number_of_seeds_is_planned(replicated, tmp_path):
+def test_the_number_of_seeds_is_planned(replicated, no_picture, tmp_path):
     replicated("--seeds", 2, "--planned_seeds", 3)
     plan = tmp_path / "runs/plan.json"
     assert json.loads(plan.read_text()) == {"planned_seeds": 3, "looks": [2]}
@@ -187,7 +192,7 @@ def test_one_process_at_a_time(replicated, tmp_path):
     assert replicated.started == []
 
 
-def test_overhead_of_another_model_is_measured_again(replicated, tmp_path):
+def test_overhead_of_another_model_is_measured_again(replicated, no_picture, tmp_path):
     replicated("--seeds", 2)
     file = tmp_path / "runs/overhead.json"
     measured = json.loads(file.read_text())
@@ -198,10 +203,10 @@ def test_overhead_of_another_model_is_measured_again(replicated, tmp_path):
         assert replicated.started == started and json.loads(file.read_text()) == measured
 
 
-def test_diverged_run_is_not_repeated(replicated):
+def test_diverged_run_is_not_repeated(replicated, no_picture):
     text = replicated("--seeds", 2, "--hidden_learning_rate", "1e30")
     assert sum(replicated.started, []).count("train_gpt2.py") == 6
-    assert "muon_20_seed-1 diverged: its arm has no result" in text
+    assert "muon_10_seed-1 diverged: its arm has no result" in text
     assert "6 of 6 runs diverged" in text and text.splitlines()[-1] == "verdict: undecided"
     replicated("--seeds", 2, "--hidden_learning_rate", "1e30")
     assert replicated.started == []

@@ -362,32 +362,34 @@ def test_a_final_checkpoint_has_the_weights_of_its_loss(start, module, tmp_path)
     assert same_weights(whole, stopped)
 
 
-HANGING_UP = """
+SIGNALLED = """
 import os, signal, torch
-class HangingUp(torch.optim.SGD):
+class Signalled(torch.optim.SGD):
     steps = 0
 
     def step(self, closure=None):
         super().step(closure)
         self.steps += 1
         if self.steps == 5:
-            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.NAME)
 """
 
 
-def test_a_closed_terminal_ends_the_run_with_a_checkpoint(start, module, tmp_path):
-    module("hanging_up", HANGING_UP)
-    done = start(run_name="a", optimizer="hanging_up:HangingUp", val_loss_every=0)
-    assert done.returncode == 128 + signal.SIGHUP
-    assert "stopped by SIGHUP after step 5" in done.stdout
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_ends_the_run_with_a_checkpoint(start, module, tmp_path, name, code):
+    """Ctrl-C, the end of a job, a closed terminal."""
+    module("signalled", SIGNALLED.replace("NAME", name))
+    done = start(run_name="a", optimizer="signalled:Signalled", val_loss_every=0)
+    assert done.returncode == code
+    assert f"stopped by {name} after step 5" in done.stdout
     assert checkpoint(tmp_path / "logs/a", 5)
 
 
 def test_nohup_is_respected(start, module, monkeypatch):
-    module("hanging_up", HANGING_UP)
+    module("signalled", SIGNALLED.replace("NAME", "SIGHUP"))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert start(run_name="a", optimizer="hanging_up:HangingUp", val_loss_every=0).returncode == 0
+        assert start(run_name="a", optimizer="signalled:Signalled", val_loss_every=0).returncode == 0
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -456,19 +458,29 @@ def test_stop_at_target(start, tmp_path):
 # optimizers
 
 
+PLAYS = dict(vocab_size=256, num_iterations=30, sequence_length=64, val_tokens=64 * 64, val_loss_every=15,
+             n_embd=32, refresh_interval=4, learning_rate=0.003,
+             input_bin=str(ROOT / "data/shakespeare/shakespeare_train_*.bin"),
+             input_val_bin=str(ROOT / "data/shakespeare/shakespeare_val_*.bin"))
+
+
+@pytest.fixture(scope="module")
+def table_only(tmp_path_factory):
+    """[(step, validation loss)] on the plays if the hidden matrices stay as they are."""
+    folder = tmp_path_factory.mktemp("table_only")
+    config = write_config(folder / "config.toml", folder, hidden_learning_rate=0.0, **PLAYS)
+    assert train_gpt2.run(load_config([str(config), "--run_name", "a"])) == 0
+    return losses(folder / "logs/a")
+
+
 @pytest.mark.parametrize("optimizer, rate", [
     ("adamw", 0.004), ("muon", 0.002), ("newton_muon", 0.002), ("sgd", 0.1),
     ("optimizers.signum:Signum", 0.002), ("torch.optim:NAdam", 0.004)])
-def test_optimizers_learn_the_plays(start, tmp_path, optimizer, rate):
-    plays = ROOT / "data/shakespeare/shakespeare"
-    fields = dict(optimizer=optimizer, vocab_size=256, num_iterations=30, sequence_length=64,
-                  val_tokens=64 * 64, val_loss_every=15, n_embd=32, refresh_interval=4, learning_rate=0.003,
-                  input_bin=f"{plays}_train_*.bin", input_val_bin=f"{plays}_val_*.bin")
-    for name, hidden in (("table_only", 0.0), ("whole", rate)):
-        done = start(run_name=name, hidden_learning_rate=hidden, **fields)
-        assert done.returncode == 0, done.stderr
-    frozen = [loss for _, loss in losses(tmp_path / "logs/table_only")]
-    trained = [loss for _, loss in losses(tmp_path / "logs/whole")]
+def test_optimizers_learn_the_plays(start, table_only, tmp_path, optimizer, rate):
+    done = start(run_name="a", optimizer=optimizer, hidden_learning_rate=rate, **PLAYS)
+    assert done.returncode == 0, done.stderr
+    frozen = [loss for _, loss in table_only]
+    trained = [loss for _, loss in losses(tmp_path / "logs/a")]
     assert trained[0] == frozen[0]
     assert trained[2] < trained[1] < trained[0] - 0.1
     assert trained[2] < frozen[2] - 0.05  # the hidden matrices learned, too

@@ -148,7 +148,7 @@ def test_processes_agree(shards, tmp_path):
     groups = []
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
-        config = write_config(tmp_path / str(processes) / "config.toml", shards, num_iterations=4,
+        config = write_config(tmp_path / str(processes) / "config.toml", shards, n_layer=1, num_iterations=4,
                               warmdown_iters=2, refresh_interval=2, val_loss_every=0)
         commands = []
         for name, entry in ZOO.items():
