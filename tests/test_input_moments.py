@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from conftest import PATHS, ROOT, run, torchrun
+from conftest import PATHS, ROOT, fork, run, torchrun
 from optimizers.input_moments import InputMoments, Transposed
 from optimizers.power_newton_muon import PowerNewtonMuon
 from train_gpt2 import GPT, Muon, NewtonMuon, autocast
@@ -449,7 +449,7 @@ def train_ragged(path):
 
 def test_two_processes(tmp_path):
     train_ragged(tmp_path / "one.pt")
-    done = run(*torchrun(2), __file__, tmp_path / "two.pt", env=PATHS)
+    done = fork(*torchrun(2), __file__, tmp_path / "two.pt", env=PATHS)
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)
