@@ -200,12 +200,12 @@ def filed_spread(track, configs):
 # the verdict
 
 
-def conclude(baseline, candidate, shorter, fraction, overhead, spread=None, level=0.95, planned=None,
-             timed=True):
+def conclude(baseline, candidate, shorter, fraction, overhead, spread=None, level=0.95, planned=None):
     """The lines of the verdict on three arms {seed: final loss}, nan for a run that diverged.
 
     `spread` is what filed_spread() returns, `level` the confidence of this look among those of the
-    comparison, `planned` its number of seeds, None if there is no plan, `timed` whether seconds count.
+    comparison, `planned` its number of seeds, None if there is no plan. `overhead` is None where only steps
+    count.
     """
     seeds = len(baseline)
     if seeds == 1:
@@ -213,13 +213,13 @@ def conclude(baseline, candidate, shorter, fraction, overhead, spread=None, leve
     saved = estimates.steps_saved(baseline, candidate, shorter, fraction)
     saved = sequential.at_level(saved, fraction, seeds, level)
     found = estimates.verdict(saved, CLAIM["steps"])
-    time = estimates.time_saved(saved, overhead)
     lines = []
     if planned and level > 0.9501:  # not if it is the only look
         lines.append(f"look at {seeds} of {planned} planned seeds: its intervals are of {level:.1%}, "
                      "so that all looks together are right in 95 %")
     lines.append(f"steps saved: {estimates.saved_text(saved)}; {CLAIM['steps']:.0%} claimed")
-    if timed:
+    if overhead:
+        time = estimates.time_saved(saved, overhead)
         lines.append(f"time saved: {estimates.saved_text(time)}; about {CLAIM['time']:.0%} claimed")
     questions = {"Does Newton-Muon need fewer steps than Muon?": found.fewer,
                  f"Does it save {CLAIM['steps']:.0%} of the steps, as claimed?": found.as_claimed}
@@ -290,7 +290,7 @@ def print_claim(plan, track, overhead, plan_file):
         sequential.note_look(plan_file, seeds)
         level, planned = sequential.level_of_look(plan_file, seeds)
     lines = conclude(arms["muon", N], arms["newton_muon", N], arms["newton_muon", short], 1 - short / N,
-                     overhead, spread, level, planned, timed=track != "optimizer")
+                     overhead, spread, level, planned)
     for line in lines:
         print(textwrap.fill(line, 128, subsequent_indent="    "))
 
@@ -409,7 +409,8 @@ def main():
 
     print(flush=True)
     groups = runs.make_groups([runs.read_run(run.folder) for run in planned])
-    baseline = next((group.label for group in groups if group.optimizer == "muon"), None)
+    muon = {run.folder.name for arm in plan if arm[0] == "muon" for run in plan[arm].values()}
+    baseline = next((group.label for group in groups if group.runs[0].name in muon), None)
     compare.report(groups, baseline, targets.pop(), png=args.png)
     if claim:
         print_claim(plan, args.track, read_overhead(overhead) if timed else None, plan_file)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import golden
 from conftest import (
-    PATHS, ROOT, TINY, arguments, logged, refused, run, same_weights, sequence, toml, torchrun,
+    PATHS, ROOT, TINY, arguments, fork, logged, refused, same_weights, sequence, toml, torchrun,
     write_config)
 from harness.zoo.training import state_bytes
 from models.optimizer_track import GPT
@@ -390,8 +390,8 @@ def test_compiled_on_two_processes(start, tmp_path):
     fields = dict(NEWTON, num_iterations=4, warmdown_iters=2, val_loss_every=2, device_batch_size=2)
     assert start(run_name="eager", **fields).returncode == 0
     words = [tmp_path / "config.toml", "--run_name", "compiled", "--compile", "true", *arguments(fields)]
-    done = run(*torchrun(2), ROOT / "tests/compiled_ddp.py", *words, cwd=tmp_path,
-               env={**PATHS, "BACKEND": "aot_eager"})
+    done = fork(*torchrun(2), ROOT / "tests/compiled_ddp.py", *words, cwd=tmp_path,
+                env={**PATHS, "BACKEND": "aot_eager"})
     assert done.returncode == 0, done.stderr
     assert logged(tmp_path / "logs/compiled") == pytest.approx(logged(tmp_path / "logs/eager"), rel=1e-4)
 

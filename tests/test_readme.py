@@ -4,7 +4,7 @@ import tomllib
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, checkpoint
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -33,6 +33,16 @@ def test_an_optimizer_of_ones_own(start, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"val_loss:(\S+)", done.stdout)]
     assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_model_of_ones_own(start, tmp_path, monkeypatch):
+    code = "import torch\nimport train_gpt2\n" + block("python", "class ScaledGPT")
+    (tmp_path / "readme_model.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    done = start(run_name="a", model="readme_model:ScaledGPT", optimizer="newton_muon", refresh_interval=4)
+    assert done.returncode == 0, done.stderr
+    model = checkpoint(tmp_path / "logs/a", 10)["model"]
+    assert model["scale"].shape == (16,) and (model["scale"] != 1).all()  # AdamW has trained it
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!https://)([^)]+)\)", README))))

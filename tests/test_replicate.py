@@ -287,3 +287,28 @@ def test_spread_of_filed_runs(tmp_path, monkeypatch):
         (folder / "run.json").write_text(json.dumps(facts))
     assert replicate.filed_spread("cpu", [config]) == (pytest.approx(np.std([1.60, 1.64, 1.62], ddof=1)), 2)
     assert replicate.filed_spread("mini", [config]) is None
+
+
+def test_arms_of_the_optimizer_track(monkeypatch, tmp_path):
+    """Both arms have the AdamW of result 36, on the track's model."""
+    monkeypatch.chdir(ROOT)
+    plan = replicate.plan_runs("optimizer", Path("configs"), ["newton_muon", "muon"], 2, tmp_path, [])
+    assert set(plan) == {("muon", 3250), ("newton_muon", 3250), ("newton_muon", 3055)}
+    configs = [seeds[0].config for seeds in plan.values()]
+    assert {config.model for config in configs} == {"models.optimizer_track:GPT"}
+    assert {config.optimizer.split(":")[0] for config in configs} == {"optimizers.track_muon"}
+    table = [json.loads(config.groups)["embed.weight"] for config in configs]
+    assert table[0] == table[1] == table[2]
+    assert plan["newton_muon", 3055][1].config.warmdown_iters == round(0.94 * 2275)
+
+
+def test_the_optimizer_track_counts_steps_only(replicated, no_picture, tmp_path):
+    data = ROOT / "data/shakespeare"
+    text = replicated("--track", "optimizer", "--gpus", 1, "--seeds", 2, "--vocab_size", 256, "--n_head", 1,
+                      "--device", "cpu", "--compile", "false",
+                      "--input_bin", data / "shakespeare_train_*.bin",
+                      "--input_val_bin", data / "shakespeare_val_*.bin")
+    assert replicated.started == [["train_gpt2.py"]] * 6
+    assert "result 36 of the optimizer track" in text
+    assert "steps saved:" in text and "time saved" not in text and "overhead of" not in text
+    assert "Against optimizers.track_muon:TrackMuon" in text
