@@ -30,6 +30,7 @@ from train_gpt2 import UserError
 
 FIRST = HERE.with_name("2026-11-30_where_the_gain_comes_from")
 STEPS = 600
+COMPILED = ["--compile", "true"]  # as in the first study
 FACTORS = (3, math.sqrt(2), 1.7)  # of learning_rate, hidden_learning_rate, 1 - momentum: a step of the design
 AXES = ("learning_rate", "hidden_learning_rate", "1 - momentum")
 FIT_SEEDS = range(102, 106)
@@ -150,8 +151,8 @@ def result_points(best):
 
 def train(names, jobs):
     """Trains what is missing: the tuning of all arms, then the results."""
-    track = Track("cpu", jobs, Path("logs/fine_tuning"), [], open_table(names), ARMS)
-    with ThreadPoolExecutor(jobs) as pool:
+    track = Track("cpu", jobs, Path("logs/fine_tuning"), COMPILED, open_table(names), ARMS)
+    with ThreadPoolExecutor(len(names)) as pool:  # the track trains `jobs` at a time
         try:
             best = dict(zip(names, pool.map(lambda name: tune(track, name), names)))
         except BaseException:

@@ -28,6 +28,7 @@ from harness.zoo.table import Point, Table
 from harness.zoo.training import Track
 
 HERE = Path(__file__).resolve().parent
+COMPILED = ["--compile", "true"]  # a quarter faster; the same up to rounding
 CENTRE = (0.014, 0.0028)  # of the rates, for all arms
 PAIRS = 12  # of rates, for each arm
 SEEDS = range(21, 33)  # of the results
@@ -82,8 +83,8 @@ def tune(track, name):
 def train(jobs):
     """Trains what is missing: the tuning of all arms, then the results seed by seed."""
     table = Table(HERE / "runs.csv")
-    track = Track("cpu", jobs, Path("logs/where_the_gain_comes_from"), [], table, ARMS)
-    with ThreadPoolExecutor(jobs) as pool:
+    track = Track("cpu", jobs, Path("logs/where_the_gain_comes_from"), COMPILED, table, ARMS)
+    with ThreadPoolExecutor(len(ARMS)) as pool:  # the track trains `jobs` at a time
         try:
             best = dict(zip(ARMS, pool.map(lambda name: tune(track, name), ARMS)))
         except BaseException:
