@@ -232,7 +232,7 @@ def load_config(argv):
 
 
 def sequences_per_process(config, world):
-    """Sequences of one process in a step. UserError unless `world` processes and micro-batches can share."""
+    """Sequences of one process in a step. UserError unless they can be shared evenly."""
     if config.batch_size % world:
         raise UserError(f"batch_size = {config.batch_size} cannot be split over {world} processes; "
                         "set a multiple of their number, or start fewer")
@@ -286,7 +286,7 @@ class Shards:
     Sequence i is sequence_length tokens and the one after them; sequences follow each other in a shard,
     shards in order of name, and no sequence spans two shards. Step t of a run trains on sequences
     t * batch_size to (t + 1) * batch_size - 1, however many processes share them. A data_seed above 0
-    numbers the sequences in another order. A shard is mapped only while a batch is read: memory stays flat.
+    numbers the sequences in another order. A shard is mapped only while a batch is read.
     """
 
     def __init__(self, pattern, sequence_length, vocab_size, allow_repeat=False, data_seed=0):
@@ -317,14 +317,12 @@ class Shards:
                         f"{what} needs {sequences * self.T:,}: add {missing}, or set {less}")
 
     def describe(self):
-        """For run.json: of each shard name, tokens, SHA-256 of header and size, and of the first MiB."""
+        """For run.json: of each shard name, tokens and SHA-256 of the first MiB."""
         facts = []
         for path, n in zip(self.paths, self.lengths):
             with open(path, "rb") as file:
-                start = file.read(2 ** 20)
-            size = str(os.path.getsize(path)).encode()
-            facts.append(dict(name=os.path.basename(path), tokens=n, sha256_of_first_mebibyte=sha256(start),
-                              sha256_of_header_and_size=sha256(start[:HEADER_BYTES] + size)))
+                start = sha256(file.read(2 ** 20))
+            facts.append(dict(name=os.path.basename(path), tokens=n, sha256_of_first_mebibyte=start))
         return facts
 
     def batch(self, sequences):
@@ -348,7 +346,7 @@ class Shards:
             row[:] = tokens[start:start + self.T + 1]
             if row.max() >= self.vocab_size:
                 raise UserError(f"{path}: token {row.max()} after position {start} is outside vocab_size = "
-                                f"{self.vocab_size}; use the vocabulary of the tokenizer that made the shard")
+                                f"{self.vocab_size}; use the one of the tokenizer that made it")
         rows = torch.from_numpy(rows)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
@@ -373,10 +371,6 @@ def prefetched(shards, batches, device):
 
 # ---- Model: GPT-2 with RMSNorm and rotary embeddings, without biases and learned norm gains ------
 
-def norm(x):
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
-
-
 def rotate(x, cos, sin):
     """Rotary embedding of x (B, T, n_head, D): element i turns with element i + D / 2. Tables (T, 1, D)."""
     z = x.float()
@@ -385,13 +379,17 @@ def rotate(x, cos, sin):
 
 
 def on_gpu(x):
-    return x.is_cuda  # a function, so that tests can send CPU tensors down the GPU path
+    return x.is_cuda  # a function, so that tests can send CPU tensors that way
 
 
 def matmul_dtype(x):
     """The type to which autocast turns x before a matrix product."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def norm(x):
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6).to(matmul_dtype(x))
 
 
 @torch.no_grad()
@@ -438,7 +436,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The trainer's model. Another, model = module:Class, is made from the Config, too, and has forward(),
     logits(), hidden_matrices(), num_parameters() and fused_loss, set to False where kernels do not compile.
-    AdamW trains all but the hidden matrices. It may be a subclass with features() of its own."""
+    AdamW trains all but the hidden matrices. A subclass may only have its own features()."""
 
     def __init__(self, config):
         super().__init__()
@@ -949,8 +947,8 @@ def name_of_this_attempt(store, process, world, timeout):
 
 
 def keep_freed_memory():
-    """Saves 10 to 20 % of the time on a CPU: glibc would give the memory of large tensors back, and fault it
-    in again in the same step."""
+    """Saves 10 to 20 % of the time on a CPU: glibc would give the memory of large tensors back, only to
+    fault it in again."""
     with contextlib.suppress(OSError, AttributeError):  # another libc
         for parameter, value in ((-1, 2 ** 30), (-2, 2 ** 26), (-3, 2 ** 25)):
             ctypes.CDLL(None).mallopt(parameter, value)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
@@ -959,7 +957,7 @@ def keep_freed_memory():
 def gather_rows(rows):
     """Fills row i of `rows` (processes, elements) with that of process i."""
     if world_size() > 1:
-        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.11 has the second
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the second: torch 2.11
         gather(rows.view(-1), rows[rank()])
 
 
@@ -997,9 +995,8 @@ def lost_processes(error):
 
 # ---- Checkpoints: process 0 writes and reads them, any number of processes can load them ---------
 
-MAY_CHANGE_ON_RESUME = set(
-    "device_batch_size compile device collective_timeout log_dir run_name log_every save_every resume "
-    "wandb_project target_val_loss stop_at_target".split())
+MAY_CHANGE_ON_RESUME = set("device_batch_size compile device collective_timeout log_dir run_name log_every "
+                           "save_every resume wandb_project target_val_loss stop_at_target".split())
 
 
 @dataclasses.dataclass
@@ -1020,7 +1017,7 @@ def code_sha256():
 
 
 def write_atomically(path, content):
-    """Writes the bytes `content` to a file beside `path`, then renames it: `path` is never half-written."""
+    """Writes the bytes `content` beside `path`, then renames that: `path` is never half-written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1037,14 +1034,10 @@ def write_atomically(path, content):
         raise UserError(f"cannot write {path}: {error.strerror}; what was there before is untouched")
 
 
-def checkpoint_step(path):
-    return int(path.stem[5:])
-
-
 def checkpoints(folder):
-    """The checkpoints of the run in `folder`, the oldest first."""
-    return sorted((p for p in folder.glob("checkpoints/step_*.pt") if p.stem[5:].isdecimal()),
-                  key=checkpoint_step)
+    """{step: path} of the checkpoints of the run in `folder`, the oldest first."""
+    found = {int(p.stem[5:]): p for p in folder.glob("checkpoints/step_*.pt") if p.stem[5:].isdecimal()}
+    return dict(sorted(found.items()))
 
 
 def not_finite(model):
@@ -1067,7 +1060,7 @@ def save_checkpoint(folder, config, model, optimizers, progress):
         content = io.BytesIO()  # not the file: write_atomically() reports a full disk
         torch.save(checkpoint, content)
         write_atomically(folder / f"checkpoints/step_{progress.step:06d}.pt", content.getbuffer())
-        for old in checkpoints(folder)[:-2]:
+        for old in list(checkpoints(folder).values())[:-2]:
             old.unlink()
 
 
@@ -1077,13 +1070,13 @@ def find_checkpoint(config):
     UserError if none can be loaded.
     """
     path = Path(config.log_dir, config.run_name) if config.resume == "auto" else Path(config.resume)
-    candidates = [path] if path.is_file() else checkpoints(path)[::-1]
+    candidates = [path] if path.is_file() else [*checkpoints(path).values()][::-1]
     for candidate in candidates:
         try:
             content = torch.load(candidate, map_location="cpu", weights_only=True)
             return candidate.absolute(), content  # not resolved: checkpoints/ may be a link
         except Exception as error:  # torch.load raises whatever the bytes make it raise
-            print(f"warning: {candidate} cannot be loaded ({type(error).__name__}), looking for an older one",
+            print(f"warning: {candidate} cannot be loaded ({type(error).__name__}), trying an older one",
                   file=sys.stderr)
     if candidates or config.resume != "auto":
         raise UserError(f"resume = '{config.resume}': no checkpoint there that can be loaded; "
@@ -1097,8 +1090,8 @@ def find_checkpoint(config):
 def restore(config, model, optimizers):
     """Loads the checkpoint that config.resume names into the model and the optimizers.
 
-    Returns (folder of its run, its Progress), without one (None, Progress()). UserError if a run of `config`
-    by this code could not have written it.
+    Returns (folder of its run, its Progress), without one (None, Progress()). UserError unless a run of
+    `config` by this code may have written it.
     """
     found = [find_checkpoint(config) if config.resume and rank() == 0 else None]
     if world_size() > 1:
@@ -1269,8 +1262,8 @@ class Log:
                                 "start again, to continue from it")
             kept = progress.log_bytes[name] if progress.step else 0
             file.truncate(min(kept, os.path.getsize(file.name)))
-        for path in checkpoints(self.folder):
-            if checkpoint_step(path) > progress.step:
+        for step, path in checkpoints(self.folder).items():
+            if step > progress.step:
                 path.unlink()
 
     def write_facts(self):
@@ -1293,7 +1286,7 @@ class Log:
                 sys.stdout = None
 
     def loss(self, name, step, seconds, losses, **more):
-        """Logs the mean of `losses`, one a process, after `seconds` of training. UserError if one is NaN."""
+        """Logs the mean of `losses`, one a process, after `seconds` of training. UserError for NaN."""
         loss = sum(losses) / len(losses)
         N = self.config.num_iterations
         ms = 1000 * seconds
@@ -1362,23 +1355,19 @@ def wrapped(model, config, device):
         note = note or "no kernels can be compiled on another process, so training goes without them"
         model.fused_loss = False
     elif config.compile:
-        # each gradient written to its place in that of the fused q, k, v takes half of the time of one kernel
-        # with three branches
+        # the gradients of q, k and v joined by a kernel each: half the time of one with three branches
         names = "max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs"
         options = {name: 2 for name in names if hasattr(torch._inductor.config, name)}
         model = torch.compile(model, dynamic=False, options=options)
     if world_size() > 1:
-        buffers = "forward_sync_buffers"  # before torch 2.13 it had another name
-        if buffers not in inspect.signature(DistributedDataParallel).parameters:
-            buffers = "broadcast_buffers"
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True, **{buffers: False})
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        model.broadcast_buffers = False  # the rotary tables are the same everywhere
     return model, note
 
 
 def choose_micro_batch(model, config, device, per_process, dtype):
-    """Sequences in one forward pass: device_batch_size or, without one, the largest power of two that
-    divides per_process and fits the GPU. Per token a bf16 forward pass keeps 41 L C bytes (records/bench);
-    the rest of the 50 allowed for is for the backward pass."""
+    """Sequences in one forward pass: device_batch_size or, if that is 0, the largest power of two that
+    divides per_process and fits. Of 50 L C bytes a token in bf16, a forward pass keeps 41."""
     if config.device_batch_size:
         return config.device_batch_size
     tokens = 16384  # on a CPU more at a time are no faster
@@ -1420,7 +1409,7 @@ def evaluate(model, shards, config, device, dtype, micro_batch):
     mine = np.arange(rank(), config.val_tokens // config.sequence_length, world_size())
     batches = np.pad(mine, (0, -len(mine) % micro_batch), constant_values=-1).reshape(-1, micro_batch)
     total = 0.0
-    # with torch.compile, use the graph of the training step: one without gradients would be a third to build
+    # compiled, the graph of the training step serves: one without gradients would be a third to build
     with torch.set_grad_enabled(config.compile), autocast(device, dtype):
         for (idx, targets), batch in zip(prefetched(shards, batches, device), batches):
             targets[batch < 0] = -1  # padding does not count
@@ -1478,8 +1467,7 @@ def results(config, device, progress, val_loss):
     steps = progress.step
     seconds = progress.train_time
     speed = steps * config.batch_size * config.sequence_length / max(seconds, 1e-9)
-    unit = 1 if sys.platform == "darwin" else 1024
-    memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     memory = int(max(gathered(memory)))
@@ -1493,7 +1481,7 @@ def results(config, device, progress, val_loss):
 
 
 def run(config):
-    """This process's part of a training run. Returns the exit code: 0, or 128 + the signal that ended it."""
+    """This process's part of a run. Returns the exit code: 0, or 128 + the signal that ended it."""
     B, T, N = config.batch_size, config.sequence_length, config.num_iterations
     per_process = sequences_per_process(config, from_torchrun("WORLD_SIZE") or 1)
     device = start_processes(config)
@@ -1643,7 +1631,7 @@ def main():
         if first_to_fail():
             print(f"error: {message}", file=sys.stderr)
     if world_size() > 1:
-        os._exit(code)  # at once: tearing down a process group can wait for processes that are gone, or abort
+        os._exit(code)  # at once: to leave a process group can mean to wait for processes that are gone
     sys.exit(code)
 
 

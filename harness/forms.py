@@ -70,7 +70,7 @@ SHARD = {
     "name": TEXT,
     "tokens": COUNT,
     "sha256_of_first_mebibyte?": TEXT,
-    "sha256_of_header_and_size?": TEXT,
+    "sha256_of_header_and_size?": TEXT,  # before 2026-12
 }
 MACHINE = {
     "torch": TEXT,

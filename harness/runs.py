@@ -319,9 +319,8 @@ def shards_read(run, kind, tokens, all_count):
     shards = run.facts.get(f"{kind}_shards", ())
     for i, shard in enumerate(shards, start=1):
         if tokens > 0 or all_count:
-            header = shard.get("sha256_of_header_and_size", "")[:12]
             start = shard.get("sha256_of_first_mebibyte", "")[:12]
-            facts[f"{kind} shard {i}"] = f"{shard.get('name', '')} {header} {start}"
+            facts[f"{kind} shard {i}"] = f"{shard.get('name', '')} {shard.get('tokens', 0):,} {start}"
         tokens -= (shard.get("tokens", 1) - 1) // T * T
     if shards and (tokens > 0 or all_count):
         facts[f"{kind} shard {len(shards) + 1}"] = "the first again" if tokens > 0 else "none"

@@ -24,7 +24,7 @@ def load_model(path):
 
     Raises UserError if there is none.
     """
-    files = [path] if path.is_file() else checkpoints(path)
+    files = [path] if path.is_file() else list(checkpoints(path).values())
     if not files:
         raise UserError(f"{path}: no checkpoint (step_*.pt, or a run's folder with checkpoints/) is there; "
                         "records keep no weights")

@@ -20,7 +20,6 @@ CONFIG = dict(
 SHARD = dict(
     name="val_0.bin",
     tokens=10**6,
-    sha256_of_header_and_size="aa",
     sha256_of_first_mebibyte="cc",
 )
 TRAIN_SHARD = {**SHARD, "name": "train_1.bin", "sha256_of_first_mebibyte": "ee"}

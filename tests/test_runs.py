@@ -349,12 +349,12 @@ def test_runs_that_end_early():
         (dict(n_layer=3), "n_layer (r: 2, o: 3)"),
         (dict(val_tokens=128), "val_tokens (r: 64, o: 128)"),
         (
-            dict(val={**SHARD, "sha256_of_header_and_size": "bb"}),
-            "val shard 1 (r: val_0.bin aa cc, o: val_0.bin bb cc)",
+            dict(val={**SHARD, "tokens": 10**5}),
+            "val shard 1 (r: val_0.bin 1,000,000 cc, o: val_0.bin 100,000 cc)",
         ),
         (
             dict(val={**SHARD, "sha256_of_first_mebibyte": "dd"}),
-            "val shard 1 (r: val_0.bin aa cc, o: val_0.bin aa dd)",
+            "val shard 1 (r: val_0.bin 1,000,000 cc, o: val_0.bin 1,000,000 dd)",
         ),
     ],
 )
