@@ -8,6 +8,7 @@ All sides train the same model on the same random tokens in one process and take
 every side --steps steps, in an order that is reversed from round to round. A side is an optimizer as the
 trainer names it (adamw, muon, newton_muon, module:Class), with the micro-batch that a run would choose; or
 `plain`, the loop that one would write first: torch.optim.AdamW, not compiled, 16384 tokens at a time.
+OPTIMIZER@MODEL is a side with a model of its own: muon,muon@models.faster:GPT.
 Fields of the configuration can be overridden: --batch_size 128.
 
 The table is shown and --json is written after each warm-up and each round, so that Ctrl-C at any moment
@@ -448,9 +449,12 @@ def parse_arguments():
             given += [f"--{name}", getattr(args, name)]
     configs = {}
     for side in args.sides.split(","):
-        argv = [args.config, *given, "--optimizer", "adamw" if side == "plain" else side]
-        if ":" not in side:
+        optimizer, _, model = side.partition("@")
+        argv = [args.config, *given, "--optimizer", "adamw" if side == "plain" else optimizer]
+        if ":" not in optimizer:
             argv += ["--optimizer_args", "{}"]
+        if model:
+            argv += ["--model", model]
         configs[side] = load_config(argv)
         if side == "plain" and configs[side].model != "gpt":
             raise UserError(f"--sides {args.sides}: plain is the trainer's own model, not "

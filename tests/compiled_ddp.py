@@ -8,7 +8,6 @@ goes on. So that this still works under torch.compile, it splits the model's gra
 speedrun's model has several buckets; a tiny model has several only if they are small. Prints the number of
 parts of each graph.
 """
-import inspect
 import os
 
 import torch
@@ -22,8 +21,6 @@ BUCKET_BYTES = 4 * 1024  # the gradients of a model with one layer are 16 KiB
 
 
 class SmallBuckets(DistributedDataParallel):
-    __signature__ = inspect.signature(DistributedDataParallel)  # the trainer looks at it
-
     def __init__(self, model, **options):
         super().__init__(model, bucket_cap_mb=BUCKET_BYTES / 2 ** 20, **options)
 

@@ -11,6 +11,7 @@ from scipy import stats
 from conftest import ROOT, TINY, fork, refused, toml
 from harness import kernels
 from harness.kernels import GROUPS, group, where_it_goes
+from models.faster import GPT
 from scripts import bench
 
 
@@ -94,6 +95,16 @@ def test_the_table_is_shown_after_every_warm_up_and_every_round(measure):
     done, result = measure("--sides", "adamw,muon", "--rounds", 3, "--steps", 1)
     assert re.findall(r"^after (\d+) rounds of 1 steps", done.stdout, re.MULTILINE) == list("00123")
     assert result["rounds"] == 3
+
+
+def test_a_side_with_a_model_of_its_own(measure, monkeypatch):
+    used = []
+    residual = GPT.residual
+    monkeypatch.setattr(GPT, "residual", lambda self, x: used.append(x.size(0)) or residual(self, x))
+    done, result = measure("--sides", "muon,muon@models.faster:GPT", "--rounds", 1, "--steps", 1)
+    assert done.returncode == 0, done.stderr
+    assert list(result["ratios"]) == ["muon@models.faster:GPT/muon"]
+    assert set(used) == {4}  # sequences at a time
 
 
 def test_an_interruption_of_a_warm_up_leaves_the_sides_before_it(measure, monkeypatch):
