@@ -8,7 +8,7 @@ import torch
 
 from harness import runs
 from harness.jobs import Jobs, finished, start
-from harness.tuning import RATES, next_pairs, rates
+from harness.tuning import RATES, at_edge, next_pairs, rates
 from harness.zoo.optimizers import ZOO
 from harness.zoo.table import SEEDS, TUNING_SEEDS, Point, read_overhead
 from train_gpt2 import UserError, build_optimizers, code_sha256, load_config, make_model, write_atomically
@@ -155,6 +155,31 @@ class Track:
         neighbour, = next_pairs(same_setting)
         best_of((neighbour, setting))
         return [point_of(*candidate) for candidate in tried]
+
+    def tune_rates(self, name, pairs=12):
+        """(learning_rate, hidden_learning_rate) of the best pair by the protocol of harness/tuning.py.
+
+        From the entry's rates on, `pairs` pairs or more, until the best is not at an edge.
+        """
+        centre = self.entries[name].rates
+        tried = {}  # pair -> mean loss over the tuning seeds that it has had
+
+        def mean_loss(pair):
+            point = (name, self.steps, *rates(centre, pair), "")
+            return self.losses_of([point], min(tried.values(), default=math.inf))[point]
+
+        while len(tried) < pairs or at_edge(tried):
+            following = next_pairs(tried)
+            if not following:
+                break
+            for pair in following:
+                tried[pair] = mean_loss(pair)
+        while True:  # until the best has had both seeds
+            best = min(tried, key=tried.get)
+            before = tried[best]
+            tried[best] = mean_loss(best)
+            if tried[best] == before:
+                return rates(centre, best)
 
     def best(self, points):
         """The best of the points, after it has had all tuning seeds."""

@@ -8,7 +8,6 @@ alone, and on all others. README.md has the plan. Every finished run is a line o
 continues, on any machine that has that file.
 """
 import argparse
-import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,6 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from harness import estimates, runs
 from harness.command import command
-from harness.tuning import at_edge, next_pairs, rates
 from harness.zoo.optimizers import Entry
 from harness.zoo.page import steps_saved
 from harness.zoo.table import Point, Table
@@ -30,7 +28,6 @@ from harness.zoo.training import Track
 HERE = Path(__file__).resolve().parent
 COMPILED = ["--compile", "true"]  # a quarter faster; the same up to rounding
 CENTRE = (0.014, 0.0028)  # of the rates, for all arms
-PAIRS = 12  # of rates, for each arm
 SEEDS = range(21, 33)  # of the results
 LENGTHS = (540, 660)  # at which Muon says what a step is worth
 LENGTH_SEEDS = range(21, 27)
@@ -58,35 +55,13 @@ ARMS = {
 }
 
 
-def tune(track, name):
-    """(learning_rate, hidden_learning_rate) of the best pair by the protocol of harness/tuning.py."""
-    tried = {}  # pair -> mean loss over the tuning seeds that it has had
-
-    def mean_loss(pair):
-        point = (name, track.steps, *rates(CENTRE, pair), "")
-        return track.losses_of([point], min(tried.values(), default=math.inf))[point]
-
-    while len(tried) < PAIRS or at_edge(tried):
-        pairs = next_pairs(tried)
-        if not pairs:
-            break
-        for pair in pairs:
-            tried[pair] = mean_loss(pair)
-    while True:  # until the best has had both seeds
-        best = min(tried, key=tried.get)
-        before = tried[best]
-        tried[best] = mean_loss(best)
-        if tried[best] == before:
-            return rates(CENTRE, best)
-
-
 def train(jobs):
     """Trains what is missing: the tuning of all arms, then the results seed by seed."""
     table = Table(HERE / "runs.csv")
     track = Track("cpu", jobs, Path("logs/where_the_gain_comes_from"), COMPILED, table, ARMS)
     with ThreadPoolExecutor(len(ARMS)) as pool:  # the track trains `jobs` at a time
         try:
-            best = dict(zip(ARMS, pool.map(lambda name: tune(track, name), ARMS)))
+            best = dict(zip(ARMS, pool.map(track.tune_rates, ARMS)))
         except BaseException:
             track.training.stop()
             raise
