@@ -181,6 +181,36 @@ def diverged(folder):
         return False
 
 
+def refresh_interval(config):
+    """Steps between the refreshes of the optimizer in a run's `config`; None if it has none."""
+    if config.get("optimizer") == "newton_muon":
+        return config.get("refresh_interval")
+    try:
+        return json.loads(config.get("optimizer_args", "{}")).get("refresh_interval")
+    except (ValueError, TypeError, AttributeError):  # no JSON object
+        return None
+
+
+def refresh_times(run):
+    """(ms of a step, ms that a refresh of Newton-Muon adds to it) of a run that logged training losses.
+
+    By least squares from the times between them. None if the run has no refreshes, or its log does not tell.
+    """
+    interval = refresh_interval(run.config)
+    if not interval:
+        return None
+    try:
+        logged, = read_log(run.origin["file"], "train_loss")
+    except (UserError, ValueError):  # no training losses, or those of several runs
+        return None
+    steps = np.array([0, *logged.steps])
+    work = np.stack((np.diff(steps), np.diff(steps // interval)), axis=1)  # steps and refreshes in between
+    seconds = np.diff([0, *logged.seconds])
+    if not np.isfinite(seconds).all() or np.linalg.matrix_rank(work) < 2:
+        return None
+    return 1000 * np.linalg.lstsq(work, seconds)[0]
+
+
 def read_curve(path=ROOT / "records/speedrun/record4.csv"):
     """A published validation curve: [(step, loss, training seconds), ...].
 

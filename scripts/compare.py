@@ -321,6 +321,11 @@ def notes(groups, target):
     if untimed:
         found.append(f"{len(untimed)} of {len(runs)} runs did not time their first 10 steps: "
                      "ms/step is of the others")
+    for group in trained:
+        times = [time for run in group.runs if (time := reading.refresh_times(run)) is not None]
+        if times:
+            step, more = np.mean(times, axis=0)
+            found.append(f"{group.label}: a step takes {step:.1f} ms, one with a refresh {more:.1f} ms more")
     machines = reading.machines(known)
     if len(machines) > 1:
         found.append(f"the runs had different machines ({'; '.join(machines)}): "

@@ -21,7 +21,7 @@ from scripts import compare
 from scripts import records
 from harness import runs
 from conftest import ROOT, refused
-from harness.runs import find_runs, make_groups, read_curve, read_log, without_copies
+from harness.runs import find_runs, make_groups, read_curve, read_log, refresh_times, without_copies
 from sample_runs import RULER, SHARD, TRAIN_SHARD, facts, lines, run_of, write
 from train_gpt2 import UserError
 
@@ -497,3 +497,37 @@ def test_any_damage(tmp_path_factory, edits):
             work()
         except UserError as error:
             assert len(str(error)) > 20
+
+
+# the time of a refresh
+
+
+def timed_run(folder, refresh_ms, **config):
+    """A run of 100 steps of 20 ms, with a refresh every 8 steps, that logged every 5th."""
+    folder = write(folder, **config)
+    steps = range(5, 101, 5)
+    seconds = [0.02 * step + 0.001 * refresh_ms * (step // 8) for step in steps]
+    (folder / "log.txt").write_text(lines(steps, [1.0] * len(steps), seconds))
+    run, = read_log(folder)
+    return run
+
+
+@pytest.mark.parametrize("config", [
+    dict(optimizer="newton_muon", refresh_interval=8),
+    dict(optimizer="a:B", refresh_interval=32, optimizer_args='{"refresh_interval": 8}'),
+])
+def test_time_of_a_refresh(tmp_path, config):
+    step, more = refresh_times(timed_run(tmp_path / "a", 7.0, **config))
+    assert step == pytest.approx(20, abs=0.2)  # log.txt has whole milliseconds
+    assert more == pytest.approx(7, abs=0.5)
+
+
+@pytest.mark.parametrize("config", [
+    dict(optimizer="muon", refresh_interval=8),
+    dict(optimizer="newton_muon", refresh_interval=5),  # one in each interval: not to be told from five steps
+    dict(optimizer="newton_muon", refresh_interval=1000),
+    dict(optimizer="a:B", optimizer_args="no JSON"),
+    dict(optimizer="a:B", optimizer_args="[1]"),
+])
+def test_runs_that_do_not_tell_the_time_of_a_refresh(tmp_path, config):
+    assert refresh_times(timed_run(tmp_path / "a", 7.0, **config)) is None
