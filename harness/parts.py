@@ -202,8 +202,8 @@ def describe_commit():
     return done.stdout.strip() or "no git commit here"
 
 
-def parse_arguments(description, seconds):
-    """The command line of such a script, which takes `seconds` in all."""
+def argument_parser(description, seconds):
+    """For the command line of such a script, which takes `seconds` in all."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="toy size, on the CPU; says nothing about a GPU")
@@ -213,6 +213,11 @@ def parse_arguments(description, seconds):
                         help="(or OUT in the environment; default: a folder in logs/)")
     parser.add_argument("--seconds", type=int, default=seconds,
                         help=f"in all; the limits of the parts change with it (default: {seconds})")
+    return parser
+
+
+def parse(parser):
+    """The command line. UserError if it needs a GPU, and there is none."""
     args = parser.parse_args()
     if not args.cpu and not torch.cuda.is_available():
         raise UserError(f"torch {torch.__version__} of {sys.executable} finds no GPU on this machine "

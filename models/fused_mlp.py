@@ -57,8 +57,8 @@ if train_gpt2.triton:
         return y, tl.where(x > 0, 1.0 - slope, slope)
 
     @triton.jit
-    def product_kernel(a, b, out, slope, columns: tl.constexpr, K: tl.constexpr, FORWARD: tl.constexpr,
-                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    def mlp_gemm(a, b, out, slope, columns: tl.constexpr, K: tl.constexpr, FORWARD: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
         """One program per tile of `out`, from descriptors of a (M, K), b, and out and slope (M, columns):
 
             FORWARD    out, slope <- gelu(x), gelu'(x) of x = a b^T, b (columns, K)
@@ -97,7 +97,7 @@ def launch(a, b, out, slope, forward, tile=None):
     descriptors = [TensorDescriptor.from_tensor(t.contiguous(), block)
                    for t, block in zip((a, b, out, slope), blocks)]
     grid = triton.cdiv(M, m) * triton.cdiv(N, n)
-    product_kernel[(grid,)](*descriptors, N, a.size(1), forward, **tile)
+    mlp_gemm[(grid,)](*descriptors, N, a.size(1), forward, **tile)
 
 
 @torch.library.custom_op("fused_mlp::mlp", mutates_args=())

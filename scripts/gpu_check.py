@@ -165,7 +165,7 @@ def environment(report):
 
 @command(interrupted="interrupted; what was found until then is in the folder")
 def main():
-    args = parts.parse_arguments(__doc__, SECONDS)
+    args = parts.parse(parts.argument_parser(__doc__, SECONDS))
     size = TOY if args.cpu else GPU
     with parts.reported("gpu_check", args, size, START, SECONDS, AT_THE_END) as (report, shards):
         facts(report, size)

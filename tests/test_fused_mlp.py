@@ -195,7 +195,7 @@ def compiled(capability, forward):
     constants = dict(columns=3072, K=768, FORWARD=forward, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k)
     types.update(dict.fromkeys(constants, "constexpr"))
     sizes = {(4 + i,): value for i, value in enumerate(constants.values())}
-    source = triton.compiler.ASTSource(fn=fused_mlp.product_kernel, signature=types, constexprs=sizes)
+    source = triton.compiler.ASTSource(fn=fused_mlp.mlp_gemm, signature=types, constexprs=sizes)
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
     kernel = triton.compile(source, target=target, options=tile)
     open("kernel.cubin", "wb").write(kernel.asm["cubin"])
