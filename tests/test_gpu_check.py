@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, fork, refused, run
+from harness import parts
 from scripts import bench, gpu_check
 from train_gpt2 import Shards, load_config, open_shard, sequences_per_process
 
@@ -35,7 +36,7 @@ def test_gpu_check_with_wrong_shards_says_so(tmp_path):
 
 def test_without_shards_tokens_are_made(tmp_path):
     size = dict(gpu_check.TOY, shards="data/none/none")
-    shards, source = gpu_check.find_shards(None, size, tmp_path)
+    shards, source = parts.find_shards(None, size, tmp_path)
     assert source == "made here, since there are no shards data/none/none_*.bin"
     for kind in ("train", "val"):
         path, = tmp_path.glob(f"{shards.name}_{kind}_*.bin")
@@ -100,7 +101,7 @@ def test_gpu_check_ends_what_it_runs_and_keeps_what_it_found(tmp_path, launch):
                     env={"PYTHON": sys.executable, "OUT": str(tmp_path / "out")})
     while not script.stdout.readline().startswith("-- 20 steps muon"):
         assert script.poll() is None
-    while not (running := gpu_check.descendants(script.pid)):
+    while not (running := parts.descendants(script.pid)):
         assert script.poll() is None
         time.sleep(0.01)
     script.terminate()
@@ -125,11 +126,11 @@ signal.pause()
 
 
 def test_a_part_that_does_not_end_is_ended_with_all_its_processes(tmp_path, launch, monkeypatch):
-    monkeypatch.setattr(gpu_check, "GRACE", 0.1)
+    monkeypatch.setattr(parts, "GRACE", 0.1)
     (tmp_path / "stubborn.py").write_text(STUBBORN)
     process = launch(sys.executable, tmp_path / "stubborn.py")
     assert process.stdout.readline() == "ready\n"
-    gpu_check.end(process, signal.SIGINT)
+    parts.end(process, signal.SIGINT)
     assert process.stdout.read() == ""  # its child has the pipe, too
     assert process.returncode == -signal.SIGKILL
 
@@ -141,7 +142,7 @@ def test_a_part_that_does_not_end_is_ended_with_all_its_processes(tmp_path, laun
 ])
 def test_how_a_part_ended(code, result, tmp_path):
     limit = 2 if "limit" in result else 600
-    assert gpu_check.run_part([sys.executable, "-c", code], limit, tmp_path / "output.txt") == result
+    assert parts.run_part([sys.executable, "-c", code], limit, tmp_path / "output.txt") == result
 
 
 def test_a_test_that_was_stopped_has_not_failed():
@@ -165,7 +166,7 @@ def test_losses_beside_the_published_ones():
 
 
 class Recorder:
-    """In the place of gpu_check.Report: keeps the commands instead of running them."""
+    """In the place of parts.Report: keeps the commands instead of running them."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -188,7 +189,7 @@ def test_the_commands_for_a_gpu_are_valid(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     report = Recorder(tmp_path)
     size = dict(gpu_check.GPU, shards="data/none/none")
-    shards, _ = gpu_check.find_shards(None, size, tmp_path)
+    shards, _ = parts.find_shards(None, size, tmp_path)
     gpu_check.first_steps(report, size, shards)
     gpu_check.long_runs(report, size, shards, micro_batch=128)
     assert [command[0] for command in report.commands] == ["train_gpt2.py"] * 5
