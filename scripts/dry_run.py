@@ -224,6 +224,9 @@ def main():
             print(f"{name} with another attention: {check_step(config, GPU)}")
         track = read_toml(ROOT / "configs/track3_newton_muon.toml") | {"n_layer": 2}
         print(f"optimizer track: {check_step(Config(**track), GPU)}")
+        for name in ("faster:GPT", "faster:BF16GPT", "fused_mlp:GPT"):
+            config = Config(**{**fields, "model": f"models.{name}"})
+            print(f"models.{name}: {check_step(config, GPU)}")
     print(f"torch.compile: {check_compiled(Config(**fields), GPU, micro_batch)}")
     print("all operations accept what the trainer gives them")
 
