@@ -3,7 +3,8 @@
     python scripts/estimate_step.py                 the speedrun's model, 64 sequences of 1024 tokens
     python scripts/estimate_step.py --ddp           as DDP compiles it on several GPUs: cut into graphs
     python scripts/estimate_step.py --collect       with the sums Z Z^T for Newton-Muon's refresh
-    python scripts/estimate_step.py --n_layer 2     quicker
+    python scripts/estimate_step.py --model models.faster:GPT --n_layer 2     another model; quicker
+    python scripts/estimate_step.py --peers         beside the models of other trainers, a line each
 
 torch.compile generates the forward and backward pass for an H100, Triton and its assembler compile the
 kernels, and the code around them runs on fake tensors. Nothing runs on a GPU, and none is needed; torch
@@ -17,8 +18,12 @@ Counted, so facts about the code:
   saved   bytes kept for the backward pass; a view keeps the whole buffer behind it
 
 Assumed: the rates below, as ranges, so every time is a range too. A kernel takes the longer of its memory
-traffic and its instructions. Launches, and gaps between kernels, take no time here. Against the published
-times of other trainers, a model of this kind has been 3 to 10 % optimistic.
+traffic and its instructions. Launches, and gaps between kernels, take no time here, nor does the sum of the
+embedding's gradients by token. Attention has the published rates of heads of 64, though larger ones are
+faster. Against the published times of other trainers, a model of this kind has been 3 to 10 % optimistic.
+
+--peers prints the milliseconds of the whole, and the middle of that range against the trainer's. Models in
+models/peers.py are compiled with torch's own options, the others with those of the trainer.
 """
 import argparse
 import math
@@ -37,7 +42,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # the tests set 1, but this compiles
 GENERATED = tempfile.TemporaryDirectory(prefix="estimate_step_")  # goes when the process ends
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = GENERATED.name
 from harness.command import command
-from train_gpt2 import GPT, Config, UserError
+from train_gpt2 import Config, UserError, make_model, matmul_dtype
 
 try:
     import triton
@@ -76,6 +81,17 @@ INSTRUCTIONS = (0.7 * PEAK_INSTRUCTIONS, 0.9 * PEAK_INSTRUCTIONS)
 PRODUCTS = (560e12, 660e12)  # FLOPs in bf16, of 989e12 on paper
 STATISTICS = (300e12, 620e12)  # Z Z^T is a small result of a long sum
 ATTENTION = {"": (229e12, 288e12), "_backward": (238e12, 363e12)}  # published, for heads of 64
+OPTIONS = {"max_pointwise_cat_inputs": 2, "max_complex_pointwise_cat_inputs": 2}  # the trainer's, wrapped()
+WARNING = ("An estimate from assumed rates, not a measurement; such estimates have been 3 to 10 % optimistic "
+           "against published times.")
+PEERS = {  # model: its fields of the configuration
+    "gpt": {},
+    "models.optimizer_track:GPT": dict(n_head=6, vocab_size=50304),
+    "models.peers:Record4": {},
+    "models.peers:Record7": {},
+    "models.peers:Nanochat": {},
+    "models.peers:NanoGPT": {},
+}
 
 
 @dataclass
@@ -103,9 +119,11 @@ class Kernel:
 class Step:
     """What was counted of a step."""
     kernels: list = field(default_factory=list)
+    loss: list = field(default_factory=list)  # kernels of head_loss, which are not generated
     flops: Counter = field(default_factory=Counter)  # by operation
     graphs: int = 0
     saved: int = 0  # bytes
+    unknown: set = field(default_factory=set)  # operators whose own kernels are not counted
 
 
 # ---- An H100 that is not there
@@ -161,9 +179,6 @@ def pretend():
     torch._inductor.config.compile_threads = 1
     torch._inductor.config.use_static_triton_launcher = False  # it would keep only the name of a kernel
     torch._inductor.config.profile_bandwidth = True  # writes kernel_bytes() of each kernel into its code
-    # what wrapped() gives to torch.compile
-    torch._inductor.config.max_pointwise_cat_inputs = 2
-    torch._inductor.config.max_complex_pointwise_cat_inputs = 2
     torch.set_float32_matmul_precision("high")
     F.scaled_dot_product_attention = flash_attention
     train_gpt2.on_gpu = lambda x: True
@@ -174,8 +189,10 @@ def empty_on_gpu(size, stride, dtype):
     return torch.empty_strided(size, stride, dtype=dtype, device=GPU)
 
 
-def flash_attention(q, k, v, is_causal):
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False)[0]
+def flash_attention(q, k, v, is_causal, scale=None):
+    q, k, v = (x.to(matmul_dtype(x)) for x in (q, k, v))  # as autocast does it
+    attention = torch.ops.aten._scaled_dot_product_flash_attention
+    return attention(q, k, v, 0.0, is_causal, False, scale=scale)[0]
 
 
 def on_gpu(value):
@@ -320,6 +337,12 @@ class Counting:
             outputs = self.module.call(list(fakes))
         counts = counter.get_flop_counts().get("Global", {})  # nothing in a graph without products
         self.step.flops.update({str(name): flops for name, flops in counts.items()})
+        for node in graph.graph.nodes:
+            if node.target == torch.ops.train_gpt2.head_loss.default:
+                x, weight = (arg.meta["val"] for arg in node.args[:2])
+                self.step.loss += head_kernels(len(x), *weight.shape)
+            elif getattr(node.target, "namespace", "aten") not in ("aten", "prims"):
+                self.step.unknown.add(str(node.target))
         if is_backward:
             kept = {node.name for node in placeholders}
             self.step.saved += saved_bytes(t for name, t in self.forward.items() if name in kept)
@@ -335,10 +358,11 @@ class Counting:
         return compile_fx(graph, inputs, inner_compile=self.compile)
 
 
-def count(function, inputs, ddp=False):
+def count(function, inputs, ddp=False, options=OPTIONS):
     """The Step of function(*inputs), forward and backward. Call pretend() first.
 
     `ddp`: cut into graphs as DDP does it, so that gradients can be sent while others are computed.
+    `options`: of torch.compile.
     """
     counting = Counting()
     AsyncCompile.triton = lambda self, name, source, device_str="cuda": Kernel(name, source)
@@ -348,7 +372,7 @@ def count(function, inputs, ddp=False):
         backend = DDPOptimizer(BUCKET, backend).compile_fn
     torch._dynamo.reset()
     try:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), torch._inductor.config.patch(options):
             torch.compile(function, dynamic=False, backend=backend)(*inputs)
     except Stop:
         pass
@@ -370,10 +394,11 @@ def head_kernels(tokens, rows, width):
             Kernel("loss: the head's gradient added up in fp32", "", chunks, 2 * gradient)]
 
 
-def times(step, extra=()):
+def times(step):
     """{part: (slow, fast) seconds} of what was counted."""
-    parts = {"generated kernels": [sum(kernel.seconds(i) for kernel in step.kernels) for i in (0, 1)],
-             "loss, without its products": [sum(kernel.seconds(i) for kernel in extra) for i in (0, 1)]}
+    parts = {"generated kernels": [sum(kernel.seconds(i) for kernel in step.kernels) for i in (0, 1)]}
+    if step.loss:
+        parts["loss, without its products"] = [sum(kernel.seconds(i) for kernel in step.loss) for i in (0, 1)]
     for name, flops in step.flops.items():
         part, rates = "matrix products", PRODUCTS
         if "bmm" in name:
@@ -400,10 +425,17 @@ def milliseconds(slow_fast):
     return f"{1000 * fast:.2f} to {1000 * slow:.2f}"
 
 
-def show(step, extra, tokens, rows):
+def totals(step):
+    """(launches of generated kernels, their bytes, (slow, fast) seconds of all)."""
+    launches = sum(kernel.launches for kernel in step.kernels)
+    traffic = sum(kernel.launches * kernel.bytes for kernel in step.kernels)
+    return launches, traffic, [sum(seconds) for seconds in zip(*times(step).values())]
+
+
+def show(step, tokens, rows):
     """The table of kernels, and the sums."""
     print(f"{'ms':>16} {'launches':>8} {'GB':>7} {'instr.':>6}  kernel")
-    for kernel in merged(step.kernels + extra)[:rows]:
+    for kernel in merged(step.kernels + step.loss)[:rows]:
         each = "-"
         if kernel.instructions:
             elements = torch.Size(kernel.sizes).numel()
@@ -412,49 +444,80 @@ def show(step, extra, tokens, rows):
         time = milliseconds((kernel.seconds(0), kernel.seconds(1)))
         name = kernel.name.removeprefix("triton_")[:72]
         print(f"{time:>16} {kernel.launches:8} {gigabytes:7.2f} {each:>6}  {name}")
-    launches = sum(kernel.launches for kernel in step.kernels)
-    traffic = sum(kernel.launches * kernel.bytes for kernel in step.kernels)
+    launches, traffic, total = totals(step)
     print(f"generated: {launches} launches in {step.graphs} graphs, {traffic / 1e9:.1f} GB")
     for name, flops in sorted(step.flops.items()):
         print(f"{flops / 1e12:16.2f} TFLOP in {name}")
     if step.graphs == 1:  # else what crosses from graph to graph would be missing
         each = step.saved / tokens
         print(f"saved for the backward pass: {step.saved / 2**30:.2f} GiB, {each:,.0f} bytes a token")
-    parts = times(step, extra)
-    total = [sum(seconds) for seconds in zip(*parts.values())]
-    for part, seconds in parts.items():
+    for name in sorted(step.unknown):
+        print(f"not counted: what {name} does besides its products")
+    for part, seconds in times(step).items():
         print(f"{milliseconds(seconds):>16} ms  {part}")
     slow, fast = (tokens / seconds for seconds in total)
     print(f"{milliseconds(total):>16} ms  for {tokens:,} tokens: {slow:,.0f} to {fast:,.0f} tokens/s")
-    print("An estimate from assumed rates, not a measurement; such estimates have been 3 to 10 % optimistic.")
+    print(WARNING)
+
+
+def show_peers(estimates, tokens):
+    """The table of `estimates`, {model: Step}, which has the trainer's own, "gpt"."""
+    middle = sum(totals(estimates["gpt"])[2])
+    print(f"{'model':<28} {'launches':>8} {'GB':>6} {'TFLOP':>6} {'saved GiB':>9} {'ms':>16} {'ratio':>6}")
+    for name, step in estimates.items():
+        launches, traffic, total = totals(step)
+        products = sum(flops for name, flops in step.flops.items() if "attention" not in name)
+        saved = f"{step.saved / 2**30:.2f}" if step.graphs == 1 else "-"
+        print(f"{name:<28} {launches:8} {traffic / 1e9:6.1f} {products / 1e12:6.2f} {saved:>9} "
+              f"{milliseconds(total):>16} {sum(total) / middle:6.3f}")
+    print(f"launches and GB are of generated kernels; milliseconds are for {tokens:,} tokens\n{WARNING}")
+
+
+def estimate(model, args):
+    """The Step of a model, with the batch and the form that the command line asks for."""
+    idx = torch.zeros(args.sequences, Config.sequence_length, dtype=torch.long)
+    names = list(model.hidden_matrices()) if args.collect else []
+    options = {} if type(model).__module__ == "models.peers" else OPTIONS
+    return count(model, [idx, idx, names], args.ddp, options)
 
 
 @command(interrupted="interrupted")
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="gpt", help="gpt or module:Class, as in a configuration")
+    parser.add_argument("--peers", action="store_true", help="the trainer's model, this one and those of others")
     parser.add_argument("--n_layer", type=int, default=12, help="(default: 12)")
+    parser.add_argument("--n_head", type=int, default=12, help="(default: 12)")
+    parser.add_argument("--vocab_size", type=int, default=50257, help="(default: 50257)")
     parser.add_argument("--sequences", type=int, default=64, help="of 1024 tokens, at a time (default: 64)")
     parser.add_argument("--ddp", action="store_true", help="as DDP compiles it: cut into graphs")
     parser.add_argument("--collect", action="store_true", help="with the sums Z Z^T for a refresh")
     parser.add_argument("--kernels", type=int, default=12, help="how many to show (default: 12)")
     args = parser.parse_args()
-    if min(args.n_layer, args.sequences) < 1:
-        raise UserError(f"--n_layer {args.n_layer} --sequences {args.sequences}: must be at least 1")
-    if args.ddp and args.collect:
-        raise UserError("--ddp --collect: only one of the two can be counted at a time")
-    config = Config(n_layer=args.n_layer)
-    tokens = args.sequences * config.sequence_length
+    for name in ("n_layer", "n_head", "vocab_size", "sequences"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.collect and (args.ddp or args.peers):
+        raise UserError("--collect with --ddp or --peers: only one of the three can be counted at a time")
+    given = Config(model=args.model, n_layer=args.n_layer, n_head=args.n_head, vocab_size=args.vocab_size)
+    configs = {args.model: given}
+    if args.peers:
+        configs = {name: Config(model=name, n_layer=args.n_layer, **fields) for name, fields in PEERS.items()}
+        configs.setdefault(args.model, given)
+    tokens = args.sequences * given.sequence_length
+    models = {name: make_model(config) for name, config in configs.items()}
     pretend()
-    model = GPT(config)
-    idx = torch.zeros(args.sequences, config.sequence_length, dtype=torch.long)
-    names = list(model.hidden_matrices()) if args.collect else []
-    step = count(model, [idx, idx, names], args.ddp)
     form = "with DDP" if args.ddp else "on one GPU"
     collect = ", with statistics" if args.collect else ""
-    print(f"{args.n_layer} layers, {args.sequences} x {config.sequence_length} tokens, {form}{collect}; "
+    name = "" if args.model == "gpt" else f"{args.model}, "
+    print(f"{name}{args.n_layer} layers, {args.sequences} x {given.sequence_length} tokens, {form}{collect}; "
           f"torch {torch.__version__}, triton {triton.__version__}, trainer {train_gpt2.code_sha256()[:12]}")
-    show(step, head_kernels(tokens, *model.lm_head.weight.shape), tokens, args.kernels)
+    estimates = {name: estimate(model, args) for name, model in models.items()}
+    if args.peers:
+        show_peers(estimates, tokens)
+    else:
+        show(estimates[args.model], tokens, args.kernels)
 
 
 if __name__ == "__main__":
