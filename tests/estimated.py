@@ -37,31 +37,43 @@ def product():
     return function, [torch.zeros(64, 16)]
 
 
-def trainer(collect=True):
+def model(name, n_layer=2, collect=False):
+    """A model for 8 sequences of 64 tokens."""
     import train_gpt2
-    config = train_gpt2.Config(n_layer=2, n_head=2, n_embd=128, vocab_size=1000, sequence_length=64)
+    config = train_gpt2.Config(model=name, n_layer=n_layer, n_head=2, n_embd=128, vocab_size=1000,
+                               sequence_length=64)
     idx = torch.zeros(8, 64, dtype=torch.long)
-    model = train_gpt2.GPT(config)
+    model = train_gpt2.make_model(config)
     return model, [idx, idx, list(model.hidden_matrices()) if collect else []]
 
 
-def trainer_ddp():
-    return trainer(collect=False)
+# {name in the results: of what function; with its instructions, which take seconds; as DDP compiles it}
+CASES = {
+    "pointwise": (pointwise, True, False),
+    "flip": (flip, True, False),
+    "slices": (slices, True, False),
+    "product": (product, True, False),
+    "trainer": (lambda: model("gpt", collect=True), True, False),
+    "trainer_ddp": (lambda: model("gpt"), False, True),
+    "faster_ddp": (lambda: model("models.faster:BF16GPT"), False, True),
+    "track": (lambda: model("models.optimizer_track:GPT", n_layer=1), False, False),
+    "NanoGPT": (lambda: model("models.peers:NanoGPT", n_layer=1), False, False),
+}
 
 
 def main():
     from scripts import estimate_step  # not at the top: it changes torch for the whole process
     estimate_step.pretend()
     found = {}
-    for name in ("pointwise", "flip", "slices", "product", "trainer", "trainer_ddp"):
-        function, inputs = globals()[name]()
-        if name == "trainer_ddp":
-            estimate_step.instructions = lambda kernel: None  # 10 s, for kernels like those of "trainer"
-        step = estimate_step.count(function, inputs, ddp=name.endswith("_ddp"))
-        kernels = [dict(launches=kernel.launches, bytes=kernel.bytes, instructions=kernel.instructions)
-                   for kernel in step.kernels]
-        found[name] = dict(kernels=kernels, flops=step.flops, graphs=step.graphs, saved=step.saved,
-                           parts=estimate_step.times(step, []))
+    instructions = estimate_step.instructions
+    for name, (make, counts_instructions, ddp) in CASES.items():
+        estimate_step.instructions = instructions if counts_instructions else lambda kernel: None
+        function, inputs = make()
+        step = estimate_step.count(function, inputs, ddp)
+        kernels, loss = ([dict(launches=kernel.launches, bytes=kernel.bytes, instructions=kernel.instructions)
+                          for kernel in kernels] for kernels in (step.kernels, step.loss))
+        found[name] = dict(kernels=kernels, loss=loss, flops=step.flops, graphs=step.graphs, saved=step.saved,
+                           unknown=sorted(step.unknown), parts=estimate_step.times(step))
     print(json.dumps(found))
 
 

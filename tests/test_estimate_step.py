@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from conftest import PATHS, ROOT, fork, run
 from estimated import ROWS, product
+from train_gpt2 import Config, make_model
 
 pytest.importorskip("triton", reason="triton is not installed; there are versions for Linux only")
 
@@ -86,13 +87,95 @@ def test_ddp_cuts_the_model(found):
     assert launches[0] <= launches[1]
 
 
+@pytest.mark.parametrize("name, rows, width", [("trainer", 1024, 128), ("track", 1000, 136)])
+def test_the_loss_counts_where_the_model_uses_head_loss(found, name, rows, width):
+    """Logits in bf16 and the sum of the head's gradient in fp32, each read and written once."""
+    logits, gradient = found[name]["loss"]
+    assert logits["launches"] * logits["bytes"] == 2 * 8 * 64 * rows * 2
+    assert gradient["launches"] * gradient["bytes"] == 2 * rows * width * 4
+
+
+def test_flops_of_the_optimizer_track(found):
+    """Layers with bias are products, too; its head has 8 inputs more, for its bias."""
+    flops = found["track"]["flops"]
+    tokens = 8 * 64
+    assert flops["aten.mm"] + flops["aten.addmm"] == 6 * 12 * 128 ** 2 * tokens
+    assert flops["train_gpt2.head_loss"] == 6 * 1000 * 136 * tokens
+
+
+def test_flops_and_traffic_of_another_trainer(found):
+    """All logits in one product, and the loss in generated kernels, which read them at least twice."""
+    step = found["NanoGPT"]
+    tokens = 8 * 64
+    assert step["loss"] == []
+    assert step["flops"]["aten.mm"] == 6 * (12 * 128 ** 2 + 50304 * 128) * tokens
+    assert sum(kernel["launches"] * kernel["bytes"] for kernel in step["kernels"]) > 2 * 2 * tokens * 50304
+
+
+def test_a_bf16_residual_stream_moves_less(found):
+    faster, trainer = (found[name] for name in ("faster_ddp", "trainer_ddp"))
+    traffic = [sum(kernel["launches"] * kernel["bytes"] for kernel in step["kernels"])
+               for step in (faster, trainer)]
+    assert traffic[0] < traffic[1]
+    assert faster["flops"] == trainer["flops"]
+
+
+def test_nothing_is_left_uncounted(found):
+    assert not any(step["unknown"] for step in found.values())
+
+
 def test_times_are_ranges(found):
     for step in found.values():
         for slow, fast in step["parts"].values():
             assert slow >= fast >= 0
 
 
-def test_usage_error():
-    done = fork(ROOT / "scripts/estimate_step.py", "--n_layer", 0)
+# ---- The models of other trainers
+
+@pytest.mark.parametrize("name, parameters", [
+    ("Record4", 123_532_032),
+    ("Record7", 12 * 12 * 768 ** 2 + 50304 * 768),
+    ("Nanochat", 12 * 12 * 768 ** 2 + 2 * 50304 * 768),
+    ("NanoGPT", 123_590_000 + 1024 * 768),  # it reports 123.59 M, without positions
+])
+def test_parameters_of_other_trainers(name, parameters):
+    with torch.device("meta"):
+        model = make_model(Config(model=f"models.peers:{name}"))
+    found = sum(p.numel() for p in model.parameters())
+    assert found == pytest.approx(parameters, abs=5000 if name == "NanoGPT" else 0)
+
+
+@pytest.mark.parametrize("name", ["Record4", "Record7", "Nanochat", "NanoGPT"])
+def test_models_of_other_trainers_look_back_only(name):
+    """The loss at token 5 depends on tokens 0 to 5, and every parameter has a gradient."""
+    torch.manual_seed(0)
+    model = make_model(Config(model=f"models.peers:{name}", n_layer=1, n_embd=128, sequence_length=16))
+    idx = torch.randint(1000, (2, 16))
+    targets = torch.full_like(idx, -1)
+    targets[:, 5] = idx[:, 6]
+    losses = []
+    for changed in (15, 6, 5, 0):
+        other = idx.clone()
+        other[:, changed] += 1
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(other, targets, [])[0]
+        losses.append(loss.item())
+    loss.backward()
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 3
+    assert all(p.grad.count_nonzero() for p in model.parameters())
+
+
+# ---- The command
+
+@pytest.mark.parametrize("arguments, error", [
+    (("--n_layer", 0), "--n_layer 0: must be at least 1"),
+    (("--collect", "--peers"), "--collect with --ddp or --peers: only one of the three at a time"),
+    (("--model", "models.peers:Record5"), "model = 'models.peers:Record5' cannot be made"),
+    (("--model", "models.peers:Record4", "--collect"),
+     "--collect: models.peers:Record4 has no hidden_matrices()"),
+])
+def test_usage_errors(arguments, error):
+    done = fork(ROOT / "scripts/estimate_step.py", *arguments)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "error: --n_layer 0 --sequences 64: must be at least 1"
+    assert done.stderr.splitlines()[-1].startswith(f"error: {error}")
