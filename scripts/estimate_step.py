@@ -26,6 +26,7 @@ trainers, a model of this kind has been 3 to 10 % optimistic.
 models/peers.py are compiled with torch's own options, the others with those of the trainer.
 """
 import argparse
+import functools
 import math
 import os
 import re
@@ -259,24 +260,33 @@ def region(dep):
     return int(ends.lower), int(ends.upper), int(dep.get_numel())
 
 
-def instructions(kernel):
-    """Instructions of all threads of a launch; None if the kernel loops. Rare paths lie behind its end."""
-    tuner = getattr(PyCodeCache.load(kernel.source), kernel.name)
+@functools.cache
+def compiled(source):
+    """(settings, names of arguments, instructions of a thread) of a generated kernel with the name `kernel`;
+    None if it loops. Rare paths lie behind its end."""
+    tuner = PyCodeCache.load(source).kernel
     settings = tuner.configs[0]
     if "R0_BLOCK" in settings.kwargs:
         return None
-    compiled = tuner._precompile_config(settings).kernel
     disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(tuner._precompile_config(settings).kernel.asm["cubin"])
         file.flush()
         command = [disassembler, "-c", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.+?) *;", text, re.MULTILINE)
     count = 1 + next(i for i, code in enumerate(found) if code.startswith("EXIT"))  # not @P0 EXIT
+    return settings, tuner.fn.arg_names, count
+
+
+def instructions(kernel):
+    """Instructions of all threads of a launch; None if the kernel loops. Graphs share kernels."""
+    code = compiled(kernel.source.replace(kernel.name, "kernel"))
+    if code is None:
+        return None
+    settings, names, count = code
     programs = 1
-    names = [name for name in tuner.fn.arg_names if name.endswith("numel")]
-    for name, size in zip(names, kernel.sizes):
+    for name, size in zip((name for name in names if name.endswith("numel")), kernel.sizes):
         block = settings.kwargs.get(f"{name[0].upper()}BLOCK")
         if block:
             programs *= math.ceil(size / block)
