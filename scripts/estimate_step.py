@@ -484,25 +484,27 @@ def show(step, tokens, rows):
     print(WARNING)
 
 
-def show_peers(estimates, tokens):
-    """The table of `estimates`, {model: Step}, which has the trainer's own, "gpt"."""
-    middle = sum(totals(estimates["gpt"])[2])
-    print(f"{'model':<28} {'launches':>8} {'GB':>6} {'TFLOP':>6} {'saved GiB':>9} {'ms':>16} {'ratio':>6}")
-    for name, step in estimates.items():
-        launches, traffic, total = totals(step)
-        products = sum(flops for name, flops in step.flops.items() if "attention" not in name)
-        saved = f"{step.saved / 2**30:.2f}" if step.graphs == 1 else "-"
-        print(f"{name:<28} {launches:8} {traffic / 1e9:6.1f} {products / 1e12:6.2f} {saved:>9} "
-              f"{milliseconds(total):>16} {sum(total) / middle:6.3f}")
-    print(f"launches and GB are of generated kernels; milliseconds are for {tokens:,} tokens\n{WARNING}")
-
-
 def estimate(model, args):
     """The Step of a model, with the batch and the form that the command line asks for."""
     idx = torch.zeros(args.sequences, Config.sequence_length, dtype=torch.long)
     names = list(model.hidden_matrices()) if args.collect else []
     options = {} if type(model).__module__ == "models.peers" else OPTIONS
     return count(model, [idx, idx, names], args.ddp, options)
+
+
+def show_peers(models, args, tokens):
+    """A line for each of `models`, {name: model}, the first of which is the trainer's own."""
+    middle = None
+    print(f"{'model':<28} {'launches':>8} {'GB':>6} {'TFLOP':>6} {'saved GiB':>9} {'ms':>16} {'ratio':>6}")
+    for name, model in models.items():
+        step = estimate(model, args)
+        launches, traffic, total = totals(step)
+        middle = middle or sum(total)
+        products = sum(flops for name, flops in step.flops.items() if "attention" not in name)
+        saved = f"{step.saved / 2**30:.2f}" if step.graphs == 1 else "-"
+        print(f"{name:<28} {launches:8} {traffic / 1e9:6.1f} {products / 1e12:6.2f} {saved:>9} "
+              f"{milliseconds(total):>16} {sum(total) / middle:6.3f}")
+    print(f"launches and GB are of generated kernels; milliseconds are for {tokens:,} tokens\n{WARNING}")
 
 
 @command(interrupted="interrupted")
@@ -539,11 +541,10 @@ def main():
     name = "" if args.model == "gpt" else f"{args.model}, "
     print(f"{name}{args.n_layer} layers, {args.sequences} x {given.sequence_length} tokens, {form}{collect}; "
           f"torch {torch.__version__}, triton {triton.__version__}, trainer {train_gpt2.code_sha256()[:12]}")
-    estimates = {name: estimate(model, args) for name, model in models.items()}
     if args.peers:
-        show_peers(estimates, tokens)
+        show_peers(models, args, tokens)
     else:
-        show(estimates[args.model], tokens, args.kernels)
+        show(estimate(models[args.model], args), tokens, args.kernels)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Small functions, and what scripts/estimate_step.py counts of them, as JSON: for test_estimate_step.py."""
+"""Small functions and models, and what scripts/estimate_step.py counts of them: for test_estimate_step.py.
+
+Prints the table of two models, and in the last line all counts as JSON.
+"""
 import json
 
 import torch
@@ -65,15 +68,18 @@ def main():
     from scripts import estimate_step  # not at the top: it changes torch for the whole process
     estimate_step.pretend()
     found = {}
+    steps = {}
     instructions = estimate_step.instructions
     for name, (make, counts_instructions, ddp) in CASES.items():
         estimate_step.instructions = instructions if counts_instructions else lambda kernel: None
         function, inputs = make()
-        step = estimate_step.count(function, inputs, ddp)
+        step = steps[name] = estimate_step.count(function, inputs, ddp)
         kernels, loss = ([dict(launches=kernel.launches, bytes=kernel.bytes, instructions=kernel.instructions)
                           for kernel in kernels] for kernels in (step.kernels, step.loss))
         found[name] = dict(kernels=kernels, loss=loss, flops=step.flops, graphs=step.graphs, saved=step.saved,
                            unknown=sorted(step.unknown), parts=estimate_step.times(step))
+    estimate_step.estimate = lambda name, args: steps[name]
+    estimate_step.show_peers({name: name for name in ("trainer", "NanoGPT")}, args=None, tokens=8 * 64)
     print(json.dumps(found))
 
 

@@ -17,10 +17,15 @@ from train_gpt2 import Config, make_model
 pytest.importorskip("triton", reason="triton is not installed; there are versions for Linux only")
 
 @pytest.fixture(scope="module")
-def found():
+def printed():
     done = run(sys.executable, ROOT / "tests/estimated.py", env=PATHS)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def found(printed):
+    return json.loads(printed[-1])
 
 
 def test_bytes_of_a_pointwise_kernel(found):
@@ -122,6 +127,14 @@ def test_a_bf16_residual_stream_moves_less(found):
 
 def test_nothing_is_left_uncounted(found):
     assert not any(step["unknown"] for step in found.values())
+
+
+def test_the_table_compares_the_middles_of_the_ranges(found, printed):
+    middles = {name: sum(map(sum, found[name]["parts"].values())) for name in ("trainer", "NanoGPT")}
+    rows = {line.split()[0]: line.split() for line in printed[:-1]}
+    assert rows["trainer"][-1] == "1.000"
+    assert float(rows["NanoGPT"][-1]) == pytest.approx(middles["NanoGPT"] / middles["trainer"], abs=0.001)
+    assert int(rows["NanoGPT"][1]) == sum(kernel["launches"] for kernel in found["NanoGPT"]["kernels"])
 
 
 def test_times_are_ranges(found):
