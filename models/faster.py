@@ -80,8 +80,8 @@ class Gelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, = ctx.saved_tensors
-        z, phi, e = normal(x)
-        return (g.float() * (phi + z * e / math.sqrt(2 * math.pi))).type_as(g)
+        z, tail, e = normal(-x)  # not of x: the compiler would find it in the forward pass, and keep it in fp32
+        return (g.float() * (1 - tail - z * e / math.sqrt(2 * math.pi))).type_as(g)
 
 
 class GPT(train_gpt2.GPT):

@@ -36,7 +36,6 @@ def test_parts_of_a_step(tmp_path):
 
 
 def test_models_side_by_side(tmp_path):
-    pytest.importorskip("models.faster")
     done = faster("--cpu", "--seconds", 8000, "--parts", "layers,steps,training", OUT=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     report = (tmp_path / "report.txt").read_text()
@@ -62,7 +61,6 @@ class Recorder(parts.Report):
 
 def test_the_commands_for_a_gpu_are_valid(tmp_path, monkeypatch):
     """Their configurations can be read, and the tokens that are made suffice for them."""
-    pytest.importorskip("models.faster")
     monkeypatch.chdir(ROOT)
     size = dict(gpu_faster.GPU, shards="data/none/none")
     shards, _ = parts.find_shards(None, size, tmp_path)
