@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.command import ROOT, printable
+from harness.estimates import t_quantile
 from harness.forms import RUN_JSON, SPEEDRUN, read_bytes, read_json, read_text
 from harness.logs import evaluations, has_lines, logged_code, losses_in
 from train_gpt2 import UserError
@@ -192,9 +193,10 @@ def refresh_interval(config):
 
 
 def refresh_times(run):
-    """(ms of a step, ms that a refresh of Newton-Muon adds to it) of a run that logged training losses.
+    """(ms of a step, ms that a refresh of Newton-Muon adds, half width of its 95 % interval) of a run.
 
-    By least squares from the times between them. None if the run has no refreshes, or its log does not tell.
+    By least squares from the times between training losses. None if the run has no refreshes, or its log does
+    not tell.
     """
     interval = refresh_interval(run.config)
     if not interval:
@@ -206,9 +208,13 @@ def refresh_times(run):
     steps = np.array([0, *logged.steps])
     work = np.stack((np.diff(steps), np.diff(steps // interval)), axis=1)  # steps and refreshes in between
     seconds = np.diff([0, *logged.seconds])
-    if not np.isfinite(seconds).all() or np.linalg.matrix_rank(work) < 2:
+    df = len(seconds) - 2
+    if df < 1 or not np.isfinite(seconds).all() or np.linalg.matrix_rank(work) < 2:
         return None
-    return 1000 * np.linalg.lstsq(work, seconds)[0]
+    times = np.linalg.lstsq(work, seconds)[0]
+    variance = np.square(seconds - work @ times).sum() / df * np.linalg.inv(work.T @ work)
+    half = t_quantile(0.975, df) * math.sqrt(variance[1, 1])
+    return 1000 * times[0], 1000 * times[1], 1000 * half
 
 
 def read_curve(path=ROOT / "records/speedrun/record4.csv"):

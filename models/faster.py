@@ -80,7 +80,7 @@ class Gelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, = ctx.saved_tensors
-        z, tail, e = normal(-x)  # not of x: the compiler would find it in the forward pass, and keep it in fp32
+        z, tail, e = normal(-x)  # of x, the compiler would find it in the forward pass, and keep it
         return (g.float() * (1 - tail - z * e / math.sqrt(2 * math.pi))).type_as(g)
 
 

@@ -324,8 +324,10 @@ def notes(groups, target):
     for group in trained:
         times = [time for run in group.runs if (time := reading.refresh_times(run)) is not None]
         if times:
-            step, more = np.mean(times, axis=0)
-            found.append(f"{group.label}: a step takes {step:.1f} ms, one with a refresh {more:.1f} ms more")
+            step, more, _ = np.mean(times, axis=0)
+            half = math.hypot(*(half for *_, half in times)) / len(times)
+            found.append(f"{group.label}: a step takes {step:.1f} ms, and a refresh adds {more:.1f} ms "
+                         f"(95 %: {more - half:.1f} to {more + half:.1f})")
     machines = reading.machines(known)
     if len(machines) > 1:
         found.append(f"the runs had different machines ({'; '.join(machines)}): "

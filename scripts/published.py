@@ -258,6 +258,9 @@ The estimate counts only Z Z^T, at assumed rates, and G P. It leaves out:
 - the factorisation, on one GPU of all blocks: 5 to 20 ms a refresh;
 - the second graph that a collecting step uses, and the launches of G P.
 
+With these, as far as they can be derived, it is 1.004 to 1.015
+([how much each adds](../bench/README.md#newton-muons-overhead)).
+
 The published figures are of other implementations, which refresh in their own ways.
 
 ## In short

@@ -517,9 +517,25 @@ def timed_run(folder, refresh_ms, **config):
     dict(optimizer="a:B", refresh_interval=32, optimizer_args='{"refresh_interval": 8}'),
 ])
 def test_time_of_a_refresh(tmp_path, config):
-    step, more = refresh_times(timed_run(tmp_path / "a", 7.0, **config))
+    step, more, half = refresh_times(timed_run(tmp_path / "a", 7.0, **config))
     assert step == pytest.approx(20, abs=0.2)  # log.txt has whole milliseconds
     assert more == pytest.approx(7, abs=0.5)
+    assert half < 0.5
+
+
+def test_the_interval_of_a_refresh_holds_the_truth_in_95_percent(tmp_path, monkeypatch):
+    run = timed_run(tmp_path / "a", 7.0, optimizer="newton_muon", refresh_interval=8)
+    steps = np.arange(5, 101, 5)
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(1000):
+        between = 0.1 + 0.007 * np.diff([0, *steps // 8]) + rng.normal(0, 0.002, len(steps))
+        logged = run_of()
+        logged.steps, logged.seconds = list(steps), list(np.cumsum(between))
+        monkeypatch.setattr(runs, "read_log", lambda path, loss: [logged])
+        step, more, half = refresh_times(run)
+        held += abs(more - 7) < half
+    assert 930 <= held <= 968
 
 
 @pytest.mark.parametrize("config", [
