@@ -346,7 +346,7 @@ class Shards:
             row[:] = tokens[start:start + self.T + 1]
             if row.max() >= self.vocab_size:
                 raise UserError(f"{path}: token {row.max()} after position {start} is outside vocab_size = "
-                                f"{self.vocab_size}; use the one of the tokenizer that made it")
+                                f"{self.vocab_size}; use that of the tokenizer that made it")
         rows = torch.from_numpy(rows)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
@@ -436,7 +436,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The trainer's model. Another, model = module:Class, is made from the Config, too, and has forward(),
     logits(), hidden_matrices(), num_parameters() and fused_loss, set to False where kernels do not compile.
-    AdamW trains all but the hidden matrices. A subclass may only have its own features()."""
+    AdamW trains all but the hidden matrices. A subclass with its own features() will do."""
 
     def __init__(self, config):
         super().__init__()
@@ -1070,7 +1070,7 @@ def find_checkpoint(config):
     UserError if none can be loaded.
     """
     path = Path(config.log_dir, config.run_name) if config.resume == "auto" else Path(config.resume)
-    candidates = [path] if path.is_file() else [*checkpoints(path).values()][::-1]
+    candidates = [path] if path.is_file() else list(checkpoints(path).values())[::-1]
     for candidate in candidates:
         try:
             content = torch.load(candidate, map_location="cpu", weights_only=True)

@@ -181,6 +181,18 @@ class Track:
             if tried[best] == before:
                 return rates(centre, best)
 
+    def side_by_side(self, tune, names):
+        """{name: tune(name)}: the tuning of all these optimizers at once, `jobs` runs at a time.
+
+        If one fails, the runs of the others end too.
+        """
+        with ThreadPoolExecutor(len(names)) as pool:
+            try:
+                return dict(zip(names, pool.map(tune, names)))
+            except BaseException:
+                self.training.stop()
+                raise
+
     def best(self, points):
         """The best of the points, after it has had all tuning seeds."""
         while True:

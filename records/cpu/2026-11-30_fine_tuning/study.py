@@ -12,7 +12,6 @@ import json
 import math
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import combinations
 from pathlib import Path
@@ -152,12 +151,7 @@ def result_points(best):
 def train(names, jobs):
     """Trains what is missing: the tuning of all arms, then the results."""
     track = Track("cpu", jobs, Path("logs/fine_tuning"), COMPILED, open_table(names), ARMS)
-    with ThreadPoolExecutor(len(names)) as pool:  # the track trains `jobs` at a time
-        try:
-            best = dict(zip(names, pool.map(lambda name: tune(track, name), names)))
-        except BaseException:
-            track.training.stop()
-            raise
+    best = track.side_by_side(lambda name: tune(track, name), names)
     track.train(result_points(best))
 
 

@@ -8,7 +8,6 @@ the same command continues, on any machine that has that file.
 import argparse
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +39,7 @@ def train(jobs):
     """(Table, {arm: its rates}) after the training of what is missing."""
     table = Table(HERE / "runs.csv")
     track = Track("cpu_track3", jobs, Path("logs/optimizer_track"), ["--compile", "true"], table, ARMS)
-    with ThreadPoolExecutor(len(ARMS)) as pool:  # the track trains `jobs` at a time
-        try:
-            best = dict(zip(ARMS, pool.map(track.tune_rates, ARMS)))
-        except BaseException:
-            track.training.stop()
-            raise
+    best = track.side_by_side(track.tune_rates, ARMS)
     points = [Point(name, track.steps, *best[name], "", seed) for seed in SEEDS for name in ARMS]
     points += [Point("muon", steps, *best["muon"], "", seed) for seed in LENGTH_SEEDS for steps in LENGTHS]
     track.train(points)

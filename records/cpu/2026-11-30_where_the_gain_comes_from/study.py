@@ -10,7 +10,6 @@ continues, on any machine that has that file.
 import argparse
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from harness.zoo.table import Point, Table
 from harness.zoo.training import Track
 
 HERE = Path(__file__).resolve().parent
-COMPILED = ["--compile", "true"]  # a quarter faster; the same up to rounding
+COMPILED = ["--compile", "true"]  # faster, and the same up to rounding
 CENTRE = (0.014, 0.0028)  # of the rates, for all arms
 SEEDS = range(21, 33)  # of the results
 LENGTHS = (540, 660)  # at which Muon says what a step is worth
@@ -59,12 +58,7 @@ def train(jobs):
     """Trains what is missing: the tuning of all arms, then the results seed by seed."""
     table = Table(HERE / "runs.csv")
     track = Track("cpu", jobs, Path("logs/where_the_gain_comes_from"), COMPILED, table, ARMS)
-    with ThreadPoolExecutor(len(ARMS)) as pool:  # the track trains `jobs` at a time
-        try:
-            best = dict(zip(ARMS, pool.map(track.tune_rates, ARMS)))
-        except BaseException:
-            track.training.stop()
-            raise
+    best = track.side_by_side(track.tune_rates, ARMS)
     points = [Point(name, track.steps, *best[name], "", seed) for seed in SEEDS for name in ARMS]
     points += [Point("muon", steps, *best["muon"], "", seed) for seed in LENGTH_SEEDS for steps in LENGTHS]
     track.train(points)
