@@ -39,8 +39,10 @@ import subprocess
 import sys
 import time
 import tomllib
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from itertools import chain, pairwise
 from pathlib import Path
 
 # before torch starts its CPU threads: how long they spin before they yield the core
@@ -311,19 +313,16 @@ class Shards:
         if self.count >= sequences or (self.allow_repeat and self.count):
             return
         missing = "longer shards"
-        if largest := max(0, max(self.lengths) - 1) // self.T:
+        if largest := max(np.diff(self.starts)):
             missing = f"{math.ceil((sequences - self.count) / largest)} more shards like the largest one"
         raise UserError(f"'{self.pattern}' holds {self.count * self.T:,} tokens in sequences of {self.T}, "
                         f"{what} needs {sequences * self.T:,}: add {missing}, or set {less}")
 
     def describe(self):
         """For run.json: of each shard name, tokens and SHA-256 of the first MiB."""
-        facts = []
-        for path, n in zip(self.paths, self.lengths):
-            with open(path, "rb") as file:
-                start = sha256(file.read(2 ** 20))
-            facts.append(dict(name=os.path.basename(path), tokens=n, sha256_of_first_mebibyte=start))
-        return facts
+        return [dict(name=os.path.basename(path), tokens=n,
+                     sha256_of_first_mebibyte=sha256(np.fromfile(path, "u1", 2 ** 20)))
+                for path, n in zip(self.paths, self.lengths)]
 
     def batch(self, sequences):
         """Inputs and targets of these sequences, each (len(sequences), T) int64.
@@ -362,10 +361,7 @@ def prefetched(shards, batches, device):
 
     with ThreadPoolExecutor(1) as thread:
         futures = (thread.submit(read, sequences) for sequences in batches)
-        following = next(futures, None)
-        while following:
-            current = following
-            following = next(futures, None)
+        for current, _ in pairwise(chain(futures, [None])):  # the next is read meanwhile
             yield current.result()
 
 
@@ -659,15 +655,14 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(f"a parameter of shape {tuple(p.shape)}: "
                                  f"{type(self).__name__} updates matrices only")
 
-        # the owner of each matrix: the most costly first, each to the process with the least work so far,
-        # in whose row of `updates` its own follows those before
+        # the owner of each matrix, the most costly first: the process with the least work so far, in whose
+        # row of `updates` its update follows those before
         self.owner = {}
         work = [0] * world_size()
         place = {}
         ends = [0] * world_size()
         for p in sorted(self.matrices, key=self.cost, reverse=True):
-            owner = work.index(min(work))
-            self.owner[p] = owner
+            owner = self.owner[p] = work.index(min(work))
             work[owner] += self.cost(p)
             place[p] = owner, slice(ends[owner], ends[owner] + p.numel())
             ends[owner] += p.numel()
@@ -910,11 +905,12 @@ def start_processes(config):
     on_cpu = config.device == "cpu" or not gpus
     if world > 1:
         backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
-        timeout = timedelta(seconds=config.collective_timeout)
+        seconds = config.collective_timeout
+        timeout = timedelta(seconds=seconds)
         try:
             store, process, world = next(dist.rendezvous("env://", timeout=timeout))
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                store = dist.PrefixStore(name_of_this_attempt(store, process, world, timeout), store)
+                store = dist.PrefixStore(name_of_this_attempt(store, process, world, seconds), store)
             dist.init_process_group(backend, store=store, rank=process, world_size=world, timeout=timeout)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"WORLD_SIZE is {world}, but the processes cannot find each other "
@@ -930,14 +926,14 @@ def start_processes(config):
     return device
 
 
-def name_of_this_attempt(store, process, world, timeout):
+def name_of_this_attempt(store, process, world, seconds):
     """A name that all processes of this attempt find, and none of an earlier one.
 
     `store` is torchrun's own, which outlives a restart with all that was written there. So each process
     writes something new, and what they read together is the name if all of them have read the same.
     """
     store.set(f"new/{process}", os.urandom(8))
-    for second in range(int(timeout.total_seconds())):
+    for _ in range(seconds):
         name = sha256(b"".join(store.get(f"new/{other}") for other in range(world)))
         store.set(f"{name}/{process}", "")
         with contextlib.suppress(RuntimeError):  # some of it was old
@@ -981,16 +977,16 @@ def first_to_fail():
 def lost_processes(error):
     """A sentence on the RuntimeError of a collective: which processes do not answer within 15 seconds."""
     store = dist.group.WORLD.get_group_store()
-    keys = {str(process): f"alive/{process}" for process in range(world_size())}
+    processes = [f"process {process}" for process in range(world_size())]  # keys of the store
     reason = "processes lost each other"
     with contextlib.suppress(RuntimeError):  # the store's process is gone, too
-        store.set(f"alive/{rank()}", "")
+        store.set(processes[rank()], "alive")
         with contextlib.suppress(RuntimeError):
-            store.wait(list(keys.values()), timedelta(seconds=15))
-        if missing := [process for process, key in keys.items() if not store.check([key])]:
-            reason = f"process {', '.join(missing)} does not answer any more"
+            store.wait(processes, timedelta(seconds=15))
+        if missing := [process for process in processes if not store.check([process])]:
+            reason = f"no answer from {', '.join(missing)}"
     cause = str(error).splitlines()[0].split(". ")[0]
-    return f"process {rank()}: {reason} ({cause}); what was saved is kept; continue with --resume"
+    return f"{processes[rank()]}: {reason} ({cause}); what was saved is kept; continue with --resume"
 
 
 # ---- Checkpoints: process 0 writes and reads them, any number of processes can load them ---------
@@ -1027,7 +1023,7 @@ def write_atomically(path, content):
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         with contextlib.suppress(OSError):  # some file systems cannot, and say EINVAL
-            os.fsync(folder)  # the new name, too, is on the disk before anything relies on it
+            os.fsync(folder)  # the new name, too, is on the disk from here on
         os.close(folder)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -1148,8 +1144,8 @@ def read_facts(folder, config, facts):
             if any(then != now for then, now in pairs):
                 raise UserError(f"'{pattern}' has other shards than the run in {folder} began with; "
                                 "restore them")
-        began["resumed"] += [dict(time=utc_now(), config=facts["config"], machine=facts["machine"],
-                                  world_size=facts["world_size"])]
+        entry = {name: facts[name] for name in ("config", "machine", "world_size")}
+        began["resumed"] += [dict(time=utc_now(), **entry)]
         return began
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f"{folder} has checkpoints but no run.json that can be read; "
@@ -1159,7 +1155,7 @@ def read_facts(folder, config, facts):
 # ---- Log -----------------------------------------------------------------------------------------
 
 WANDB_SECONDS = 60
-# a separate process that follows metrics.jsonl: a wandb that fails or hangs neither ends nor slows the run
+# in a process of its own: a wandb that fails or hangs neither ends nor slows the run
 WANDB = """
 import json, os, select, sys
 project, folder = sys.argv[1:]
@@ -1248,8 +1244,8 @@ class Log:
         """Opens the logs. What came after `progress` goes: it will be logged and saved again."""
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         for name in ("log.txt", "metrics.jsonl"):
-            file = open(self.folder / name, "a", buffering=1, encoding="utf-8", errors="replace")
-            self.files[name] = file
+            file = self.files[name] = open(self.folder / name, "a", buffering=1, encoding="utf-8",
+                                           errors="replace")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -1301,7 +1297,7 @@ class Log:
                 self.print(text, end=f" {seconds / step * (N - step):.0f} s left")
             else:
                 self.write("log.txt", text)
-        if bad := [str(process) for process, value in enumerate(losses) if not math.isfinite(value)]:
+        if bad := [str(i) for i, value in enumerate(losses) if not math.isfinite(value)]:
             where = f" on process {', '.join(bad)}" if len(losses) > 1 else ""
             raise UserError(f"the {name.replace('_', ' ')} is {loss} at step {step}{where}; "
                             "lower learning_rate or hidden_learning_rate")
@@ -1409,7 +1405,7 @@ def evaluate(model, shards, config, device, dtype, micro_batch):
     mine = np.arange(rank(), config.val_tokens // config.sequence_length, world_size())
     batches = np.pad(mine, (0, -len(mine) % micro_batch), constant_values=-1).reshape(-1, micro_batch)
     total = 0.0
-    # compiled, the graph of the training step serves: one without gradients would be a third to build
+    # compiled, the training step's graph serves: one without gradients would be a third
     with torch.set_grad_enabled(config.compile), autocast(device, dtype):
         for (idx, targets), batch in zip(prefetched(shards, batches, device), batches):
             targets[batch < 0] = -1  # padding does not count
@@ -1456,7 +1452,7 @@ def check_state(optimizer, config):
         what = found[1] if found else str(error).partition("\n")[0]
         raise UserError(f"the state of optimizer = '{config.optimizer}' cannot be saved and loaded "
                         f"({type(error).__name__}: {what}); keep only tensors, numbers and strings there")
-    kept = set(gathered(int(sha256(names)[:13], 16)))  # of which parameters
+    kept = set(gathered(zlib.crc32(names)))  # of which parameters
     if len(kept) > 1 and not isinstance(optimizer, Muon):  # which gathers its state
         raise UserError(f"optimizer = '{config.optimizer}' keeps the state of other parameters on other "
                         "processes, where no checkpoint has it; start one process")
@@ -1549,7 +1545,7 @@ def run(config):
                 progress.train_time += synchronized_time(device) - clock
             progress.step = step
             progress.log_bytes = {name: os.path.getsize(log.folder / name) for name in log.files}
-            # the state before the evaluation: a run resumed from it logs that evaluation only once
+            # as it is before the evaluation: a run resumed from it logs that once
             to_save = copy.copy(progress)
 
             if evaluates and not stop:
@@ -1601,7 +1597,7 @@ def run(config):
     else:
         log.end(*results(config, device, progress, val_loss))
     gathered(0)  # no process exits before all have reached this line
-    return 128 + stop if stop else 0
+    return stop and 128 + stop
 
 
 # ---- main() --------------------------------------------------------------------------------------
@@ -1614,7 +1610,7 @@ def explanation(error):
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"{text.splitlines()[0]} Set a smaller device_batch_size (the log has its value) or model."
     if world_size() > 1 and isinstance(error, RuntimeError):
-        if re.search("gloo|nccl|connection|timed out", text, re.IGNORECASE):
+        if re.search("(?i)gloo|nccl|connection|timed out", text):
             return lost_processes(error)
     if isinstance(error, (UserError, OSError)):
         return text

@@ -283,7 +283,7 @@ def test_lost_process_is_named(start, tmp_path, fault):
     done = start(optimizer=f"faults:{fault}", **OF_TWO)
     assert done.returncode == 1
     errors = re.findall(r"^error:[^(]*", done.stderr, re.MULTILINE)
-    assert errors == ["error: process 0: process 1 does not answer any more "], done.stderr
+    assert errors == ["error: process 0: no answer from process 1 "], done.stderr
     assert checkpoints(tmp_path) == ["step_000002.pt", "step_000004.pt"]
 
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -112,7 +111,7 @@ def test_a_name_for_each_attempt():
 
     def name(process):
         client = dist.TCPStore("127.0.0.1", store.port, wait_for_workers=False)
-        return train_gpt2.name_of_this_attempt(client, process, 3, timedelta(seconds=HANGS))
+        return train_gpt2.name_of_this_attempt(client, process, 3, HANGS)
 
     with ThreadPoolExecutor(3) as pool:
         first = set(pool.map(name, range(3)))
@@ -129,4 +128,4 @@ def test_a_process_that_does_not_come():
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store.set("new/1", "of an earlier attempt")
     with pytest.raises(RuntimeError, match="missing"):
-        train_gpt2.name_of_this_attempt(store, 0, 2, timedelta(seconds=1))
+        train_gpt2.name_of_this_attempt(store, 0, 2, 1)
