@@ -56,7 +56,7 @@ CASES = {
     "flip": (flip, True, False),
     "slices": (slices, True, False),
     "product": (product, True, False),
-    "trainer": (lambda: model("gpt", collect=True), True, False),
+    "trainer": (lambda: model("gpt", collect=True), False, False),
     "trainer_ddp": (lambda: model("gpt"), False, True),
     "faster_ddp": (lambda: model("models.faster:BF16GPT"), False, True),
     "track": (lambda: model("models.optimizer_track:GPT", n_layer=1), False, False),
