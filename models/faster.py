@@ -21,6 +21,8 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dtype):
+        if x.dtype == dtype:  # the compiler writes what has such a view, or else adds it up in each kernel
+            x = x.as_strided(x.shape, x.stride())
         z = x.float()
         r = torch.rsqrt(z.square().mean(-1, keepdim=True) + 1e-6)
         y = (z * r).to(dtype)
@@ -34,6 +36,10 @@ class Norm(torch.autograd.Function):
         g = g.float()
         z = y.float()
         return (r * (g - z * (g * z).mean(-1, keepdim=True))).to(ctx.dtype), None
+
+
+def norm(x):
+    return Norm.apply(x, matmul_dtype(x))
 
 
 class Rotate(torch.autograd.Function):
@@ -94,26 +100,23 @@ class GPT(train_gpt2.GPT):
         x = self.residual(self.wte(idx))
         for block in self.h:
             x = self.block(block, x, self.cos[:T], self.sin[:T], grams)
-        return self.norm(x), list(grams.values())
+        return norm(x), list(grams.values())
 
     def residual(self, x):
         """The residual stream from the embeddings x."""
         return x
 
-    def norm(self, x):
-        return Norm.apply(x, matmul_dtype(x))
-
     def block(self, block, x, cos, sin, grams):
         """train_gpt2.Block.forward(), with the scale of the branch of attention in its matrix."""
         B, T, C = x.size()
-        z = self.norm(x)
+        z = norm(x)
         q, k, v = block.c_attn(z).view(B, T, 3, block.n_head, C // block.n_head).unbind(2)
         q = Rotate.apply(q, cos, sin).transpose(1, 2)  # (B, n_head, T, D)
         k = Rotate.apply(k, cos, sin).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)
         x = x + F.linear(y, block.attn_proj.weight * block.attn_scale)
-        u = self.norm(x)
+        u = norm(x)
         h = Gelu.apply(block.c_fc(u))  # (B, T, 4 C)
         for layer, inputs in dict(c_attn=z, attn_proj=y, c_fc=u, mlp_proj=h).items():
             name = f"{block.name}.{layer}.weight"
@@ -123,10 +126,7 @@ class GPT(train_gpt2.GPT):
 
 
 class BF16GPT(GPT):
-    """GPT with the residual stream in the type of matrix products, bf16 on a GPU, and the trainer's norms."""
+    """GPT with the residual stream in the type of matrix products, bf16 on a GPU."""
 
     def residual(self, x):
         return x.to(matmul_dtype(x))
-
-    def norm(self, x):
-        return train_gpt2.norm(x)
