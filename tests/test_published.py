@@ -99,7 +99,15 @@ def test_sentences_say_what_the_intervals_say(rows):
     assert replication.saved[1] > 0
     assert find(rows, published.TRACK3, "124 M, first Muon").saved[1] > 0
     assert find(rows, published.TRACK3, "124 M, auxiliary AdamW tuned").saved[2] < 0
+    assert find(rows, published.OURS, "0.2 M, optimizer track").saved[2] < 0
     assert find(rows, published.REPLICATION, "LLaMA/SwiGLU 1B").gain[2] < 0
+
+
+def test_the_row_of_the_optimizer_tracks_model_is_that_of_its_study(rows):
+    row = find(rows, published.OURS, "0.2 M, optimizer track")
+    results = (ROOT / "records/cpu/2026-11-30_optimizer_track/results.md").read_text()
+    mean, low, high = (-gain for gain in row.gain)
+    assert f"{mean:+.4f} (95 %: {high:+.4f} to {low:+.4f})" in results
 
 
 def test_overheads_are_ratios_of_the_published_times():
