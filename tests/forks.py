@@ -67,6 +67,8 @@ def become(command, env):
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # as a Python begins; Popen resets them
+        signal.signal(number, signal.SIG_IGN)
     os.environ.clear()
     os.environ.update(env)
     encoding = env.get("PYTHONIOENCODING")
