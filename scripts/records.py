@@ -8,8 +8,9 @@
 add: records/TRACK/DATE_NAME/ gets a folder with log.txt, metrics.jsonl and run.json for each run (no
 weights), and a README.md with the note and the comparison, to which you may add. DATE is the day on which
 the last run ended. File runs that diverged too: they count against their group. Runs of one configuration
-are pooled over all records of a track. A record whose NAME ends with `study` is linked in the leaderboard,
-but has no rows in it; the same goes for one that track.toml lists under [superseded], with the reason.
+are pooled over all records of a track. A record whose NAME ends with `study`, or that has a study.py, is
+linked in the leaderboard, but has no rows in it; the same goes for one that track.toml lists under
+[superseded], with the reason.
 
 Checked before a run is filed: data, model, batch and validation are the track's (records/TRACK/track.toml);
 no shard is one of training and of validation, by its content; the run came to its end; the code in log.txt
@@ -323,11 +324,15 @@ def code_of(facts):
     return f"unknown code (SHA-256 {digest:.12})"
 
 
+def is_study(path):
+    return path.name.endswith("study") or (path / "study.py").is_file()
+
+
 def counted_records(name, track, records):
     """The folders of the track's records that have rows in the leaderboard."""
     counted = []
     for path in sorted((records / name).glob("2*_*")):
-        if not path.name.endswith("study") and path.name not in track.get("superseded", {}):
+        if not is_study(path) and path.name not in track.get("superseded", {}):
             counted.append(path)
     return counted
 
@@ -530,7 +535,7 @@ def section(name, records=RECORDS):
         text.append(f"![loss curves]({name}/curves.png)\n")
     studies = []
     for path, link in links.items():
-        if path.name.endswith("study") and path.name not in superseded:
+        if is_study(path) and path.name not in superseded:
             studies.append(link)
     if studies:
         text.append(f"Studies: {', '.join(studies)}\n")

@@ -156,6 +156,15 @@ def test_records_are_pooled(ledger):
     assert 0 < theirs.index("X3.25") < theirs.index("X3.5")
 
 
+def test_a_folder_with_a_study_has_a_link_and_no_row(ledger):
+    study = ledger.folder / "2026-01-01_question"
+    study.mkdir()
+    shutil.copytree(ledger.runs[0], study / "run")
+    (study / "study.py").touch()
+    assert "Studies: [2026-01-01_question](tiny/2026-01-01_question/)" in ledger.page()
+    assert "| muon |" not in ledger.page()
+
+
 def test_superseded_record(ledger):
     ledger.add(*ledger.runs)
     (record,) = ledger.folder.glob("2*_first")
