@@ -300,6 +300,12 @@ def percent(row):
     return f"{100 * mean:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
+def percent_more(row):
+    """Of a row in which Newton-Muon needs more steps than Muon."""
+    mean, low, high = row.saved
+    return f"{-100 * mean:.1f} % ({-100 * high:.1f} to {-100 * low:.1f}) more"
+
+
 def sentences(rows):
     """What README may say, with the figures of the page."""
     def find(source, start):
@@ -310,14 +316,12 @@ def sentences(rows):
     large = find(REPLICATION, "LLaMA/SwiGLU 1B")
     *ours, small = (row for row in rows if row.source == OURS)
     low, high = (100 * end([row.saved[0] for row in ours]) for end in (min, max))
-    more, small_more = ("{:.1f} % ({:.1f} to {:.1f}) more".format(*(-100 * row.saved[i] for i in (0, 2, 1)))
-                        for row in (tuned, small))
     return [
         f"Where the paper measured it, on record 4's 124 M model, three pairs of runs by others show "
         f"{percent(replication)} fewer steps than Muon; the paper claims 6 %.",
         f"On the speedrun's optimizer track Newton-Muon saves {percent(first)} against the first Muon "
-        f"baseline, and nothing against the best tuned one: it takes {more}. So it does "
-        f"on that track's model at toy size, both tuned alike: {small_more}.",
+        f"baseline, and nothing against the best tuned one: it takes {percent_more(tuned)}. "
+        f"So it does on that track's model at toy size, both tuned alike: {percent_more(small)}.",
         f"At 1 B parameters it is worse (its loss is {-large.gain[0]:.4f} above Muon's); our own toy "
         f"models of 0.06 to 0.8 M, built like record 4's, save {low:.1f} to {high:.1f} %."]
 
