@@ -110,6 +110,16 @@ def test_the_row_of_the_optimizer_tracks_model_is_that_of_its_study(rows):
     assert f"{mean:+.4f} (95 %: {low:+.4f} to {high:+.4f})" in results
 
 
+@pytest.mark.parametrize("matrices, arm", [("all matrices", "newton_muon"), ("mlp_proj alone", "mlp_proj_alone"),
+                                           ("all but mlp_proj", "all_but_mlp_proj")])
+def test_the_rows_of_some_matrices_are_those_of_their_study(rows, matrices, arm):
+    row = find(rows, published.OURS, f"0.2 M, {matrices}")
+    mean, high, low = (-gain for gain in row.gain)
+    results = (ROOT / "records/cpu/2026-11-30_where_the_gain_comes_from/results.md").read_text()
+    line = next(line for line in results.splitlines() if line.startswith(f"| {arm} |"))
+    assert f"| {mean:+.4f} ({low:+.4f} to {high:+.4f}) |" in line
+
+
 def test_overheads_are_ratios_of_the_published_times():
     found = {(who, how.partition(",")[0]): ratio for who, how, ratio in published.overheads()}
     assert found == pytest.approx({(published.PAPER, "1xH100"): 7443.3 / 7314.1 - 1,

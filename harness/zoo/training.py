@@ -270,7 +270,7 @@ def state_bytes(config):
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     if hasattr(hidden, "refresh"):
         grams = []
-        for p in matrices:
+        for p in hidden.preconditioned:
             n = min(p.shape)  # a wide matrix has a gram for each block of n inputs
             grams.append(torch.eye(n).repeat(p.size(1) // n, 1, 1))
         hidden.refresh(grams, 1)

@@ -8,6 +8,7 @@ alone, and on all others. README.md has the plan. Every finished run is a line o
 continues, on any machine that has that file.
 """
 import argparse
+import json
 import os
 import sys
 from itertools import combinations
@@ -52,6 +53,8 @@ ARMS = {
     "half_mlp_proj_alone": power_arm(mlp_proj=0.5, others=0),
     "half_all_but_mlp_proj": power_arm(mlp_proj=0, others=0.5),
 }
+POWERS = {"1": ("muon", "mlp_proj_alone", "all_but_mlp_proj", "newton_muon"),
+          "1/2": ("muon", "half_mlp_proj_alone", "half_all_but_mlp_proj", "half")}
 
 
 def train(jobs):
@@ -90,13 +93,33 @@ def compare(results):
     return [(*row[:-1], p) for row, p in zip(rows, corrected)]
 
 
+def effects_of(arms, results):
+    """Estimates of two effects on the final loss: of preconditioning mlp_proj, and all other matrices.
+
+    arms: with neither of them preconditioned, mlp_proj, the others, both.
+    """
+    neither, mlp_proj, others, both = (np.array([results[name][seed] for seed in SEEDS]) for name in arms)
+    return [estimates.mean_interval((both + mlp_proj - others - neither) / 2),
+            estimates.mean_interval((both + others - mlp_proj - neither) / 2)]
+
+
+def cost_cells(name):
+    """The time of a step and the state, as costs.py measured them; empty without costs.json."""
+    path = HERE / "costs.json"
+    if not path.exists():
+        return ["", ""]
+    costs = json.loads(path.read_text())["arms"][name]
+    time = "1" if name == "muon" else "{mean_step:.3f} ({low:.3f} to {high:.3f})".format(**costs)
+    return [time, f"{costs['state_bytes']:.1f}"]
+
+
 def write_page():
     table = Table(HERE / "runs.csv")
     results = {name: table.results(name, 600) for name in ARMS}
     results = {name: finals for name, finals in results.items() if set(finals) >= set(SEEDS)}
     lines = [f"Written by study.py; {len(table.losses)} runs.", "",
-             "| arm | rates | final loss (95 %) | against Muon, by pairs (95 %) | steps saved |",
-             "|" + " --- |" * 5]
+             "| arm | rates | final loss (95 %) | against Muon, by pairs (95 %) | steps saved "
+             "| time of a step (Muon: 1) | state, bytes per hidden parameter |", "|" + " --- |" * 7]
     lengths = (540, 600, 660)
     curve = {}
     for steps in lengths:
@@ -109,6 +132,7 @@ def write_page():
         if name != "muon" and len(curve) == len(lengths):
             gap = estimates.mean_interval([finals[seed] - results["muon"][seed] for seed in SEEDS])
             cells = [f"{gap.mean:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})", steps_saved(gap, curve, 600)]
+        cells += cost_cells(name)
         point = next(point for point in table.losses if (point.optimizer, point.seed) == (name, SEEDS[0]))
         lines.append(f"| {name} | {point.learning_rate:g}, {point.hidden_learning_rate:g} "
                      f"| {loss.mean:.4f} ({loss.low:.4f} to {loss.high:.4f}) | {' | '.join(cells)} |")
@@ -118,6 +142,12 @@ def write_page():
         for first, second, gap, half, p in compare(results):
             lines.append(f"| {first} | {second} | {gap:+.4f} ({gap - half:+.4f} to {gap + half:+.4f}) "
                          f"| {p:.2g} |")
+        lines += ["", "Not planned: what preconditioning mlp_proj, and what preconditioning all others, changes in "
+                  "the final loss, on average over both states of the rest; pairs, 95 % each.", "",
+                  "| power | mlp_proj | all others |", "|" + " --- |" * 3]
+        for power, arms in POWERS.items():
+            effects = [f"{gap.mean:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})" for gap in effects_of(arms, results)]
+            lines.append(f"| {power} | {' | '.join(effects)} |")
     (HERE / "results.md").write_text("\n".join(lines) + "\n")
 
 
