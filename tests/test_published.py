@@ -101,6 +101,8 @@ def test_sentences_say_what_the_intervals_say(rows):
     assert find(rows, published.TRACK3, "124 M, auxiliary AdamW tuned").saved[2] < 0
     assert find(rows, published.OURS, "0.2 M, optimizer track").saved[2] < 0
     assert find(rows, published.REPLICATION, "LLaMA/SwiGLU 1B").gain[2] < 0
+    alone = find(rows, published.OURS, "0.2 M, mlp_proj alone")
+    assert alone.gain[0] > find(rows, published.OURS, "0.2 M, all but mlp_proj").gain[0]
 
 
 def test_the_row_of_the_optimizer_tracks_model_is_that_of_its_study(rows):
@@ -110,7 +112,8 @@ def test_the_row_of_the_optimizer_tracks_model_is_that_of_its_study(rows):
     assert f"{mean:+.4f} (95 %: {low:+.4f} to {high:+.4f})" in results
 
 
-@pytest.mark.parametrize("matrices, arm", [("all matrices", "newton_muon"), ("mlp_proj alone", "mlp_proj_alone"),
+@pytest.mark.parametrize("matrices, arm", [("all matrices", "newton_muon"),
+                                           ("mlp_proj alone", "mlp_proj_alone"),
                                            ("all but mlp_proj", "all_but_mlp_proj")])
 def test_the_rows_of_some_matrices_are_those_of_their_study(rows, matrices, arm):
     row = find(rows, published.OURS, f"0.2 M, {matrices}")

@@ -61,6 +61,9 @@ def test_where_the_gain_comes_from(run_study):
     same = next(line for line in page.splitlines() if line.startswith("| muon | half |"))
     low, high = map(float, re.search(r"\(([-+.\d]+) to ([-+.\d]+)\)", same).groups())
     assert low < 0 < high
+    mlp_proj, others = page.splitlines()[-2].split("|")[2:4]  # Newton-Muon alone is better: half to each
+    for effect in (mlp_proj, others):
+        assert -BETTER / 2 - 0.002 < float(effect.split()[0]) < -BETTER / 2 + 0.002
 
 
 def test_bf16_residual(run_study):

@@ -229,6 +229,15 @@ def test_bytes_of_state(name, of_block, tiny):
     assert state_bytes(config) == pytest.approx(sum(of_block(m, n) for m, n in blocks) / parameters)
 
 
+def test_bytes_of_state_where_only_mlp_proj_is_preconditioned(tiny):
+    config = dataclasses.replace(tiny, optimizer="optimizers.power_newton_muon:PowerNewtonMuon",
+                                 optimizer_args='{"power": 0}',
+                                 groups='{"h.*.mlp_proj.weight": {"power": 1}}')
+    parameters = 12 * 16 * 16  # of a layer: 4 C^2 in attention, 2 times 4 C^2 after it, with C = 16
+    kept = 4 * 2 * 16 * 16  # K and P of the four blocks of mlp_proj
+    assert state_bytes(config) == pytest.approx(4 + 4 * kept / parameters)
+
+
 def test_lines_of_code():
     code = inspect.getsource(importlib.import_module("optimizers.lion")).split('"""')[2]
     assert lines_of_code(ZOO["lion"]) == len([line for line in code.splitlines() if line])

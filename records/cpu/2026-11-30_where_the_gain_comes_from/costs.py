@@ -2,9 +2,9 @@
 
     python records/cpu/2026-11-30_where_the_gain_comes_from/costs.py    four minutes, with nothing beside it
 
-The arms take turns in one process, as in scripts/bench.py: in each of 21 rounds 10 steps and a refresh of each.
-A step's time is its mean with one refresh in refresh_interval steps, relative to Muon's in the same round:
-the median over the rounds, with its 95 % interval. State: bytes per hidden parameter, fp32.
+The arms take turns in one process, as in scripts/bench.py: in each of 21 rounds 10 steps and a refresh of
+each. A step's time is its mean with one refresh in refresh_interval steps, relative to Muon's in the same
+round: the median over the rounds, with its 95 % interval. State: bytes per hidden parameter, fp32.
 """
 import os
 import statistics

@@ -93,6 +93,10 @@ def compare(results):
     return [(*row[:-1], p) for row, p in zip(rows, corrected)]
 
 
+def with_interval(gap):
+    return f"{gap.mean:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})"
+
+
 def effects_of(arms, results):
     """Estimates of two effects on the final loss: of preconditioning mlp_proj, and all other matrices.
 
@@ -131,7 +135,7 @@ def write_page():
         cells = ["", ""]
         if name != "muon" and len(curve) == len(lengths):
             gap = estimates.mean_interval([finals[seed] - results["muon"][seed] for seed in SEEDS])
-            cells = [f"{gap.mean:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})", steps_saved(gap, curve, 600)]
+            cells = [with_interval(gap), steps_saved(gap, curve, 600)]
         cells += cost_cells(name)
         point = next(point for point in table.losses if (point.optimizer, point.seed) == (name, SEEDS[0]))
         lines.append(f"| {name} | {point.learning_rate:g}, {point.hidden_learning_rate:g} "
@@ -142,12 +146,12 @@ def write_page():
         for first, second, gap, half, p in compare(results):
             lines.append(f"| {first} | {second} | {gap:+.4f} ({gap - half:+.4f} to {gap + half:+.4f}) "
                          f"| {p:.2g} |")
-        lines += ["", "Not planned: what preconditioning mlp_proj, and what preconditioning all others, changes in "
-                  "the final loss, on average over both states of the rest; pairs, 95 % each.", "",
+        lines += ["", "Not planned: what preconditioning mlp_proj, and what preconditioning all others, "
+                  "changes in the final loss, on average over both states of the rest; pairs, 95 % each.", "",
                   "| power | mlp_proj | all others |", "|" + " --- |" * 3]
         for power, arms in POWERS.items():
-            effects = [f"{gap.mean:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})" for gap in effects_of(arms, results)]
-            lines.append(f"| {power} | {' | '.join(effects)} |")
+            mlp_proj, others = map(with_interval, effects_of(arms, results))
+            lines.append(f"| {power} | {mlp_proj} | {others} |")
     (HERE / "results.md").write_text("\n".join(lines) + "\n")
 
 
