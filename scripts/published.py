@@ -263,7 +263,8 @@ READING = """
   (unreviewed): the mean first step at the target was 3256, and their mean loss at step 3275 misses the
   track's rule. Ours is [its model at CPU size](../cpu/2026-11-30_optimizer_track/README.md), both tuned.
 - **Which matrices.** "All matrices", "mlp_proj alone" and "all but mlp_proj" are those that
-  [a study of ours](../cpu/2026-11-30_where_the_gain_comes_from/README.md) preconditions, each way tuned by itself.
+  [a study of ours](../cpu/2026-11-30_where_the_gain_comes_from/README.md) preconditions, each way
+  tuned by itself.
 - **1 B.** Newton-Muon is worse in three of three seeds, and ahead only until step 1400 to 2500 of 6200.
 - **muon_spectra.** One run; in its second setting Newton-Muon is worse, by 0.0025.
 
