@@ -3,13 +3,16 @@ import json
 
 import numpy as np
 import torch
+from scipy import stats
 
-from harness.estimates import mean_interval
+from harness.estimates import mean_interval, t_quantile
+from harness.zoo.table import Table
 from lab.training import ROOT, cpu_config, new_model, open_shards, training_steps
 from optimizers.polar_muon import msgn
 from train_gpt2 import UserError, accumulate, as_blocks
 
 RIDGE = 0.2  # the trainer's
+ARMS = "2026-11-30_where_the_gain_comes_from"  # a study of records/cpu: which matrices are preconditioned
 RATES = (0.0, *(0.01 * 2.0 ** torch.arange(10)))  # at which the fall along a direction is measured
 
 
@@ -113,3 +116,21 @@ def track_gain(momentum):
             return mean_interval(gains), folder.name
     raise UserError("records/cpu has no two seeds of both muon and newton_muon with momentum "
                     f"{momentum}; restore it from git")
+
+
+def arm_difference(first, second):
+    """(mean, half-width) of the final loss of the arm `first` of ARMS minus that of `second`, by pairs.
+
+    The interval is the study's: those of all its pairs of arms hold together with 95 % (Bonferroni).
+    Raises UserError if its runs are missing.
+    """
+    path = ROOT / "records/cpu" / ARMS / "runs.csv"
+    table = Table(path)
+    arms = {point.optimizer for point in table.losses}
+    finals = [table.results(name, 600) for name in (first, second)]
+    seeds = sorted(finals[0].keys() & finals[1].keys())
+    if len(seeds) < 2:
+        raise UserError(f"{path} has no two seeds of both {first} and {second}; restore it from git")
+    gaps = [finals[0][seed] - finals[1][seed] for seed in seeds]
+    pairs = len(arms) * (len(arms) - 1) / 2
+    return float(np.mean(gaps)), float(t_quantile(1 - 0.025 / pairs, len(gaps) - 1) * stats.sem(gaps))

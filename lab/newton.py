@@ -34,7 +34,7 @@ from matplotlib.colors import TwoSlopeNorm
 from scipy import stats
 
 from lab import all_of, counted, interval, judge, new_figure
-from lab.layers import RIDGE, measure_layers, track_gain
+from lab.layers import ARMS, RIDGE, arm_difference, measure_layers, track_gain
 from lab.training import SMALL, parallel
 from optimizers.polar_muon import msgn
 
@@ -47,6 +47,12 @@ SHAPE_OF = {"mlp_proj": WIDE, "c_fc": TALL, "c_attn": SQUARE, "attn_proj": SQUAR
 RIDGES = {"K^-1": 0.0, "trainer's ridge": RIDGE}
 CURVATURES = {"H = I": 1.0, "cond(H) = 100": 100.0}  # condition number of H
 OFF_THE_MAP = {"cond(H) = 10,000, which is not on the map": 1e4}
+# what the map says of final losses: prediction, an arm of the study ARMS, and one that it does not end above
+ARM_PREDICTIONS = (
+    ("on mlp_proj alone it is at least as good as on all matrices", "mlp_proj_alone", "newton_muon"),
+    ("on all but mlp_proj it is no better than Muon", "muon", "all_but_mlp_proj"),
+    ("so it is better on mlp_proj alone than on all but mlp_proj", "mlp_proj_alone", "all_but_mlp_proj"),
+)
 MOMENTA = ("0.95", "0.9")  # of the runs of the CPU track; the map's is the first
 
 # For 1 step and for many. The best one lies inside the grid, except with exact inverses at a condition of 1e4
@@ -213,6 +219,7 @@ def measure(size="full", seed=0):
     for momentum in MOMENTA:  # first: if a record is missing, that is known before the work
         found, folder = track_gain(float(momentum))
         track[momentum] = dict(mean=found.mean, low=found.low, high=found.high, folder=folder)
+    arms = [arm_difference(first, second) for _, first, second in ARM_PREDICTIONS]
     grid = GRIDS[size]
     many = max(grid.repeats)
     layers = measure_track_layers(size, seed)
@@ -225,7 +232,8 @@ def measure(size="full", seed=0):
         averaged[curvature] = map_at_layers(layers, grid, condition_of_H, many, seed).mean((1, 2)).tolist()
     return dict(steps=list(grid.repeats), log10_condition=grid.conditions.log10().tolist(),
                 log10_noise=grid.noises.log10().tolist(), maps=measure_maps(grid, seed), quiet=quiet,
-                noisy=noisy, layers=layers, falls_on_the_map=falls, averaged_on_the_map=averaged, track=track)
+                noisy=noisy, layers=layers, falls_on_the_map=falls, averaged_on_the_map=averaged, track=track,
+                arms=arms)
 
 
 def plus_minus(cell):
@@ -312,8 +320,19 @@ def track_row(numbers):
             f"final loss of Muon minus Newton-Muon, by pairs: {', '.join(gains)}", verdict)
 
 
+def arm_rows(numbers):
+    """Do the runs with the preconditioner on some of the matrices end as the map says?"""
+    found = []
+    for (prediction, first, second), (mean, width) in zip(ARM_PREDICTIONS, numbers["arms"]):
+        found.append((f"the preconditioner on some of the track's matrices: {prediction}",
+                      f"final loss of {first} minus {second}'s: {mean:+.4f} ({mean - width:+.4f} to "
+                      f"{mean + width:+.4f}, {ARMS})", judge(mean, width, high=0)))
+    return found
+
+
 def rows(numbers):
-    return [*cell_rows(numbers), curvature_row(numbers), *layer_rows(numbers), track_row(numbers)]
+    return [*cell_rows(numbers), curvature_row(numbers), *layer_rows(numbers), track_row(numbers),
+            *arm_rows(numbers)]
 
 
 def summary(numbers):
@@ -327,7 +346,8 @@ def summary(numbers):
             "The ridge softens both gain and harm. Along one step of one batch the CPU track's layers have "
             f"a mean ratio of {measured_ratio(numbers)} where the map says {isotropic:.2f} (H = I) or "
             f"{anisotropic:.2f} (anisotropic). Muon's final loss on the track minus Newton-Muon's is "
-            f"{gain_text(numbers['track'][MOMENTA[0]])}.")
+            f"{gain_text(numbers['track'][MOMENTA[0]])}. With the preconditioner on mlp_proj alone it ends "
+            f"{-numbers['arms'][-1][0]:.4f} lower than with it on all but mlp_proj, each tuned ({ARMS}).")
 
 
 def draw_layers(axes, layers, shape):

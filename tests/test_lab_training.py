@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import forks
+from harness.zoo.table import Point, Table
 from lab import batch_size, convex, layers, newton, polar, sharpness, step_size, training
 from optimizers.polar_muon import msgn
 from data.shards import write_shard
@@ -356,6 +357,24 @@ def test_track_gain_is_paired(tmp_path, monkeypatch):
     words = "no two seeds of both muon and newton_muon with momentum 0.9; restore it from git"
     with pytest.raises(UserError, match=words):
         layers.track_gain(0.9)
+
+
+def test_arm_difference_is_paired_and_corrected_for_all_pairs(tmp_path, monkeypatch):
+    monkeypatch.setattr(layers, "ROOT", tmp_path)
+    table = Table(tmp_path / "records/cpu" / layers.ARMS / "runs.csv")
+    arms = dict(muon={21: 2.0, 22: 3.0, 23: 4.0}, all_but_mlp_proj={21: 2.2, 22: 3.1, 23: 4.1},
+                half={21: 0.0})
+    for arm, finals in arms.items():
+        for seed, loss in finals.items():
+            table.add(Point(arm, 600, 0.02, 0.002, "", seed), loss, {})
+        table.add(Point(arm, 600, 0.02, 0.002, "", 100), 9.0, {})
+    mean, width = layers.arm_difference("all_but_mlp_proj", "muon")
+    assert mean == pytest.approx(0.4 / 3)
+    # three pairs of arms, so 1 - 0.05 / 6 = 0.9917, with two degrees of freedom; t from x / sqrt(2 (1 - x^2))
+    x = 2 * (1 - 0.05 / 6) - 1
+    assert width == pytest.approx((2 / (1 - x * x)) ** 0.5 * x * (0.01 / 3) ** 0.5 / 3 ** 0.5)
+    with pytest.raises(UserError, match="no two seeds of both half and muon; restore it from git"):
+        layers.arm_difference("half", "muon")
 
 
 def test_map_is_read_at_each_layers_shape(monkeypatch):
