@@ -99,17 +99,18 @@ def t_quantile(p, df):
     return float(special.stdtrit(df, p))  # stats.t.ppf takes a hundred times as long
 
 
-def mean_interval(values):
-    """Estimate of the mean of `values`, a list or a 1-D array.
+def mean_interval(values, level=0.95):
+    """Estimate of the mean of `values`, a list or a 1-D array, with intervals of that level.
 
     One value, or equal ones, give no interval: nothing says how far off the next would be.
     """
     mean = float(np.mean(values))
     if np.ptp(values) == 0:
         return Estimate(mean)
-    half = float(t_quantile(0.975, len(values) - 1) * stats.sem(values))
+    half = float(t_quantile((1 + level) / 2, len(values) - 1) * stats.sem(values))
     batch = max(1, 10 ** 6 // len(values))  # resamples at a time, so that many values fit into memory
-    boot = stats.bootstrap((values,), np.mean, method="percentile", rng=0, batch=batch).confidence_interval
+    boot = stats.bootstrap((values,), np.mean, confidence_level=level, method="percentile", rng=0,
+                           batch=batch).confidence_interval
     return Estimate(mean, mean - half, mean + half, float(boot.low), float(boot.high))
 
 

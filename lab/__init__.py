@@ -38,9 +38,9 @@ def exponent(x, y):
     return slope.item(), (stats.t.ppf(0.975, df) * error).item()
 
 
-def interval(values):
-    """(mean of the values, half-width of its 95 % interval, infinite where they do not give one)."""
-    found = mean_interval(values)
+def interval(values, level=0.95):
+    """(mean of the values, half-width of its interval, infinite where they do not give one)."""
+    found = mean_interval(values, level)
     if found.low is None:
         return found.mean, math.inf
     return found.mean, found.high - found.mean

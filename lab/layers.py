@@ -3,10 +3,10 @@ import json
 
 import numpy as np
 import torch
-from scipy import stats
 
-from harness.estimates import mean_interval, t_quantile
+from harness.estimates import mean_interval
 from harness.zoo.table import Table
+from lab import interval
 from lab.training import ROOT, cpu_config, new_model, open_shards, training_steps
 from optimizers.polar_muon import msgn
 from train_gpt2 import UserError, accumulate, as_blocks
@@ -133,4 +133,4 @@ def arm_difference(first, second):
         raise UserError(f"{path} has no two seeds of both {first} and {second}; restore it from git")
     gaps = [finals[0][seed] - finals[1][seed] for seed in seeds]
     pairs = len(arms) * (len(arms) - 1) / 2
-    return float(np.mean(gaps)), float(t_quantile(1 - 0.025 / pairs, len(gaps) - 1) * stats.sem(gaps))
+    return interval(gaps, level=1 - 0.05 / pairs)

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from harness import estimates, pictures
 from harness.runs import find_runs
+from harness.zoo.table import Table
 
 FOLDER = ROOT / "records" / "published"
 CPU = ROOT / "records" / "cpu"
@@ -159,13 +160,9 @@ def our_rows():
 
 def arms_of(path):
     """{(optimizer, steps): {seed: final loss}} of the results in a study's runs.csv."""
-    arms = {}
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            if int(row["seed"]) < 100:  # the others tuned the rates
-                arm = arms.setdefault((row["optimizer"], int(row["steps"])), {})
-                arm[int(row["seed"])] = float(row["final_val_loss"])
-    return arms
+    table = Table(path)
+    arms = {(point.optimizer, point.steps) for point in table.losses}
+    return {arm: table.results(*arm) for arm in arms}
 
 
 def lengths_row(setting, study, arm):

@@ -79,7 +79,7 @@ def holm(p_values):
 
 
 def compare(results):
-    """[(first, second, difference of the mean final loss, half width, p), ...] of all pairs of arms.
+    """[(first, second, Estimate of the difference of the mean final loss, p), ...] of all pairs of arms.
 
     Paired by seed, t-test. The intervals hold together with 95 % (Bonferroni), p is Holm's.
     """
@@ -87,8 +87,8 @@ def compare(results):
     rows = []
     for first, second in pairs:
         gaps = np.array([results[first][seed] - results[second][seed] for seed in SEEDS])
-        half = estimates.t_quantile(1 - 0.025 / len(pairs), len(gaps) - 1) * stats.sem(gaps)
-        rows.append((first, second, gaps.mean(), half, stats.ttest_1samp(gaps, 0).pvalue))
+        gap = estimates.mean_interval(gaps, level=1 - 0.05 / len(pairs))
+        rows.append((first, second, gap, stats.ttest_1samp(gaps, 0).pvalue))
     corrected = holm([row[-1] for row in rows])
     return [(*row[:-1], p) for row, p in zip(rows, corrected)]
 
@@ -143,9 +143,8 @@ def write_page():
     if len(results) == len(ARMS):
         lines += ["", "All pairs, corrected for their number: intervals by Bonferroni, p by Holm.", "",
                   "| first | second | first - second | p |", "|" + " --- |" * 4]
-        for first, second, gap, half, p in compare(results):
-            lines.append(f"| {first} | {second} | {gap:+.4f} ({gap - half:+.4f} to {gap + half:+.4f}) "
-                         f"| {p:.2g} |")
+        for first, second, gap, p in compare(results):
+            lines.append(f"| {first} | {second} | {with_interval(gap)} | {p:.2g} |")
         lines += ["", "Not planned: what preconditioning mlp_proj, and what preconditioning all others, "
                   "changes in the final loss, on average over both states of the rest; pairs, 95 % each.", "",
                   "| power | mlp_proj | all others |", "|" + " --- |" * 3]
