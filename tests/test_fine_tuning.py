@@ -2,7 +2,9 @@
 
 Nothing is trained: the losses are a known function of the settings, with noise.
 """
+import json
 import math
+import re
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import product
@@ -200,8 +202,8 @@ def cells(page, *heads):
 
 
 def ends(text):
-    """(middle, low, high) of 'middle (low to high)'."""
-    return [float(part) for part in text.replace("(", "").replace(")", "").replace("to", "").split()]
+    """(middle, low, high) of 'middle (low to high)', in per cent or not."""
+    return [float(part) for part in re.sub(r"[()%]|to", " ", text).split()]
 
 
 def test_the_study_from_the_coarse_search_to_the_page(run_study):
@@ -219,8 +221,13 @@ def test_the_study_from_the_coarse_search_to_the_page(run_study):
                   and point.seed in study.SEEDS}
         assert point[:2] == pytest.approx([value for value, _, _ in found[:2]], rel=0.01)
         assert {seed for *_, seed in runs if seed in study.SEEDS} == set(study.SEEDS)
-    for first, second in (("newton_muon", "muon"), ("half", "muon"), ("half", "newton_muon")):
+    found = json.loads(run_study.page.with_suffix(".json").read_text())
+    assert found["slope"] == pytest.approx(0.15, abs=0.02)
+    pairs = (("newton_muon", "muon"), ("half", "muon"), ("half", "newton_muon"))
+    for (first, second), written in zip(pairs, found["differences"], strict=True):
+        assert (written["first"], written["second"]) == (first, second)
         row = cells(page, first, second)
+        assert ends(row[3]) == pytest.approx(written["optima"], abs=6e-5)
         true = DEPTHS[first] - DEPTHS[second]
         _, low, high = ends(row[3])
         plain = ends(row[2])
@@ -231,8 +238,9 @@ def test_the_study_from_the_coarse_search_to_the_page(run_study):
         half = stats.t.ppf(0.975 if second + first == "muonnewton_muon" else 0.9875, 19) * stats.sem(gaps)
         assert plain == pytest.approx([gaps.mean(), gaps.mean() - half, gaps.mean() + half], abs=2e-4)
         if second == "muon":
-            _, low, high = ends(row[4])
-            assert low < 100 * (1 - math.exp(true / 0.15)) < high
+            assert ends(row[4]) == pytest.approx([100 * share for share in written["saved"]], abs=0.06)
+            _, low, high = written["saved"]
+            assert low < 1 - math.exp(true / 0.15) < high
     assert run_study("--third", "half").returncode == 0 and run_study.ran == 0
 
 

@@ -1,7 +1,7 @@
 """How many steps does Newton-Muon save, if both are tuned finely? The CPU track, 600 steps, three arms.
 
     python records/cpu/2026-11-30_fine_tuning/study.py --third half --jobs 2    run what is missing
-    python records/cpu/2026-11-30_fine_tuning/study.py --page                   only write results.md
+    python records/cpu/2026-11-30_fine_tuning/study.py --page                   only write the results
 
 The arms: Muon, Newton-Muon and, with --third, the best other arm of the study "where the gain comes from".
 README.md has the plan. Every finished run is a line of runs.csv: the same command continues, on any machine
@@ -155,10 +155,17 @@ def train(names, jobs):
     track.train(result_points(best))
 
 
-def interval(values, level, form):
-    """'mean (low to high)' of draws: the interval that has the share `level` of them."""
-    low, high = np.quantile(values, (0.5 - level / 2, 0.5 + level / 2))
-    return f"{np.mean(values):{form}} ({low:{form}} to {high:{form}})"
+def interval(values, level):
+    """(mean, low, high) of draws: the interval that has the share `level` of them."""
+    return (float(np.mean(values)), *np.quantile(values, (0.5 - level / 2, 0.5 + level / 2)).tolist())
+
+
+def with_interval(values, form):
+    """'mean (low to high)' of what interval() returns; nothing of None."""
+    if values is None:
+        return ""
+    mean, low, high = values
+    return f"{mean:{form}} ({low:{form}} to {high:{form}})"
 
 
 def slopes(table, muon):
@@ -189,7 +196,7 @@ def row(table, name, found, finals, costs, places):
 
 
 def write_page(names):
-    """Writes results.md, of the arms that are complete. UserError if Muon is not."""
+    """Writes results.md and results.json, of the arms that are complete. UserError if Muon is not."""
     table = open_table(names)
     rng = np.random.default_rng(0)
     results = {}  # arm -> final losses
@@ -219,18 +226,23 @@ def write_page(names):
              "| arm | points | noise | learning_rate | hidden_learning_rate | momentum | final loss "
              "| expected cost of the choice |", "|" + " --- |" * 8, *rows, "",
              "| first | second | first - second, at the chosen points | at the true optima "
-             "| steps saved by the first, % |", "|" + " --- |" * 5]
+             "| steps saved by the first |", "|" + " --- |" * 5]
+    differences = []
     for second, first in combinations(results, 2):  # Newton-Muon against Muon comes first
         gaps = results[first] - results[second]
         level = 0.95 if first == "newton_muon" else 0.975
         plain = difference(gaps, np.zeros(DRAWS), np.zeros(DRAWS), rng)
         drawn = difference(gaps, costs[first], costs[second], rng)
-        saved = ""
-        if second == "muon":
-            saved = interval(100 * (1 - np.exp(drawn / slope)), level, ".1f")
-        lines.append(f"| {first} | {second} | {interval(plain, level, '+.4f')} "
-                     f"| {interval(drawn, level, '+.4f')} | {saved} |")
+        chosen = interval(plain, level)
+        optima = interval(drawn, level)
+        saved = interval(1 - np.exp(drawn / slope), level) if second == "muon" else None
+        differences.append({"first": first, "second": second, "level": level, "chosen": chosen,
+                            "optima": optima, "saved": saved})
+        lines.append(f"| {first} | {second} | {with_interval(chosen, '+.4f')} "
+                     f"| {with_interval(optima, '+.4f')} | {with_interval(saved, '.1%')} |")
     (HERE / "results.md").write_text("\n".join(lines) + "\n")
+    found = {"steps": STEPS, "slope": np.mean(by_seed), "differences": differences}
+    (HERE / "results.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 @command(interrupted="stopped; the same command continues")
