@@ -105,11 +105,16 @@ def test_sentences_say_what_the_intervals_say(rows):
     assert alone.gain[0] > find(rows, published.OURS, "0.2 M, all but mlp_proj").gain[0]
 
 
+def page_of_study(row):
+    """The steps saved as the pages of the studies write them."""
+    return "{:z.1%} ({:z.1%} to {:z.1%})".format(*row.saved)
+
+
 def test_the_row_of_the_optimizer_tracks_model_is_that_of_its_study(rows):
     row = find(rows, published.OURS, "0.2 M, optimizer track")
     results = (ROOT / "records/cpu/2026-11-30_optimizer_track/results.md").read_text()
     mean, high, low = (-gain for gain in row.gain)  # Newton-Muon minus Muon
-    assert f"{mean:+.4f} (95 %: {low:+.4f} to {high:+.4f})" in results
+    assert f"{mean:+.4f} (95 %: {low:+.4f} to {high:+.4f}); steps saved: {page_of_study(row)}." in results
 
 
 @pytest.mark.parametrize("matrices, arm", [("all matrices", "newton_muon"),
@@ -120,7 +125,7 @@ def test_the_rows_of_some_matrices_are_those_of_their_study(rows, matrices, arm)
     mean, high, low = (-gain for gain in row.gain)
     results = (ROOT / "records/cpu/2026-11-30_where_the_gain_comes_from/results.md").read_text()
     line = next(line for line in results.splitlines() if line.startswith(f"| {arm} |"))
-    assert f"| {mean:+.4f} ({low:+.4f} to {high:+.4f}) |" in line
+    assert f"| {mean:+.4f} ({low:+.4f} to {high:+.4f}) | {page_of_study(row)} |" in line
 
 
 def test_overheads_are_ratios_of_the_published_times():

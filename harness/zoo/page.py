@@ -68,25 +68,29 @@ def mean_loss(finals):
     return estimates.mean_interval(values)
 
 
-def steps_saved(gap, curve, steps):
-    """Text: 1 - steps / s with its interval, where Muon takes s steps to a loss that is `gap` above its own.
+def share_saved(change, curve, steps):
+    """1 - steps / s, where Muon takes s steps to a loss that is `change` above that of its `steps` steps.
 
-    `gap` is an Estimate at `steps` steps. `curve` is {steps: mean final loss} of Muon: between its points
-    the loss is linear in the logarithm of the steps.
+    `curve` is {steps: mean final loss} of Muon: between its points the loss is linear in the logarithm of the
+    steps. nan for a loss beyond them.
     """
     lengths, losses = zip(*sorted(curve.items(), reverse=True))  # rising losses
+    needed = np.interp(curve[steps] + change, losses, np.log(lengths), left=math.nan, right=math.nan)
+    return 1 - steps / math.exp(needed)
 
-    def share(change):
-        loss = curve[steps] + change
-        if loss < losses[0]:
-            return f"above {1 - steps / lengths[0]:.0%}"
-        if loss > losses[-1]:
-            return f"below {1 - steps / lengths[-1]:.0%}"
-        needed = math.exp(np.interp(loss, losses, np.log(lengths)))
-        return f"{1 - steps / needed:z.1%}"
 
-    middle = share(gap.mean)
-    ends = [share(change) for change in (gap.high, gap.low) if change is not None]
+def steps_saved(gap, curve, steps):
+    """Text of share_saved() with its interval. `gap` is an Estimate of the difference to Muon's loss."""
+    def text(change):
+        share = share_saved(change, curve, steps)
+        if not math.isnan(share):
+            return f"{share:z.1%}"
+        if change < 0:
+            return f"above {1 - steps / max(curve):.0%}"
+        return f"below {1 - steps / min(curve):.0%}"
+
+    middle = text(gap.mean)
+    ends = [text(change) for change in (gap.high, gap.low) if change is not None]
     if all(end == middle for end in ends):
         return middle
     return f"{middle} ({' to '.join(ends)})"
