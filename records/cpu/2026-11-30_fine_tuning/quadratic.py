@@ -27,6 +27,7 @@ TERMS = 9  # besides the effects of the seeds
 
 
 class Fit(NamedTuple):
+    points: int
     coefficients: np.ndarray  # (TERMS,): b, c, d
     covariance: np.ndarray  # of these
     sd: float  # of the noise
@@ -92,7 +93,8 @@ def fit(losses):
     low = x.min(0)
     high = x.max(0)
     points, ends, _ = lowest(solution[None, :TERMS], low, high)
-    return Fit(solution[:TERMS], covariance, float(np.sqrt(variance)), df, low, high, points[0], ends[0])
+    return Fit(len(losses), solution[:TERMS], covariance, float(np.sqrt(variance)), df, low, high,
+               points[0], ends[0])
 
 
 def next_place(found):

@@ -33,7 +33,9 @@ COMPILED = ["--compile", "true"]  # as in the first study
 FACTORS = (3, math.sqrt(2), 1.7)  # of learning_rate, hidden_learning_rate, 1 - momentum: a step of the design
 AXES = ("learning_rate", "hidden_learning_rate", "1 - momentum")
 FIT_SEEDS = range(102, 106)
+CHECK_SEEDS = range(106, 110)
 MOST_ADDED = 4  # points of an arm beyond the design
+MARGIN = 0.5  # steps of the design: an optimum closer to an end of what was tried is checked
 SEEDS = (*range(33, 41), *range(44, 56))  # of the results; 41 to 43 have been used
 LENGTHS = (540, 660)  # at which Muon says what a step is worth
 LENGTH_SEEDS = SEEDS[:6]
@@ -92,16 +94,15 @@ def coarse_best(table, name):
     return min(tried, key=tried.get)
 
 
-def next_runs(table, name):
-    """(Points still to run, Fit): the Fit, in coordinates() minus those of the centre, if there are none.
+def next_runs(table, name, centre, seeds):
+    """(Points still to run, Fit): the Fit, in coordinates() minus `centre`, if there are none.
 
     UserError if the lowest point of the quadratic stays at an end of what was tried.
     """
-    centre = coordinates(coarse_best(table, name))
     places = list(DESIGN)
     while True:
         points = [point_at(name, centre + place) for place in places]
-        wanted = [Point(*point, seed) for point in points for seed in FIT_SEEDS]
+        wanted = [Point(*point, seed) for point in points for seed in seeds]
         missing = [point for point in wanted if point not in table.losses]
         if missing:
             return missing, None
@@ -112,7 +113,7 @@ def next_runs(table, name):
         losses = {}
         for point in points:
             x = coordinates(point) - centre
-            losses[tuple(x)] = {seed: table.losses[Point(*point, seed)] for seed in FIT_SEEDS}
+            losses[tuple(x)] = {seed: table.losses[Point(*point, seed)] for seed in seeds}
         found = fit(losses)
         place = next_place(found)
         if place is None:
@@ -126,18 +127,36 @@ def next_runs(table, name):
         places.append(place)
 
 
-def tune(track, name):
-    """The best point of the arm by the quadratic, after the training it takes."""
-    track.refine(name, first_points(name))
+def first_fit(table, name):
+    """(Points still to run, Fit, centre) of step 3."""
+    centre = coordinates(coarse_best(table, name))
+    return *next_runs(table, name, centre, FIT_SEEDS), centre
+
+
+def check_fit(table, name):
+    """(Points still to run, Fit, centre) of the check; (), None, None if the arm needs none."""
+    _, found, centre = first_fit(table, name)
+    margins = np.minimum(found.lowest - found.low, found.high - found.lowest)
+    if margins.min() >= MARGIN:
+        return (), None, None
+    centre = coordinates(point_at(name, centre + found.lowest))
+    return *next_runs(table, name, centre, CHECK_SEEDS), centre
+
+
+def complete(track, name, next_fit):
+    """The Fit and its centre that next_fit(table, name) returns, after the training it takes."""
     while True:
-        missing, found = next_runs(track.table, name)
+        missing, found, centre = next_fit(track.table, name)
         if not missing:
-            return best_point(track.table, name, found)
+            return found, centre
         track.train(missing)
 
 
-def best_point(table, name, found):
-    return point_at(name, coordinates(coarse_best(table, name)) + found.lowest)
+def tune(track, name):
+    """The best point of the arm by the quadratic, after the training it takes."""
+    track.refine(name, first_points(name))
+    found, centre = complete(track, name, first_fit)
+    return point_at(name, centre + found.lowest)
 
 
 def result_points(best):
@@ -149,10 +168,11 @@ def result_points(best):
 
 
 def train(names, jobs):
-    """Trains what is missing: the tuning of all arms, then the results."""
+    """Trains what is missing: the tuning of all arms, the results, then the checks."""
     track = Track("cpu", jobs, Path("logs/fine_tuning"), COMPILED, open_table(names), ARMS)
     best = track.side_by_side(lambda name: tune(track, name), names)
     track.train(result_points(best))
+    track.side_by_side(lambda name: complete(track, name, check_fit), names)
 
 
 def interval(values, level):
@@ -178,54 +198,26 @@ def slopes(table, muon):
     return found
 
 
-def row(table, name, found, finals, costs, places):
+def row(name, found, centre, finals, costs, places):
     """The line of an arm: its Fit, its final losses, and what draws() says of them."""
-    best = best_point(table, name, found)
-    centre = coordinates(coarse_best(table, name))
     cells = []
-    for axis, factor in enumerate(FACTORS):
-        value, low, high = factor ** np.array([coordinates(best)[axis], *(
-            centre[axis] + np.quantile(places[:, axis], (0.025, 0.975)))])
-        if axis == 2:  # 1 - momentum
-            value, low, high = 1 - value, 1 - high, 1 - low
-        cells.append(f"{value:.3g} ({low:.3g} to {high:.3g})")
+    for factor, lowest, start, x in zip(FACTORS, found.lowest, centre, places.T):
+        cells.append([factor ** (start + at) for at in (lowest, *np.quantile(x, (0.025, 0.975)))])
+    value, low, high = cells.pop()  # of 1 - momentum
+    cells.append([1 - value, 1 - high, 1 - low])
+    cells = [f"{value:.3g} ({low:.3g} to {high:.3g})" for value, low, high in cells]
     loss = estimates.mean_interval(finals)
-    points = {point[:5] for point in table.losses if point.optimizer == name and point.seed in FIT_SEEDS}
-    return (f"| {name} | {len(points)} | {found.sd:.4f} | {' | '.join(cells)} "
+    return (f"| {name} | {found.points} | {found.sd:.4f} | {' | '.join(cells)} "
             f"| {loss.mean:.4f} ({loss.low:.4f} to {loss.high:.4f}) | {costs.mean():.4f} |")
 
 
-def write_page(names):
-    """Writes results.md and results.json, of the arms that are complete. UserError if Muon is not."""
-    table = open_table(names)
-    rng = np.random.default_rng(0)
-    results = {}  # arm -> final losses
-    costs = {}  # arm -> draws
-    rows = []
-    for name in names:
-        missing, found = next_runs(table, name)
-        if missing:
-            continue
-        best = best_point(table, name, found)
-        finals = [table.losses.get(Point(*best, seed)) for seed in SEEDS]
-        if None in finals:
-            continue
-        results[name] = np.array(finals)
-        chosen = coordinates(best) - coordinates(coarse_best(table, name))
-        costs[name], places = draws(found, chosen, DRAWS, rng)
-        rows.append(row(table, name, found, results[name], costs[name], places))
-        if name == "muon":
-            by_seed = slopes(table, best)
-    if "muon" not in results or len(by_seed) < len(LENGTH_SEEDS):
-        raise UserError(f"the runs of Muon in {HERE / 'runs.csv'} are not complete; "
-                        "the same command without --page goes on")
+ARM_HEAD = ["| arm | points | noise | learning_rate | hidden_learning_rate | momentum | final loss "
+            "| expected cost of the choice |", "|" + " --- |" * 8]
 
-    error = np.std(by_seed, ddof=1) / math.sqrt(len(by_seed))
-    slope = np.mean(by_seed) + error * rng.standard_t(len(by_seed) - 1, DRAWS)
-    lines = ["Written by study.py. Ranges and intervals: 95 %, of the last two comparisons 97.5 %.", "",
-             "| arm | points | noise | learning_rate | hidden_learning_rate | momentum | final loss "
-             "| expected cost of the choice |", "|" + " --- |" * 8, *rows, "",
-             "| first | second | first - second, at the chosen points | at the true optima "
+
+def compare(results, costs, slope, rng):
+    """(lines of a table, the same as dicts): the differences of all pairs of arms."""
+    lines = ["| first | second | first - second, at the chosen points | at the true optima "
              "| steps saved by the first |", "|" + " --- |" * 5]
     differences = []
     for second, first in combinations(results, 2):  # Newton-Muon against Muon comes first
@@ -240,8 +232,55 @@ def write_page(names):
                             "optima": optima, "saved": saved})
         lines.append(f"| {first} | {second} | {with_interval(chosen, '+.4f')} "
                      f"| {with_interval(optima, '+.4f')} | {with_interval(saved, '.1%')} |")
+    return lines, differences
+
+
+def write_page(names):
+    """Writes results.md and results.json, of the arms that are complete. UserError if Muon is not."""
+    table = open_table(names)
+    rng = np.random.default_rng(0)
+    results = {}  # arm -> final losses
+    chosen = {}  # arm -> coordinates of its best point
+    costs = {}  # arm -> draws
+    rows = []
+    for name in names:
+        missing, found, centre = first_fit(table, name)
+        if missing:
+            continue
+        best = point_at(name, centre + found.lowest)
+        finals = [table.losses.get(Point(*best, seed)) for seed in SEEDS]
+        if None in finals:
+            continue
+        results[name] = np.array(finals)
+        chosen[name] = coordinates(best)
+        costs[name], places = draws(found, chosen[name] - centre, DRAWS, rng)
+        rows.append(row(name, found, centre, results[name], costs[name], places))
+        if name == "muon":
+            by_seed = slopes(table, best)
+    if "muon" not in results or len(by_seed) < len(LENGTH_SEEDS):
+        raise UserError(f"the runs of Muon in {HERE / 'runs.csv'} are not complete; "
+                        "the same command without --page goes on")
+
+    error = np.std(by_seed, ddof=1) / math.sqrt(len(by_seed))
+    slope = np.mean(by_seed) + error * rng.standard_t(len(by_seed) - 1, DRAWS)
+    pairs, differences = compare(results, costs, slope, rng)
+    lines = ["Written by study.py. Ranges and intervals: 95 %, of the last two comparisons 97.5 %.", "",
+             *ARM_HEAD, *rows, "", *pairs]
+
+    rows = []
+    for name in results:
+        missing, found, centre = check_fit(table, name)
+        if found is None:
+            continue
+        costs[name], places = draws(found, chosen[name] - centre, DRAWS, rng)
+        rows.append(row(name, found, centre, results[name], costs[name], places))
+    checked = None
+    if rows:
+        pairs, checked = compare(results, costs, slope, rng)
+        lines += ["", "With the check of the arms whose optimum is close to an end of what was tried "
+                  "(the final losses are the same):", "", *ARM_HEAD, *rows, "", *pairs]
     (HERE / "results.md").write_text("\n".join(lines) + "\n")
-    found = {"steps": STEPS, "slope": np.mean(by_seed), "differences": differences}
+    found = {"steps": STEPS, "slope": np.mean(by_seed), "differences": differences, "checked": checked}
     (HERE / "results.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
