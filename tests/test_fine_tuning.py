@@ -257,6 +257,34 @@ def test_it_goes_on_where_it_was_stopped(run_study):
         assert run_study.page.read_text() == page
 
 
+def test_the_arm_closer_to_an_end_is_checked_and_nothing_else_changes(run_study, monkeypatch):
+    assert run_study().returncode == 0
+    before = json.loads(run_study.page.with_suffix(".json").read_text())
+    assert before["checked"] is None
+    table = study.open_table(["muon", "newton_muon"])
+    margins = {}
+    best = {}
+    for name in ("muon", "newton_muon"):
+        _, found, centre = study.first_fit(table, name)
+        margins[name] = min(*(found.lowest - found.low), *(found.high - found.lowest))
+        best[name] = study.point_at(name, centre + found.lowest)
+    closer, other = sorted(margins, key=margins.get)
+    monkeypatch.setattr(study, "MARGIN", (margins[closer] + margins[other]) / 2)
+    assert run_study().returncode == 0
+    new = [point for point in Table(run_study.table).losses if point.seed in study.CHECK_SEEDS]
+    assert len(new) == run_study.ran >= 13 * 4
+    assert {point.optimizer for point in new} == {closer}
+    assert {point.seed for point in new if point[:5] == best[closer]} == set(study.CHECK_SEEDS)
+    after = json.loads(run_study.page.with_suffix(".json").read_text())
+    checked = after.pop("checked")
+    assert after | {"checked": None} == before
+    pair, = checked
+    assert pair["chosen"] == pytest.approx(before["differences"][0]["chosen"], abs=2e-4)
+    assert pair["optima"][1] < DEPTHS["newton_muon"] - DEPTHS["muon"] < pair["optima"][2]
+    page = run_study.page.read_text()
+    assert page.count(f"\n| {closer} | 13 |") == 2 and page.count("\n| newton_muon | muon |") == 2
+
+
 def test_the_third_arm_may_come_later(run_study):
     assert run_study().returncode == 0
     assert "half" not in run_study.page.read_text()
@@ -269,7 +297,8 @@ def test_the_third_arm_may_come_later(run_study):
 def test_seeds_are_fresh():
     assert len(set(study.SEEDS)) == 20
     assert not set(study.SEEDS) & {*range(1, 33), 41, 42, 43, *TUNING_SEEDS, *study.FIT_SEEDS}
-    assert not set(study.FIT_SEEDS) & set(TUNING_SEEDS)
+    assert not set(study.FIT_SEEDS) & {*TUNING_SEEDS, *study.CHECK_SEEDS}
+    assert not set(study.CHECK_SEEDS) & {*study.SEEDS, *TUNING_SEEDS}
 
 
 def test_what_no_quadratic_describes_is_refused(run_study):
