@@ -33,7 +33,7 @@ COMPILED = ["--compile", "true"]  # as in the first study
 FACTORS = (3, math.sqrt(2), 1.7)  # of learning_rate, hidden_learning_rate, 1 - momentum: a step of the design
 AXES = ("learning_rate", "hidden_learning_rate", "1 - momentum")
 FIT_SEEDS = range(102, 106)
-CHECK_SEEDS = range(106, 110)
+CHECK_SEEDS = (range(106, 110), range(110, 114), range(114, 118))
 MOST_ADDED = 4  # points of an arm beyond the design
 MARGIN = 0.5  # steps of the design: an optimum closer to an end of what was tried is checked
 SEEDS = (*range(33, 41), *range(44, 56))  # of the results; 41 to 43 have been used
@@ -127,36 +127,35 @@ def next_runs(table, name, centre, seeds):
         places.append(place)
 
 
-def first_fit(table, name):
-    """(Points still to run, Fit, centre) of step 3."""
+def fits(table, name):
+    """(Points still to run, [(Fit, centre), ...]): the fit of step 3, then those of its checks."""
     centre = coordinates(coarse_best(table, name))
-    return *next_runs(table, name, centre, FIT_SEEDS), centre
+    done = []
+    for seeds in (FIT_SEEDS, *CHECK_SEEDS):
+        missing, found = next_runs(table, name, centre, seeds)
+        if missing:
+            return missing, done
+        done.append((found, centre))
+        if np.minimum(found.lowest - found.low, found.high - found.lowest).min() >= MARGIN:
+            return [], done
+        centre = coordinates(optimum(name, found, centre))
+    raise UserError(f"the optimum of {name} is still less than {MARGIN} steps from an end of what was tried "
+                    f"after {len(CHECK_SEEDS)} checks; look at the losses before you go on")
 
 
-def check_fit(table, name):
-    """(Points still to run, Fit, centre) of the check; (), None, None if the arm needs none."""
-    _, found, centre = first_fit(table, name)
-    margins = np.minimum(found.lowest - found.low, found.high - found.lowest)
-    if margins.min() >= MARGIN:
-        return (), None, None
-    centre = coordinates(point_at(name, centre + found.lowest))
-    return *next_runs(table, name, centre, CHECK_SEEDS), centre
-
-
-def complete(track, name, next_fit):
-    """The Fit and its centre that next_fit(table, name) returns, after the training it takes."""
-    while True:
-        missing, found, centre = next_fit(track.table, name)
-        if not missing:
-            return found, centre
-        track.train(missing)
-
-
-def tune(track, name):
-    """The best point of the arm by the quadratic, after the training it takes."""
-    track.refine(name, first_points(name))
-    found, centre = complete(track, name, first_fit)
+def optimum(name, found, centre):
+    """The point where the Fit around `centre` is lowest."""
     return point_at(name, centre + found.lowest)
+
+
+def tune(track, name, checks):
+    """The optimum of the arm by its first fit, or with `checks` by its last, after the training it takes."""
+    track.refine(name, first_points(name))
+    while True:
+        missing, done = fits(track.table, name)
+        if not missing or (done and not checks):
+            return optimum(name, *done[-1 if checks else 0])
+        track.train(missing)
 
 
 def result_points(best):
@@ -168,11 +167,11 @@ def result_points(best):
 
 
 def train(names, jobs):
-    """Trains what is missing: the tuning of all arms, the results, then the checks."""
+    """Trains what is missing: the tuning of all arms and the results, then the checks and theirs."""
     track = Track("cpu", jobs, Path("logs/fine_tuning"), COMPILED, open_table(names), ARMS)
-    best = track.side_by_side(lambda name: tune(track, name), names)
-    track.train(result_points(best))
-    track.side_by_side(lambda name: complete(track, name, check_fit), names)
+    for checks in (False, True):
+        best = track.side_by_side(lambda name: tune(track, name, checks), names)
+        track.train(result_points(best))
 
 
 def interval(values, level):
@@ -189,99 +188,99 @@ def with_interval(values, form):
 
 
 def slopes(table, muon):
-    """Loss that Muon gains per unit of the logarithm of the steps, by seed; `muon` is its best point."""
-    found = []
-    for seed in LENGTH_SEEDS:
-        short, long = (table.losses.get(Point("muon", steps, *muon[2:], seed)) for steps in LENGTHS)
-        if short is not None and long is not None:
-            found.append((short - long) / math.log(LENGTHS[1] / LENGTHS[0]))
-    return found
+    """Loss that Muon gains at the point `muon` per unit of the logarithm of the steps, by seed; nan if not run."""
+    losses = [[table.losses.get(Point("muon", steps, *muon[2:], seed), math.nan) for seed in LENGTH_SEEDS]
+              for steps in LENGTHS]
+    return np.subtract(*losses) / math.log(LENGTHS[1] / LENGTHS[0])
 
 
-def row(name, found, centre, finals, costs, places):
-    """The line of an arm: its Fit, its final losses, and what draws() says of them."""
+def results_at(table, point):
+    """Final losses (20,) at the point; None unless all its runs are there."""
+    finals = np.array([table.losses.get(Point(*point, seed), math.nan) for seed in SEEDS])
+    missing = np.isnan(finals).any() or (point[0] == "muon" and np.isnan(slopes(table, point)).any())
+    return None if missing else finals
+
+
+def row(label, found, centre, finals, rng):
+    """The line of a Fit, with the ranges of its drawn optima; `finals`: the losses at its optimum, or None."""
+    costs, places = draws(found, found.lowest, DRAWS, rng)
     cells = []
     for factor, lowest, start, x in zip(FACTORS, found.lowest, centre, places.T):
         cells.append([factor ** (start + at) for at in (lowest, *np.quantile(x, (0.025, 0.975)))])
     value, low, high = cells.pop()  # of 1 - momentum
     cells.append([1 - value, 1 - high, 1 - low])
     cells = [f"{value:.3g} ({low:.3g} to {high:.3g})" for value, low, high in cells]
-    loss = estimates.mean_interval(finals)
-    return (f"| {name} | {found.points} | {found.sd:.4f} | {' | '.join(cells)} "
-            f"| {loss.mean:.4f} ({loss.low:.4f} to {loss.high:.4f}) | {costs.mean():.4f} |")
+    loss = None if finals is None else estimates.mean_interval(finals)[:3]
+    return (f"| {label} | {found.points} | {found.sd:.4f} | {' | '.join(cells)} "
+            f"| {with_interval(loss, '.4f')} | {costs.mean():.4f} |")
 
 
-ARM_HEAD = ["| arm | points | noise | learning_rate | hidden_learning_rate | momentum | final loss "
-            "| expected cost of the choice |", "|" + " --- |" * 8]
+def compare(table, arms, rng):
+    """(lines of a table, the same as dicts): the differences of all pairs of arms.
 
-
-def compare(results, costs, slope, rng):
-    """(lines of a table, the same as dicts): the differences of all pairs of arms."""
+    arms: {name: (the point of its results, Fit, centre)}: what the point lost is drawn from the Fit.
+    """
+    finals = {}
+    costs = {}
+    for name, (point, found, centre) in arms.items():
+        finals[name] = results_at(table, point)
+        costs[name], _ = draws(found, coordinates(point) - centre, DRAWS, rng)
+    by_seed = slopes(table, arms["muon"][0])
+    error = np.std(by_seed, ddof=1) / math.sqrt(len(by_seed))
+    slope = np.mean(by_seed) + error * rng.standard_t(len(by_seed) - 1, DRAWS)
     lines = ["| first | second | first - second, at the chosen points | at the true optima "
              "| steps saved by the first |", "|" + " --- |" * 5]
-    differences = []
-    for second, first in combinations(results, 2):  # Newton-Muon against Muon comes first
-        gaps = results[first] - results[second]
+    pairs = []
+    for second, first in combinations(arms, 2):  # Newton-Muon against Muon comes first
+        gaps = finals[first] - finals[second]
         level = 0.95 if first == "newton_muon" else 0.975
         plain = difference(gaps, np.zeros(DRAWS), np.zeros(DRAWS), rng)
         drawn = difference(gaps, costs[first], costs[second], rng)
         chosen = interval(plain, level)
         optima = interval(drawn, level)
         saved = interval(1 - np.exp(drawn / slope), level) if second == "muon" else None
-        differences.append({"first": first, "second": second, "level": level, "chosen": chosen,
-                            "optima": optima, "saved": saved})
+        pairs.append({"first": first, "second": second, "level": level, "slope": np.mean(by_seed),
+                      "chosen": chosen, "optima": optima, "saved": saved})
         lines.append(f"| {first} | {second} | {with_interval(chosen, '+.4f')} "
                      f"| {with_interval(optima, '+.4f')} | {with_interval(saved, '.1%')} |")
-    return lines, differences
+    return lines, pairs
 
 
 def write_page(names):
-    """Writes results.md and results.json, of the arms that are complete. UserError if Muon is not."""
+    """Writes results.md and results.json, of the arms that have results. UserError if Muon has none."""
     table = open_table(names)
     rng = np.random.default_rng(0)
-    results = {}  # arm -> final losses
-    chosen = {}  # arm -> coordinates of its best point
-    costs = {}  # arm -> draws
+    by_fit = {"planned": {}, "checked": {}}  # by the first fit of an arm, and by its last
     rows = []
     for name in names:
-        missing, found, centre = first_fit(table, name)
-        if missing:
-            continue
-        best = point_at(name, centre + found.lowest)
-        finals = [table.losses.get(Point(*best, seed)) for seed in SEEDS]
-        if None in finals:
-            continue
-        results[name] = np.array(finals)
-        chosen[name] = coordinates(best)
-        costs[name], places = draws(found, chosen[name] - centre, DRAWS, rng)
-        rows.append(row(name, found, centre, results[name], costs[name], places))
-        if name == "muon":
-            by_seed = slopes(table, best)
-    if "muon" not in results or len(by_seed) < len(LENGTH_SEEDS):
+        _, done = fits(table, name)
+        for number, (found, centre) in enumerate(done):
+            point = optimum(name, found, centre)
+            finals = results_at(table, point)
+            label = f"{name}, check {number}" if number else name
+            rows.append(row(label, found, centre, finals, rng))
+            if finals is not None:
+                measured = point
+            elif not number:
+                break
+            if not number:
+                by_fit["planned"][name] = (point, found, centre)
+            by_fit["checked"][name] = (measured, found, centre)
+    if "muon" not in by_fit["planned"]:
         raise UserError(f"the runs of Muon in {HERE / 'runs.csv'} are not complete; "
                         "the same command without --page goes on")
 
-    error = np.std(by_seed, ddof=1) / math.sqrt(len(by_seed))
-    slope = np.mean(by_seed) + error * rng.standard_t(len(by_seed) - 1, DRAWS)
-    pairs, differences = compare(results, costs, slope, rng)
     lines = ["Written by study.py. Ranges and intervals: 95 %, of the last two comparisons 97.5 %.", "",
-             *ARM_HEAD, *rows, "", *pairs]
-
-    rows = []
-    for name in results:
-        missing, found, centre = check_fit(table, name)
-        if found is None:
-            continue
-        costs[name], places = draws(found, chosen[name] - centre, DRAWS, rng)
-        rows.append(row(name, found, centre, results[name], costs[name], places))
-    checked = None
-    if rows:
-        pairs, checked = compare(results, costs, slope, rng)
-        lines += ["", "With the check of the arms whose optimum is close to an end of what was tried "
-                  "(the final losses are the same):", "", *ARM_HEAD, *rows, "", *pairs]
+             "| arm | points | noise | learning_rate | hidden_learning_rate | momentum | final loss "
+             "| expected cost of the choice |", "|" + " --- |" * 8, *rows]
+    titles = {"planned": "At the optima of the first fits, with what they leave uncertain:",
+              "checked": "At the last optima that were run, with what the last fits leave uncertain:"}
+    pairs = {}
+    for which, arms in by_fit.items():
+        compared, pairs[which] = compare(table, arms, rng)
+        lines += ["", titles[which], "", *compared]
     (HERE / "results.md").write_text("\n".join(lines) + "\n")
-    found = {"steps": STEPS, "slope": np.mean(by_seed), "differences": differences, "checked": checked}
-    (HERE / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    (HERE / "results.json").write_text(json.dumps(pairs, indent=1) + "\n")
 
 
 @command(interrupted="stopped; the same command continues")
