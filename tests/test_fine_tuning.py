@@ -222,9 +222,9 @@ def test_the_study_from_the_coarse_search_to_the_page(run_study):
         assert point[:2] == pytest.approx([value for value, _, _ in found[:2]], rel=0.01)
         assert {seed for *_, seed in runs if seed in study.SEEDS} == set(study.SEEDS)
     found = json.loads(run_study.page.with_suffix(".json").read_text())
-    assert found["slope"] == pytest.approx(0.15, abs=0.02)
+    assert found["planned"][0]["slope"] == pytest.approx(0.15, abs=0.02)
     pairs = (("newton_muon", "muon"), ("half", "muon"), ("half", "newton_muon"))
-    for (first, second), written in zip(pairs, found["differences"], strict=True):
+    for (first, second), written in zip(pairs, found["planned"], strict=True):
         assert (written["first"], written["second"]) == (first, second)
         row = cells(page, first, second)
         assert ends(row[3]) == pytest.approx(written["optima"], abs=6e-5)
@@ -257,32 +257,47 @@ def test_it_goes_on_where_it_was_stopped(run_study):
         assert run_study.page.read_text() == page
 
 
-def test_the_arm_closer_to_an_end_is_checked_and_nothing_else_changes(run_study, monkeypatch):
+def margin(table, name, number=-1):
+    """Steps between the optimum of a fit of the arm (the last one) and the nearest end of what was tried."""
+    found, _ = study.fits(table, name)[1][number]
+    return min(*(found.lowest - found.low), *(found.high - found.lowest))
+
+
+def test_the_arm_closer_to_an_end_is_checked_until_it_is_not(run_study, monkeypatch):
+    arms = ("muon", "newton_muon")
+    monkeypatch.setattr(study, "MARGIN", 0)
     assert run_study().returncode == 0
+    assert run_study.page.read_text().count("check") == 0
     before = json.loads(run_study.page.with_suffix(".json").read_text())
-    assert before["checked"] is None
-    table = study.open_table(["muon", "newton_muon"])
-    margins = {}
-    best = {}
-    for name in ("muon", "newton_muon"):
-        _, found, centre = study.first_fit(table, name)
-        margins[name] = min(*(found.lowest - found.low), *(found.high - found.lowest))
-        best[name] = study.point_at(name, centre + found.lowest)
-    closer, other = sorted(margins, key=margins.get)
-    monkeypatch.setattr(study, "MARGIN", (margins[closer] + margins[other]) / 2)
+    table = study.open_table(arms)
+    closer, other = sorted(arms, key=lambda name: margin(table, name))
+    monkeypatch.setattr(study, "MARGIN", (margin(table, closer) + margin(table, other)) / 2)
     assert run_study().returncode == 0
-    new = [point for point in Table(run_study.table).losses if point.seed in study.CHECK_SEEDS]
-    assert len(new) == run_study.ran >= 13 * 4
-    assert {point.optimizer for point in new} == {closer}
-    assert {point.seed for point in new if point[:5] == best[closer]} == set(study.CHECK_SEEDS)
+
+    table = study.open_table(arms)
+    missing, done = study.fits(table, closer)
+    assert not missing and len(done) > 1 and margin(table, closer) >= study.MARGIN
+    for number, (seeds, (found, centre)) in enumerate(zip(study.CHECK_SEEDS, done[1:])):
+        assert study.point_at(closer, centre) == study.optimum(closer, *done[number])
+        tried = {point.seed for point in table.losses if point[:5] == study.point_at(closer, centre)}
+        assert tried >= set(seeds)
+    assert len(study.fits(table, other)[1]) == 1
+    assert study.results_at(table, study.optimum(closer, *done[-1])) is not None
+
     after = json.loads(run_study.page.with_suffix(".json").read_text())
-    checked = after.pop("checked")
-    assert after | {"checked": None} == before
-    pair, = checked
-    assert pair["chosen"] == pytest.approx(before["differences"][0]["chosen"], abs=2e-4)
-    assert pair["optima"][1] < DEPTHS["newton_muon"] - DEPTHS["muon"] < pair["optima"][2]
-    page = run_study.page.read_text()
-    assert page.count(f"\n| {closer} | 13 |") == 2 and page.count("\n| newton_muon | muon |") == 2
+    assert after["planned"][0]["chosen"] == pytest.approx(before["planned"][0]["chosen"], abs=2e-4)
+    first, last = (study.results_at(table, study.optimum(closer, *done[number])) for number in (0, -1))
+    sign = 1 if closer == "newton_muon" else -1
+    moved = after["checked"][0]["chosen"][0] - after["planned"][0]["chosen"][0]
+    assert moved == pytest.approx(sign * (last - first).mean(), abs=3e-4)
+    low, high = after["checked"][0]["optima"][1:]
+    assert low < DEPTHS["newton_muon"] - DEPTHS["muon"] < high
+    assert run_study().returncode == 0 and run_study.ran == 0
+
+
+def test_an_optimum_that_stays_close_to_an_end_is_refused(run_study, monkeypatch):
+    monkeypatch.setattr(study, "MARGIN", 5)
+    refused(run_study(), "is still less than 5 steps from an end of what was tried after 3 checks")
 
 
 def test_the_third_arm_may_come_later(run_study):
@@ -297,8 +312,8 @@ def test_the_third_arm_may_come_later(run_study):
 def test_seeds_are_fresh():
     assert len(set(study.SEEDS)) == 20
     assert not set(study.SEEDS) & {*range(1, 33), 41, 42, 43, *TUNING_SEEDS, *study.FIT_SEEDS}
-    assert not set(study.FIT_SEEDS) & {*TUNING_SEEDS, *study.CHECK_SEEDS}
-    assert not set(study.CHECK_SEEDS) & {*study.SEEDS, *TUNING_SEEDS}
+    tuning = [*TUNING_SEEDS, *study.FIT_SEEDS, *(seed for seeds in study.CHECK_SEEDS for seed in seeds)]
+    assert len(set(tuning)) == len(tuning) and not set(tuning) & set(study.SEEDS)
 
 
 def test_what_no_quadratic_describes_is_refused(run_study):

@@ -188,7 +188,7 @@ def with_interval(values, form):
 
 
 def slopes(table, muon):
-    """Loss that Muon gains at the point `muon` per unit of the logarithm of the steps, by seed; nan if not run."""
+    """Loss that Muon gains at this point per unit of the logarithm of the steps, by seed; nan if not run."""
     losses = [[table.losses.get(Point("muon", steps, *muon[2:], seed), math.nan) for seed in LENGTH_SEEDS]
               for steps in LENGTHS]
     return np.subtract(*losses) / math.log(LENGTHS[1] / LENGTHS[0])
@@ -202,7 +202,7 @@ def results_at(table, point):
 
 
 def row(label, found, centre, finals, rng):
-    """The line of a Fit, with the ranges of its drawn optima; `finals`: the losses at its optimum, or None."""
+    """The line of a Fit, with the ranges of its drawn optima; `finals`, or None, are of its optimum."""
     costs, places = draws(found, found.lowest, DRAWS, rng)
     cells = []
     for factor, lowest, start, x in zip(FACTORS, found.lowest, centre, places.T):
@@ -257,8 +257,6 @@ def write_page(names):
         for number, (found, centre) in enumerate(done):
             point = optimum(name, found, centre)
             finals = results_at(table, point)
-            label = f"{name}, check {number}" if number else name
-            rows.append(row(label, found, centre, finals, rng))
             if finals is not None:
                 measured = point
             elif not number:
@@ -266,6 +264,8 @@ def write_page(names):
             if not number:
                 by_fit["planned"][name] = (point, found, centre)
             by_fit["checked"][name] = (measured, found, centre)
+            label = f"{name}, check {number}" if number else name
+            rows.append(row(label, found, centre, finals, rng))
     if "muon" not in by_fit["planned"]:
         raise UserError(f"the runs of Muon in {HERE / 'runs.csv'} are not complete; "
                         "the same command without --page goes on")
@@ -275,10 +275,12 @@ def write_page(names):
              "| expected cost of the choice |", "|" + " --- |" * 8, *rows]
     titles = {"planned": "At the optima of the first fits, with what they leave uncertain:",
               "checked": "At the last optima that were run, with what the last fits leave uncertain:"}
+    if len(rows) == len(by_fit["planned"]):  # no checks
+        del titles["checked"]
     pairs = {}
-    for which, arms in by_fit.items():
-        compared, pairs[which] = compare(table, arms, rng)
-        lines += ["", titles[which], "", *compared]
+    for which, title in titles.items():
+        compared, pairs[which] = compare(table, by_fit[which], rng)
+        lines += ["", title, "", *compared]
     (HERE / "results.md").write_text("\n".join(lines) + "\n")
     (HERE / "results.json").write_text(json.dumps(pairs, indent=1) + "\n")
 
