@@ -351,8 +351,8 @@ def sentences(rows):
         f"baseline, and nothing against the best tuned one: it takes {percent_more(tuned)}. "
         f"So it does on that track's model at toy size, both tuned alike: {percent_more(small)}.",
         f"At 1 B parameters it is worse (its loss is {-large.gain[0]:.4f} above Muon's); our own toy "
-        f"models of 0.06 to 0.8 M, built like record 4's, save {low:.1f} to {high:.1f} %, and "
-        f"{percent(fine)} where rates and momentum of both were tuned finely.",
+        f"models of 0.06 to 0.8 M, built like record 4's, save {low:.1f} to {high:.1f} % "
+        f"at rates from a grid, and {percent(fine)} where rates and momentum of both were tuned finely.",
         f"Where the preconditioner works, at that size: on mlp_proj alone the loss ends "
         f"{alone.gain[0] - others.gain[0]:.4f} lower than on all other matrices alone; against Muon that is "
         f"{percent(alone)} fewer steps, and {percent(others)}."]

@@ -128,6 +128,14 @@ def test_the_rows_of_some_matrices_are_those_of_their_study(rows, matrices, arm)
     assert f"| {mean:+.4f} ({low:+.4f} to {high:+.4f}) | {page_of_study(row)} |" in line
 
 
+@pytest.mark.parametrize("path, form", [
+    ("README.md", "{:.1f} % fewer (95 % interval: {:.1f} to {:.1f} %)"),
+    ("records/cpu/2026-11-30_fine_tuning/README.md", "{:.1f} % ({:.1f} to {:.1f})")])
+def test_the_finely_tuned_difference_is_quoted_as_its_study_has_it(rows, path, form):
+    saved = find(rows, published.OURS, "0.2 M, tuned finely").saved
+    assert form.format(*(100 * share for share in saved)) in (ROOT / path).read_text()
+
+
 def test_overheads_are_ratios_of_the_published_times():
     found = {(who, how.partition(",")[0]): ratio for who, how, ratio in published.overheads()}
     assert found == pytest.approx({(published.PAPER, "1xH100"): 7443.3 / 7314.1 - 1,

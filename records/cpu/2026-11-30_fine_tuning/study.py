@@ -257,12 +257,12 @@ def write_page(names):
         for number, (found, centre) in enumerate(done):
             point = optimum(name, found, centre)
             finals = results_at(table, point)
+            if number == 0:
+                if finals is None:
+                    break
+                by_fit["planned"][name] = (point, found, centre)
             if finals is not None:
                 measured = point
-            elif not number:
-                break
-            if not number:
-                by_fit["planned"][name] = (point, found, centre)
             by_fit["checked"][name] = (measured, found, centre)
             label = f"{name}, check {number}" if number else name
             rows.append(row(label, found, centre, finals, rng))
