@@ -295,6 +295,16 @@ def test_the_arm_closer_to_an_end_is_checked_until_it_is_not(run_study, monkeypa
     assert run_study().returncode == 0 and run_study.ran == 0
 
 
+def test_a_result_that_diverged_is_not_called_missing(run_study):
+    def loss(point):
+        diverges = point.optimizer == "newton_muon" and point.seed == study.SEEDS[3]
+        return math.nan if diverges else loss_of(point)
+    run_study.loss = loss
+    assert run_study().returncode == 0
+    page = run_study.page.read_text()
+    assert "nan" in cells(page, "newton_muon", "muon")[3] and "nan" not in cells(page, "muon")[6]
+
+
 def test_an_optimum_that_stays_close_to_an_end_is_refused(run_study, monkeypatch):
     monkeypatch.setattr(study, "MARGIN", 5)
     refused(run_study(), "is still less than 5 steps from an end of what was tried after 3 checks")

@@ -161,8 +161,9 @@ def tune(track, name, checks):
 def result_points(best):
     """The runs that decide, seed by seed; `best` is {arm: its best point}."""
     points = [Point(*point, seed) for seed in SEEDS for point in best.values()]
-    _, _, *muon = best["muon"]
-    points += [Point("muon", steps, *muon, seed) for seed in LENGTH_SEEDS for steps in LENGTHS]
+    if "muon" in best:
+        _, _, *muon = best["muon"]
+        points += [Point("muon", steps, *muon, seed) for seed in LENGTH_SEEDS for steps in LENGTHS]
     return points
 
 
@@ -188,17 +189,17 @@ def with_interval(values, form):
 
 
 def slopes(table, muon):
-    """Loss that Muon gains at this point per unit of the logarithm of the steps, by seed; nan if not run."""
-    losses = [[table.losses.get(Point("muon", steps, *muon[2:], seed), math.nan) for seed in LENGTH_SEEDS]
+    """Loss that Muon gains at this point per unit of the logarithm of the steps, by seed."""
+    losses = [[table.losses[Point("muon", steps, *muon[2:], seed)] for seed in LENGTH_SEEDS]
               for steps in LENGTHS]
     return np.subtract(*losses) / math.log(LENGTHS[1] / LENGTHS[0])
 
 
 def results_at(table, point):
     """Final losses (20,) at the point; None unless all its runs are there."""
-    finals = np.array([table.losses.get(Point(*point, seed), math.nan) for seed in SEEDS])
-    missing = np.isnan(finals).any() or (point[0] == "muon" and np.isnan(slopes(table, point)).any())
-    return None if missing else finals
+    if any(run not in table.losses for run in result_points({point[0]: point})):
+        return None
+    return np.array([table.losses[Point(*point, seed)] for seed in SEEDS])
 
 
 def row(label, found, centre, finals, rng):
