@@ -182,9 +182,8 @@ def lengths_row(setting, study, arm):
     arms = arms_of(CPU / study / "runs.csv")
     muon = arms["muon", 600]
     gain = estimates.mean_interval([muon[seed] - arms[arm, 600][seed] for seed in sorted(muon)])
-    lengths = (540, 600, 660)
-    seeds = arms["muon", lengths[0]]
-    curve = {steps: np.mean([arms["muon", steps][seed] for seed in seeds]) for steps in lengths}
+    seeds = arms["muon", 540]
+    curve = {steps: np.mean([arms["muon", steps][seed] for seed in seeds]) for steps in (540, 600, 660)}
     slope = 100 * (curve[540] - curve[660]) / (660 - 540)
     saved = tuple(share_saved(-change, curve, 600) for change in gain[:3])
     return Row(OURS, setting, f"{len(muon)}", gain[:3], slope, "runs of 540 and 660 steps", saved)

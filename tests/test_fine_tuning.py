@@ -129,6 +129,15 @@ def test_the_cost_that_is_drawn_is_the_cost_that_is_paid():
     assert costs == pytest.approx(0.5 * HESSIAN[0, 0] * 0.25, rel=0.02)
 
 
+def test_what_may_lie_beyond_the_limits_costs_more():
+    rng = np.random.default_rng(0)
+    found = quadratic.fit(losses(np.array([0.9, 0.0, -0.8]), noise=0.004, rng=rng))
+    wider = found._replace(low=found.low - 1, high=found.high + 1)
+    inside, beyond = (quadratic.draws(of, found.lowest, 500, np.random.default_rng(1))[0]
+                      for of in (found, wider))
+    assert (beyond >= inside).all() and beyond.mean() > inside.mean()
+
+
 def test_the_difference_is_that_of_the_optima():
     rng = np.random.default_rng(0)
     gaps = np.array([0.001, 0.002, 0.003, 0.002])
@@ -196,7 +205,7 @@ def run_study(call, monkeypatch, tmp_path):
 def cells(page, *heads):
     """Cells of the one line that begins with `heads`: an arm's has one head, that of a comparison two."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()]
-    width = 8 if len(heads) == 1 else 5
+    width = 9 if len(heads) == 1 else 5
     found, = [row for row in rows if len(row) == width and row[:len(heads)] == [*heads]]
     return found
 
@@ -241,6 +250,7 @@ def test_the_study_from_the_coarse_search_to_the_page(run_study):
             assert ends(row[4]) == pytest.approx([100 * share for share in written["saved"]], abs=0.06)
             _, low, high = written["saved"]
             assert low < 1 - math.exp(true / 0.15) < high
+    assert page.count("Steps saved by newton_muon if the true optima may lie half a step beyond") == 1
     assert run_study("--third", "half").returncode == 0 and run_study.ran == 0
 
 
@@ -257,9 +267,9 @@ def test_it_goes_on_where_it_was_stopped(run_study):
         assert run_study.page.read_text() == page
 
 
-def margin(table, name, number=-1):
-    """Steps between the optimum of a fit of the arm (the last one) and the nearest end of what was tried."""
-    found, _ = study.fits(table, name)[1][number]
+def margin(table, name):
+    """Steps between the optimum of the arm's last fit and the nearest end of what was tried."""
+    found, _ = study.fits(table, name)[1][-1]
     return min(*(found.lowest - found.low), *(found.high - found.lowest))
 
 
@@ -314,9 +324,11 @@ def test_the_third_arm_may_come_later(run_study):
     assert run_study().returncode == 0
     assert "half" not in run_study.page.read_text()
     two = run_study.table.read_text()
+    pair = cells(run_study.page.read_text(), "newton_muon", "muon")
     assert run_study("--third", "half").returncode == 0
     assert run_study.table.read_text().startswith(two)
     assert len(cells(run_study.page.read_text(), "half", "newton_muon")) == 5
+    assert cells(run_study.page.read_text(), "newton_muon", "muon") == pair
 
 
 def test_seeds_are_fresh():

@@ -136,11 +136,16 @@ def fits(table, name):
         if missing:
             return missing, done
         done.append((found, centre))
-        if np.minimum(found.lowest - found.low, found.high - found.lowest).min() >= MARGIN:
+        if margin(found) >= MARGIN:
             return [], done
         centre = coordinates(optimum(name, found, centre))
     raise UserError(f"the optimum of {name} is still less than {MARGIN} steps from an end of what was tried "
                     f"after {len(CHECK_SEEDS)} checks; look at the losses before you go on")
+
+
+def margin(found):
+    """Steps between the lowest point of the Fit and the nearest end of what was tried."""
+    return float(np.minimum(found.lowest - found.low, found.high - found.lowest).min())
 
 
 def optimum(name, found, centre):
@@ -202,9 +207,9 @@ def results_at(table, point):
     return np.array([table.losses[Point(*point, seed)] for seed in SEEDS])
 
 
-def row(label, found, centre, finals, rng):
+def row(label, found, centre, finals):
     """The line of a Fit, with the ranges of its drawn optima; `finals`, or None, are of its optimum."""
-    costs, places = draws(found, found.lowest, DRAWS, rng)
+    costs, places = draws(found, found.lowest, DRAWS, np.random.default_rng(0))
     cells = []
     for factor, lowest, start, x in zip(FACTORS, found.lowest, centre, places.T):
         cells.append([factor ** (start + at) for at in (lowest, *np.quantile(x, (0.025, 0.975)))])
@@ -213,30 +218,33 @@ def row(label, found, centre, finals, rng):
     cells = [f"{value:.3g} ({low:.3g} to {high:.3g})" for value, low, high in cells]
     loss = None if finals is None else estimates.mean_interval(finals)[:3]
     return (f"| {label} | {found.points} | {found.sd:.4f} | {' | '.join(cells)} "
-            f"| {with_interval(loss, '.4f')} | {costs.mean():.4f} |")
+            f"| {with_interval(loss, '.4f')} | {costs.mean():.4f} | {margin(found):.2f} |")
 
 
-def compare(table, arms, rng):
+def compare(table, arms, beyond=0):
     """(lines of a table, the same as dicts): the differences of all pairs of arms.
 
-    arms: {name: (the point of its results, Fit, centre)}: what the point lost is drawn from the Fit.
+    arms: {name: (the point of its results, Fit, centre)}: what the point lost is drawn from the Fit. The
+    drawn optima lie at most `beyond` steps outside of what was tried.
     """
-    finals = {}
-    costs = {}
-    for name, (point, found, centre) in arms.items():
-        finals[name] = results_at(table, point)
-        costs[name], _ = draws(found, coordinates(point) - centre, DRAWS, rng)
     by_seed = slopes(table, arms["muon"][0])
     error = np.std(by_seed, ddof=1) / math.sqrt(len(by_seed))
-    slope = np.mean(by_seed) + error * rng.standard_t(len(by_seed) - 1, DRAWS)
     lines = ["| first | second | first - second, at the chosen points | at the true optima "
              "| steps saved by the first |", "|" + " --- |" * 5]
     pairs = []
     for second, first in combinations(arms, 2):  # Newton-Muon against Muon comes first
-        gaps = finals[first] - finals[second]
+        rng = np.random.default_rng(0)  # of its own: what is drawn for a pair depends on no other arm
+        finals = []
+        costs = []
+        for point, found, centre in (arms[first], arms[second]):
+            finals.append(results_at(table, point))
+            wider = found._replace(low=found.low - beyond, high=found.high + beyond)
+            costs.append(draws(wider, coordinates(point) - centre, DRAWS, rng)[0])
+        gaps = np.subtract(*finals)
         level = 0.95 if first == "newton_muon" else 0.975
         plain = difference(gaps, np.zeros(DRAWS), np.zeros(DRAWS), rng)
-        drawn = difference(gaps, costs[first], costs[second], rng)
+        drawn = difference(gaps, *costs, rng)
+        slope = np.mean(by_seed) + error * rng.standard_t(len(by_seed) - 1, DRAWS)
         chosen = interval(plain, level)
         optima = interval(drawn, level)
         saved = interval(1 - np.exp(drawn / slope), level) if second == "muon" else None
@@ -250,7 +258,6 @@ def compare(table, arms, rng):
 def write_page(names):
     """Writes results.md and results.json, of the arms that have results. UserError if Muon has none."""
     table = open_table(names)
-    rng = np.random.default_rng(0)
     by_fit = {"planned": {}, "checked": {}}  # by the first fit of an arm, and by its last
     rows = []
     for name in names:
@@ -266,22 +273,27 @@ def write_page(names):
                 measured = point
             by_fit["checked"][name] = (measured, found, centre)
             label = f"{name}, check {number}" if number else name
-            rows.append(row(label, found, centre, finals, rng))
+            rows.append(row(label, found, centre, finals))
     if "muon" not in by_fit["planned"]:
         raise UserError(f"the runs of Muon in {HERE / 'runs.csv'} are not complete; "
                         "the same command without --page goes on")
 
     lines = ["Written by study.py. Ranges and intervals: 95 %, of the last two comparisons 97.5 %.", "",
              "| arm | points | noise | learning_rate | hidden_learning_rate | momentum | final loss "
-             "| expected cost of the choice |", "|" + " --- |" * 8, *rows]
+             "| expected cost of the choice | steps to the nearest end |", "|" + " --- |" * 9, *rows]
     titles = {"planned": "At the optima of the first fits, with what they leave uncertain:",
               "checked": "At the last optima that were run, with what the last fits leave uncertain:"}
     if len(rows) == len(by_fit["planned"]):  # no checks
         del titles["checked"]
     pairs = {}
     for which, title in titles.items():
-        compared, pairs[which] = compare(table, by_fit[which], rng)
+        compared, pairs[which] = compare(table, by_fit[which])
         lines += ["", title, "", *compared]
+        if "newton_muon" in by_fit[which]:
+            saved = [compare(table, by_fit[which], beyond)[1][0]["saved"] for beyond in (0.5, 1)]
+            half, whole = (with_interval(share, ".1%") for share in saved)
+            lines += ["", "Steps saved by newton_muon if the true optima may lie half a step beyond what was "
+                      f"tried: {half}; a whole step: {whole}."]
     (HERE / "results.md").write_text("\n".join(lines) + "\n")
     (HERE / "results.json").write_text(json.dumps(pairs, indent=1) + "\n")
 
