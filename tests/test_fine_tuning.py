@@ -250,7 +250,7 @@ def test_the_study_from_the_coarse_search_to_the_page(run_study):
             assert ends(row[4]) == pytest.approx([100 * share for share in written["saved"]], abs=0.06)
             _, low, high = written["saved"]
             assert low < 1 - math.exp(true / 0.15) < high
-    assert page.count("Steps saved by newton_muon if the true optima may lie half a step beyond") == 1
+    assert page.count("Steps saved by newton_muon if the true optima may lie 0.5 steps beyond") == 1
     assert run_study("--third", "half").returncode == 0 and run_study.ran == 0
 
 

@@ -290,10 +290,11 @@ def write_page(names):
         compared, pairs[which] = compare(table, by_fit[which])
         lines += ["", title, "", *compared]
         if "newton_muon" in by_fit[which]:
-            saved = [compare(table, by_fit[which], beyond)[1][0]["saved"] for beyond in (0.5, 1)]
-            half, whole = (with_interval(share, ".1%") for share in saved)
-            lines += ["", "Steps saved by newton_muon if the true optima may lie half a step beyond what was "
-                      f"tried: {half}; a whole step: {whole}."]
+            lines.append("")
+            for beyond in (0.5, 1):
+                saved = compare(table, by_fit[which], beyond)[1][0]["saved"]
+                lines.append(f"- Steps saved by newton_muon if the true optima may lie {beyond} steps beyond "
+                             f"what was tried: {with_interval(saved, '.1%')}.")
     (HERE / "results.md").write_text("\n".join(lines) + "\n")
     (HERE / "results.json").write_text(json.dumps(pairs, indent=1) + "\n")
 
