@@ -3,6 +3,7 @@ import ast
 import importlib
 import inspect
 import math
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -166,35 +167,50 @@ def result(table, best, costs, muon, curve):
     return Result(name, loss, gap, cells)
 
 
+def is_complete(table, point):
+    """Whether all results of the point (without a seed) are there: Muon's are at all LENGTHS."""
+    name, steps, *_ = point
+    lengths = LENGTHS if name == "muon" else (1.0,)
+    return all(set(table.results(name, round(length * steps), point)) == set(SEEDS) for length in lengths)
+
+
+def values_of(point):
+    """Text of (learning_rate, hidden_learning_rate, setting)."""
+    return ", ".join(str(value) for value in point if value != "")
+
+
 def section(folder):
     """The part of the page on the track in `folder`: (text, [Result, ...] by final loss)."""
     table = Table(folder / "runs.csv")
     costs = read_overhead(folder / "overhead.json")
     steps = max((point.steps for point in table.losses if point.seed in TUNING_SEEDS), default=0)
     best = {}  # name -> point
+    shown = {}  # the same, or the older one while the results of a new best point are not complete
     for name in ZOO:
         tried = table.tried(name, steps)
         best[name] = min(tried, key=tried.get, default=None)
+        shown[name] = min(filter(partial(is_complete, table), tried), key=tried.get, default=None)
     curve = {}  # of Muon: steps -> mean final loss
     for length in LENGTHS:
-        finals = table.results("muon", round(length * steps), best["muon"])
-        if set(finals) == set(SEEDS):
+        if shown["muon"]:
+            finals = table.results("muon", round(length * steps), shown["muon"])
             curve[round(length * steps)] = float(np.mean(list(finals.values())))
 
     results = []
     waiting = []
+    unfinished = []
     older = []
     for name in ZOO:
-        has_run = set(table.results(name, steps, best[name])) == set(SEEDS)
-        if not (has_run and name in costs and len(curve) == len(LENGTHS)):
+        if not (shown[name] and shown["muon"] and name in costs):
             waiting.append(f"`{name}`")
             continue
-        muon = table.results("muon", steps, best["muon"])
-        results.append(result(table, best[name], costs[name], muon, curve))
+        muon = table.results("muon", steps, shown["muon"])
+        results.append(result(table, shown[name], costs[name], muon, curve))
+        if shown[name] != best[name]:
+            unfinished.append(f"`{name}` ({values_of(best[name][2:])})")
         for point, finals in table.results_by_point(name, steps).items():
-            if point != best[name][2:]:
-                values = ", ".join(str(value) for value in point if value != "")
-                older.append(f"`{name}` {mean_loss(finals).mean:.4f} ({values})")
+            if point not in (shown[name][2:], best[name][2:]) and set(finals) == set(SEEDS):
+                older.append(f"`{name}` {mean_loss(finals).mean:.4f} ({values_of(point)})")
     results.sort(key=lambda found: math.inf if math.isnan(found.loss.mean) else found.loss.mean)
 
     head = ("optimizer", "final loss (95 %)", "against Muon, by pairs", "steps saved", "time of a step",
@@ -205,6 +221,9 @@ def section(folder):
             markdown([head, *(found.cells for found in results)])]
     if older:
         text.append(f"Final losses at the best points before the tuning went on: {', '.join(older)}.\n")
+    if unfinished:
+        text.append("Tuned further, but not yet run to the end at the new best point, so that the table has "
+                    f"the results of the older one: {', '.join(unfinished)}.\n")
     if waiting:
         text.append(f"Not run yet, or not to the end: {', '.join(waiting)}.\n")
     return "\n".join(text), results

@@ -97,20 +97,15 @@ class Table:
     def results(self, optimizer, steps, best=None):
         """{seed: final loss} of the runs that are not tuning, those of the point `best` if it is given.
 
-        Other points then have older results, from before the tuning went on. UserError if these are not
-        complete, and if there are several points without `best`.
+        UserError if there are several points, and none is given.
         """
         found = self.results_by_point(optimizer, steps)
         if best:
-            chosen = found.pop(best[2:5], {})
-            alone = all(set(finals) >= set(SEEDS) for finals in found.values())
-        else:
-            chosen = next(iter(found.values()), {})
-            alone = len(found) < 2
-        if not alone:
+            return found.get(best[2:5], {})
+        if len(found) > 1:
             raise UserError(f"{self.path} has results of {optimizer} with several rates or settings; "
                             "remove the lines of all but one")
-        return chosen
+        return next(iter(found.values()), {})
 
 
 def read_overhead(path):
