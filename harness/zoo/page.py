@@ -184,17 +184,16 @@ def section(folder):
     table = Table(folder / "runs.csv")
     costs = read_overhead(folder / "overhead.json")
     steps = max((point.steps for point in table.losses if point.seed in TUNING_SEEDS), default=0)
-    best = {}  # name -> point
+    best = {}  # name -> point, or None
     shown = {}  # the same, or the older one while the results of a new best point are not complete
     for name in ZOO:
         tried = table.tried(name, steps)
         best[name] = min(tried, key=tried.get, default=None)
         shown[name] = min(filter(partial(is_complete, table), tried), key=tried.get, default=None)
     curve = {}  # of Muon: steps -> mean final loss
-    for length in LENGTHS:
-        if shown["muon"]:
-            finals = table.results("muon", round(length * steps), shown["muon"])
-            curve[round(length * steps)] = float(np.mean(list(finals.values())))
+    if shown["muon"]:
+        for number in (round(length * steps) for length in LENGTHS):
+            curve[number] = float(np.mean(list(table.results("muon", number, shown["muon"]).values())))
 
     results = []
     waiting = []
