@@ -294,9 +294,11 @@ def test_page(compare, tmp_path):
         file.write("normuon,600,0.08,0.004,0.8,100,9.0,abc,\n")
     compare("--page")
     assert "| 0.08↑, 0.004↕, beta2 0.9↑ |" in (tmp_path / "zoo/README.md").read_text()
-    with open(table, "a") as file:
-        file.write(",".join([*last, "9.0", code, ""]) + "\n")
-    refused(compare("--check"), "is stale")
+    for line, sentence in ((",".join([*last, "9.0", code, ""]), "is stale"),
+                           ("signum,600,0.02,0.002,,5,9.0,abc,", "has results of signum with several rates")):
+        with open(table, "a") as file:
+            file.write(line + "\n")
+        refused(compare("--check"), sentence)
     overhead = tmp_path / "zoo/cpu/overhead.json"
     no_number = '{"signum": {"machine": "", "state_bytes": 4, "mean_step": "1"}}'
     for damaged in ("{", "[]", '{"muon": {}}', no_number):

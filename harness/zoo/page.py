@@ -3,7 +3,6 @@ import ast
 import importlib
 import inspect
 import math
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -143,11 +142,13 @@ def is_equal(gap):
     return gap.low is not None and gap.low * gap.high <= 0
 
 
-def result(table, best, costs, muon, curve):
-    """The Result of an optimizer whose best point is `best`; `muon` is {seed: Muon's final loss}."""
+def result(table, best, finals, costs, muon, curve):
+    """The Result of an optimizer whose best point is `best`.
+
+    `finals` and `muon` are {seed: final loss}, its own and Muon's.
+    """
     name, steps, *_ = best
     entry = ZOO[name]
-    finals = table.results(name, steps, best)
     loss = mean_loss(finals)
     gap = None
     against = ""
@@ -167,11 +168,12 @@ def result(table, best, costs, muon, curve):
     return Result(name, loss, gap, cells)
 
 
-def is_complete(table, point):
-    """Whether all results of the point (without a seed) are there: Muon's are at all LENGTHS."""
-    name, steps, *_ = point
+def complete_points(table, name, steps):
+    """[(learning_rate, hidden_learning_rate, setting), ...] that have all results, Muon's at all LENGTHS."""
     lengths = LENGTHS if name == "muon" else (1.0,)
-    return all(set(table.results(name, round(length * steps), point)) == set(SEEDS) for length in lengths)
+    by_length = [table.results_by_point(name, round(length * steps)) for length in lengths]
+    return [point for point in by_length[0]
+            if all(set(found.get(point, {})) == set(SEEDS) for found in by_length)]
 
 
 def values_of(point):
@@ -189,11 +191,13 @@ def section(folder):
     for name in ZOO:
         tried = table.tried(name, steps)
         best[name] = min(tried, key=tried.get, default=None)
-        shown[name] = min(filter(partial(is_complete, table), tried), key=tried.get, default=None)
+        complete = complete_points(table, name, steps)
+        shown[name] = min((point for point in tried if point[2:] in complete), key=tried.get, default=None)
     curve = {}  # of Muon: steps -> mean final loss
     if shown["muon"]:
         for number in (round(length * steps) for length in LENGTHS):
-            curve[number] = float(np.mean(list(table.results("muon", number, shown["muon"]).values())))
+            finals = table.results("muon", number, shown["muon"], best["muon"])
+            curve[number] = float(np.mean(list(finals.values())))
 
     results = []
     waiting = []
@@ -203,8 +207,9 @@ def section(folder):
         if not (shown[name] and shown["muon"] and name in costs):
             waiting.append(f"`{name}`")
             continue
-        muon = table.results("muon", steps, shown["muon"])
-        results.append(result(table, shown[name], costs[name], muon, curve))
+        muon = table.results("muon", steps, shown["muon"], best["muon"])
+        finals = table.results(name, steps, shown[name], best[name])
+        results.append(result(table, shown[name], finals, costs[name], muon, curve))
         if shown[name] != best[name]:
             unfinished.append(f"`{name}` ({values_of(best[name][2:])})")
         for point, finals in table.results_by_point(name, steps).items():

@@ -94,18 +94,25 @@ class Table:
                 found.setdefault(point[2:5], {})[point.seed] = loss
         return found
 
-    def results(self, optimizer, steps, best=None):
-        """{seed: final loss} of the runs that are not tuning, those of the point `best` if it is given.
+    def results(self, optimizer, steps, point=None, newer=None):
+        """{seed: final loss} of the runs that are not tuning, those of `point` if it is given.
 
-        UserError if there are several points, and none is given.
+        Other points then have older results, from before the tuning went on. UserError if these are not
+        complete, except those of the point `newer`, and if there are several points without `point`.
         """
         found = self.results_by_point(optimizer, steps)
-        if best:
-            return found.get(best[2:5], {})
-        if len(found) > 1:
+        if point:
+            chosen = found.pop(point[2:5], {})
+            if newer:
+                found.pop(newer[2:5], None)
+            alone = all(set(finals) >= set(SEEDS) for finals in found.values())
+        else:
+            chosen = next(iter(found.values()), {})
+            alone = len(found) < 2
+        if not alone:
             raise UserError(f"{self.path} has results of {optimizer} with several rates or settings; "
                             "remove the lines of all but one")
-        return next(iter(found.values()), {})
+        return chosen
 
 
 def read_overhead(path):
