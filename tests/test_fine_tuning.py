@@ -352,6 +352,15 @@ def test_what_no_quadratic_describes_is_refused(run_study):
     refused(run_study(), "a run of muon diverged", "take smaller FACTORS")
 
 
+def test_the_filed_results_are_those_of_the_filed_runs(call, monkeypatch, tmp_path):
+    (tmp_path / "runs.csv").write_text((FOLDER / "runs.csv").read_text())
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    monkeypatch.chdir(ROOT)
+    assert call(study, "--third", "half", "--page").returncode == 0
+    for name in ("results.md", "results.json"):
+        assert (tmp_path / name).read_text() == (FOLDER / name).read_text()
+
+
 def test_what_is_missing_is_named(run_study):
     refused(run_study("--page"), "the runs of Muon in", "the same command without --page goes on")
     (study.FIRST / "runs.csv").unlink()
