@@ -156,7 +156,7 @@ def test_what_is_in_the_table_is_not_run_again(new_track):
 
 
 def test_the_filed_tuning_is_complete(new_track):
-    """What is filed continues at the first new neighbour."""
+    """Neither the 12 points of an optimizer nor a tuning that went on has runs left, nor their results."""
     filed = (ROOT / "records/zoo/cpu/runs.csv").read_text()
     track = new_track(None)
     track.table.path.parent.mkdir(parents=True)
@@ -165,7 +165,11 @@ def test_the_filed_tuning_is_complete(new_track):
     for name in ZOO:
         points = track.tune(name)
         assert len(points) == 12 and not track.ran
-        best = track.best(track.table.tried(name, 600))
+        tried = track.table.tried(name, 600)
+        if len(tried) > 12:  # its tuning went on, or AdamW, which is inside
+            track.refine(name, points)
+            assert not track.ran
+        best = track.best(tried)
         assert best[2:] in page.complete_points(track.table, name, 600)
 
 
